@@ -1,0 +1,76 @@
+"""Loading a base model and its tokenizer: from the hub, a folder, or the bundled checkpoints."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pop_lightning.data import resolve_bundled
+from pop_lightning.errors import InputError
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    device_map=None,
+) -> PreTrainedModel:
+    """A causal language model in eval mode; ``name`` is a hub id, a folder, or ``bundled:NAME``.
+
+    Raises:
+        InputError: nothing loadable stands under that name.
+    """
+    path = resolve_bundled(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
+            f"was expected): {_first_sentence(error)}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, required: bool = True
+) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer, padding on the left; None where there is none and ``required`` is False."""
+    path = resolve_bundled(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not required:
+            return None
+        raise InputError(
+            f"model.base {name!r} has no tokenizer that loads (tokenizer.json was expected beside its config): "
+            f"{_first_sentence(error)}"
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = (
+            tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
+        )
+    return tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model was made for, in tokens, or None where its config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def is_local(name: str) -> bool:
+    return Path(resolve_bundled(name)).exists()
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."

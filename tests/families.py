@@ -1,0 +1,144 @@
+"""Tiny random models of the real classes, and the slow plain reference that the fast paths are compared with."""
+
+import importlib
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+WINDOW = 8
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=WINDOW)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=SLIDING)),
+}
+
+
+def build(family, attention="sdpa", dtype=torch.float32, seed=0):
+    """A random model whose norms and biases are not at their neutral start, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, 0.0 if "gemma" in family or "bias" in name else 1.0, 0.2)
+        elif parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, 0.0, 0.15)
+    model.generation_config.pad_token_id = 0
+    model.set_attn_implementation(attention)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def ragged(lengths, seed=0):
+    """Left-padded random prompts: ids and mask, ``[batch, longest]``."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.randint(3, COMMON["vocab_size"], (len(lengths), width), generator=generator)
+    mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
+    return ids * mask, mask
+
+
+def own_kv(model, layer, hidden, position_ids):
+    """A layer's keys and values for its input ``hidden``, written as the model's own forward writes them."""
+    block = model.model.layers[layer]
+    attention = block.self_attn
+    module = importlib.import_module(type(model).__module__)
+    normed = block.input_layernorm(hidden)
+    shape = (*hidden.shape[:-1], -1, attention.head_dim)
+    keys = attention.k_proj(normed).view(shape)
+    values = attention.v_proj(normed).view(shape).transpose(1, 2)
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    keys = keys.transpose(1, 2)
+    rotary = model.model.rotary_emb
+    if model.config.model_type == "gemma3_text":
+        cos, sin = rotary(hidden, position_ids, model.config.layer_types[layer])
+    else:
+        cos, sin = rotary(hidden, position_ids)
+    _, keys = module.apply_rotary_pos_emb(keys, keys, cos, sin)
+    return keys, values
+
+
+def two_pass(model, ids, mask, depth, boundary, project=None):
+    """The pruned prefill in two plain passes: the context, its caches above ``depth`` replaced, then the rest in full.
+
+    ``project(layer, h_d, position_ids)`` gives a pruned layer's keys and values; its own (reuse) unless given.
+    Returns the last token's logits and the cache.
+    """
+    project = project or (lambda layer, hidden, positions: own_kv(model, layer, hidden, positions))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    context = max(0, ids.shape[1] - boundary)
+    if context == 0:
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        return output.logits[:, -1:], output.past_key_values
+    first = model(
+        input_ids=ids[:, :context],
+        attention_mask=mask[:, :context],
+        position_ids=positions[:, :context],
+        use_cache=True,
+        output_hidden_states=True,
+    )
+    hidden, cache = first.hidden_states[depth], first.past_key_values
+    layers = model.config.num_hidden_layers
+    if depth == layers:  # hidden_states ends with the normed output; nothing is pruned at this depth
+        return two_pass(model, ids, mask, depth, ids.shape[1])
+    for layer in range(depth, layers):
+        keys, values = project(layer, hidden, positions[:, :context])
+        held = cache.layers[layer].keys.shape[-2]
+        cache.layers[layer].keys, cache.layers[layer].values = keys[:, :, -held:], values[:, :, -held:]
+    if boundary == 0:
+        return model.lm_head(model.model.norm(hidden[:, -1:])), cache
+    second = model(
+        input_ids=ids[:, context:],
+        attention_mask=mask,
+        position_ids=positions[:, context:],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return second.logits[:, -1:], second.past_key_values
+
+
+def greedy(model, logits, cache, mask, steps):
+    """Greedy continuation from a prefilled cache, one plain forward per token; ``[batch, steps]``."""
+    tokens = []
+    for _ in range(steps):
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(token)
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        positions = (mask.cumsum(-1) - 1)[:, -1:]
+        output = model(
+            input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        logits, cache = output.logits, output.past_key_values
+    return torch.cat(tokens, dim=1)
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

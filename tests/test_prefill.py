@@ -1,0 +1,171 @@
+"""The pruned prefill and generation against two plain passes, and what must hold exactly."""
+
+import itertools
+
+import pytest
+import torch
+from families import COMMON, FAMILIES, WINDOW, build, greedy, ragged, relative, two_pass
+
+from pop_lightning import InputError, PruningPlan, StageAwareGenerator
+from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.prefill import student_logits
+from pop_lightning.projections import KVProjections
+
+LAYERS = COMMON["num_hidden_layers"]
+BATCHES = {"one": [21], "ragged": [21, 5, 13]}
+
+
+def hooks(model):
+    """Pre-hooks alone are ours: Transformers leaves forward hooks behind when hidden states were asked for."""
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+def compare(family, attention, depth, boundary, lengths, seed=0):
+    model = build(family, attention, seed=seed)
+    ids, mask = ragged(lengths, seed)
+    generator = StageAwareGenerator(model, PruningPlan(depth, boundary))
+    ours = generator.prefill(ids, mask)
+    logits, cache = two_pass(model, ids, mask, depth, boundary)
+    assert relative(ours.logits, logits) < 1e-5
+    real = mask.bool()
+    for layer in range(LAYERS):
+        ours_layer, ref_layer = ours.past_key_values.layers[layer], cache.layers[layer]
+        assert ours_layer.get_seq_length() == ref_layer.get_seq_length()
+        held = ref_layer.keys.shape[-2]
+        visible = real[:, -held:]
+        for name in ("keys", "values"):
+            a = getattr(ours_layer, name).transpose(1, 2)[visible]
+            b = getattr(ref_layer, name).transpose(1, 2)[visible]
+            assert relative(a, b) < 1e-5, (layer, name)
+    steps = WINDOW + 3
+    tokens = generator.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+    )[:, ids.shape[1] :]
+    assert torch.equal(tokens, greedy(model, logits, cache, mask, steps))
+    assert hooks(model) == 0
+
+
+PAIRWISE = [
+    ("llama", "sdpa", 2, 1, "ragged"),
+    ("llama", "eager", 1, 0, "one"),
+    ("llama", "sdpa", 3, 4, "one"),
+    ("mistral", "sdpa", 2, 4, "ragged"),
+    ("mistral", "eager", 1, 1, "one"),
+    ("mistral", "sdpa", 1, 0, "ragged"),
+    ("qwen2", "sdpa", 1, 1, "ragged"),
+    ("qwen2", "eager", 3, 4, "ragged"),
+    ("qwen2", "sdpa", 2, 0, "one"),
+    ("qwen3", "sdpa", 2, 1, "one"),
+    ("qwen3", "eager", 1, 4, "ragged"),
+    ("qwen3", "sdpa", 1, 0, "ragged"),
+    ("gemma3", "sdpa", 1, 1, "ragged"),
+    ("gemma3", "eager", 2, 0, "ragged"),
+    ("gemma3", "sdpa", 3, 4, "one"),
+]
+
+
+@pytest.mark.parametrize(("family", "attention", "depth", "boundary", "batch"), PAIRWISE)
+def test_prefill_and_greedy_tokens_equal_two_passes(family, attention, depth, boundary, batch):
+    compare(family, attention, depth, boundary, BATCHES[batch])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("lengths", [[1], [2], [3], [7], [8], [9], [16], [17], [33], [33, 1, 8, 9]], ids=str)
+@pytest.mark.parametrize(("family", "attention"), list(itertools.product(FAMILIES, ("sdpa", "eager"))))
+def test_prefill_and_greedy_tokens_equal_two_passes_in_full(family, attention, lengths):
+    for depth, boundary in itertools.product((1, 2, 3), (0, 1, 3, 9)):
+        compare(family, attention, depth, boundary, lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_depth_L_and_with_pruning_off_generation_is_the_plain_model(family):
+    model = build(family)
+    ids, mask = ragged([19, 7])
+    arguments = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(**arguments)
+    assert torch.equal(StageAwareGenerator(model, PruningPlan(LAYERS)).generate(**arguments), plain)
+    pruned = StageAwareGenerator(model, PruningPlan(1))
+    with pruned.full_model():
+        assert torch.equal(pruned.generate(**arguments), plain)
+    whole_prompt = StageAwareGenerator(model, PruningPlan(1, boundary=19))
+    assert torch.equal(whole_prompt.generate(**arguments), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_L_minus_1_loses_nothing(family):
+    model = build(family)
+    ids, mask = ragged([23, 11])
+    plain = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, -1:]
+    pruned = StageAwareGenerator(model, PruningPlan(LAYERS - 1)).prefill(ids, mask).logits
+    assert relative(pruned, plain) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("split", [1, 7, 15])
+def test_a_prefix_then_the_rest_equals_one_prefill(family, split):
+    model = build(family)
+    ids, mask = ragged([20])
+    generator = StageAwareGenerator(model, PruningPlan(2))
+    prefix = generator.prefill(ids[:, :split], last=False).past_key_values
+    rest = generator.prefill(ids[:, split:], past_key_values=prefix)
+    assert relative(rest.logits, two_pass(model, ids, mask, 2, 1)[0]) < 1e-5
+
+
+def test_a_cache_of_another_plan_is_refused():
+    model = build("llama")
+    ids, _ = ragged([20])
+    cache = StageAwareGenerator(model, PruningPlan(2)).prefill(ids[:, :9], last=False).past_key_values
+    with pytest.raises(InputError, match="another pruning plan"):
+        StageAwareGenerator(model, PruningPlan(1)).prefill(ids[:, 9:], past_key_values=cache)
+
+
+def test_hooks_are_removed_when_generation_fails():
+    model = build("llama")
+    generator = StageAwareGenerator(model, PruningPlan(2))
+    with pytest.raises(Exception, match=r".+"):
+        generator.generate(input_ids=torch.tensor([[5, 10_000]]), max_new_tokens=2)
+    assert hooks(model) == 0
+    with pytest.raises(InputError, match="use_cache=False"):
+        generator.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2, use_cache=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("boundary", [0, 1, 3])
+def test_rerunning_the_pruned_layers_alone_gives_the_pruned_models_logits(family, boundary):
+    model = build(family)
+    ids, mask = ragged([17, 9])
+    response = torch.randint(3, COMMON["vocab_size"], (2, 6), generator=torch.Generator().manual_seed(1))
+    row, row_mask = torch.cat([ids, response], 1), torch.cat([mask, torch.ones_like(response)], 1)
+    decoder, plan = Decoder(model), PruningPlan(2, boundary)
+    with decoder.tracing() as trace:
+        model(input_ids=row, attention_mask=row_mask, position_ids=position_ids(row_mask), use_cache=False)
+    ours = student_logits(KVProjections(decoder, 2), plan, trace, row_mask, ids.shape[1])
+    logits, cache = two_pass(model, ids, mask, 2, boundary)
+    rest = model(
+        input_ids=response[:, :-1],
+        attention_mask=row_mask[:, :-1],
+        position_ids=position_ids(row_mask)[:, ids.shape[1] : -1],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    assert relative(ours, torch.cat([logits, rest], 1)) < 1e-5
+
+
+@pytest.mark.parametrize(("depth", "boundary"), [(0, 1), (5, 1), (2, -1), (1.5, 1)])
+def test_a_plan_outside_the_model_is_refused(depth, boundary):
+    with pytest.raises(InputError):
+        StageAwareGenerator(build("llama"), PruningPlan(depth, boundary))
+
+
+def test_a_model_that_is_built_otherwise_is_refused_by_name():
+    model = build("llama")
+    attention = model.model.layers[3].self_attn
+    plain = attention.k_proj.forward
+    attention.k_proj.forward = lambda x: plain(x) * 1.01  # a scale that the projections cannot know of
+    with pytest.raises(InputError, match=r"LlamaForCausalLM.*layer 3"):
+        StageAwareGenerator(model, PruningPlan(2))
