@@ -1,0 +1,220 @@
+"""The per-row metrics against a plain loop, and the bounds against direct calculation and simulation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pop_lightning.errors import InputError
+from pop_lightning.metrics import (
+    METRICS,
+    ROW_METRICS,
+    RowLosses,
+    fixed_sequence,
+    response_metrics,
+    row_loss,
+    rows_needed,
+    smallest_certifiable,
+    upper_bound,
+)
+
+
+def example(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(5, 7, 11, generator=generator).mul(3)
+    student = (teacher + torch.randn(5, 7, 11, generator=generator)).to(dtype)
+    targets = teacher.argmax(-1)
+    targets[0, 1] = (targets[0, 1] + 1) % 11
+    student[4] = teacher[4]
+    lengths = torch.tensor([7, 3, 1, 5, 6])
+    mask = torch.arange(7)[None] < lengths[:, None]
+    targets[~mask] = -100
+    return student, teacher.to(dtype), targets, mask
+
+
+def plain(student, teacher, targets, mask, row):
+    kl, same, nll, teacher_nll, hit, teacher_hit = [], [], [], [], [], []
+    for r in range(mask.shape[1]):
+        if not mask[row, r]:
+            continue
+        q, p = student[row, r].double().softmax(-1), teacher[row, r].double().softmax(-1)
+        kl.append(sum(float(p[v]) * math.log(float(p[v]) / float(q[v])) for v in range(len(p))))
+        same.append(float(q.argmax() == p.argmax()))
+        nll.append(-math.log(q[targets[row, r]]))
+        teacher_nll.append(-math.log(p[targets[row, r]]))
+        hit.append(bool(q.argmax() == targets[row, r]))
+        teacher_hit.append(bool(p.argmax() == targets[row, r]))
+    mean = [sum(x) / len(x) for x in (kl, same, nll, teacher_nll)]
+    return dict(zip(ROW_METRICS, [*mean, mean[2] - mean[3], float(all(hit)), float(all(teacher_hit))], strict=True))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_response_metrics_equal_a_plain_loop(chunk_size, dtype):
+    student, teacher, targets, mask = example(dtype)
+    found = response_metrics(student, teacher, targets, mask, chunk_size=chunk_size)
+    assert tuple(found) == ROW_METRICS
+    for row in range(5):
+        for name, value in plain(student, teacher, targets, mask, row).items():
+            assert found[name][row].item() == pytest.approx(value, rel=1e-5, abs=1e-6), (name, row)
+
+
+def test_positions_outside_the_mask_are_never_read():
+    student, teacher, targets, mask = example()
+    before = response_metrics(student, teacher, targets, mask)
+    student[~mask], teacher[~mask] = math.nan, math.inf
+    after = response_metrics(student, teacher, targets, mask)
+    assert all(torch.equal(before[name], after[name]) for name in ROW_METRICS)
+
+
+def test_equal_models_lose_nothing_and_ruled_out_tokens_give_no_nan():
+    _, teacher, targets, mask = example()
+    teacher[..., 3] = -math.inf
+    found = response_metrics(teacher, teacher, targets.masked_fill(targets == 3, 0), mask)
+    assert found["kl"].eq(0).all()
+    assert found["agreement"].eq(1).all()
+    assert all(row_loss(found, metric).eq(0).all() for metric in METRICS)
+
+
+def test_response_metrics_refuses_what_does_not_fit():
+    student, teacher, targets, mask = example()
+    mask[2] = False
+    with pytest.raises(InputError, match="Row 2"):
+        response_metrics(student, teacher, targets, mask)
+    with pytest.raises(InputError, match="shapes"):
+        response_metrics(student, teacher[:, :3], targets, mask)
+
+
+def test_row_losses_of_each_metric():
+    metrics = {
+        "agreement": torch.tensor([1.0, 0.75, 0.0, 1.0]),
+        "nll_increase": torch.tensor([0.5, -0.25, 0.0, 1.0]),
+        "exact_match": torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        "teacher_exact_match": torch.tensor([1.0, 1.0, 0.0, 0.0]),
+    }
+    assert row_loss(metrics, "agreement").tolist() == [0, 0.25, 1, 0]
+    assert row_loss(metrics, "nll_increase").tolist() == [0.5, -0.25, 0, 1]
+    assert row_loss(metrics, "exact_match").tolist() == [0, 1, 0, 0]
+    with pytest.raises(InputError, match="accuracy"):
+        row_loss(metrics, "accuracy")
+
+
+@pytest.mark.parametrize(("errors", "rows"), [(0, 50), (1, 50), (7, 100), (99, 100), (3, 1000)])
+def test_clopper_pearson_is_where_the_binomial_tail_equals_the_error_rate(errors, rows):
+    bound = upper_bound([1.0] * errors + [0.0] * (rows - errors), "exact_match", 0.95)
+    tail = sum(math.comb(rows, k) * bound**k * (1 - bound) ** (rows - k) for k in range(errors + 1))
+    assert tail == pytest.approx(0.05, rel=1e-6)
+
+
+def test_bound_where_every_row_is_lost_is_one():
+    assert upper_bound([1.0] * 9, "exact_match") == 1
+    assert upper_bound([1.0] * 9, "agreement") == 1
+
+
+@pytest.mark.parametrize("draw", ["small", "rare", "large"])
+def test_hoeffding_bentkus_covers_the_true_mean(draw):
+    generator = np.random.default_rng(1)
+    rows, trials = 60, 200
+    samples, mean = {
+        "small": (stats.beta(1, 19).rvs((trials, rows), random_state=generator), 0.05),
+        "rare": ((generator.random((trials, rows)) < 0.04) * 1.0, 0.04),
+        "large": (generator.random((trials, rows)), 0.5),
+    }[draw]
+    bounds = np.array([upper_bound(sample, "agreement", 0.9) for sample in samples])
+    assert (bounds >= mean).mean() >= 0.9 - 2 * math.sqrt(0.09 / trials)
+    assert (bounds >= samples.mean(axis=1)).all()
+    assert bounds.mean() < mean + 0.2
+
+
+@pytest.mark.parametrize("metric", ["agreement", "exact_match"])
+def test_bound_at_zero_loss_is_the_smallest_certifiable_drop(metric):
+    for rows in (1, 10, 299, 1000):
+        closed = 1 - 0.05 ** (1 / rows)
+        assert upper_bound([0.0] * rows, metric, 0.95) == pytest.approx(closed, rel=1e-9)
+        assert smallest_certifiable(rows, metric, 0.95) == pytest.approx(closed, rel=1e-9)
+    assert smallest_certifiable(0, metric) == 1
+    assert smallest_certifiable(100, "nll_increase") is None
+
+
+@pytest.mark.parametrize("metric", ["agreement", "exact_match"])
+def test_one_percent_needs_299_lossless_rows(metric):
+    assert rows_needed(0.01, metric, 0.95) == 299
+    assert upper_bound([0.0] * 299, metric) <= 0.01 < upper_bound([0.0] * 298, metric)
+    assert rows_needed(1.0, metric) == 1
+    assert rows_needed(0.01, "nll_increase") == 2
+    with pytest.raises(InputError, match="max_drop"):
+        rows_needed(0.0, metric)
+
+
+def test_bootstrap_bound_of_the_nll_covers_about_as_stated():
+    generator = np.random.default_rng(2)
+    samples = generator.gamma(2.0, 0.05, size=(120, 80))
+    covered = np.mean([upper_bound(sample, "nll_increase", 0.9) >= 0.1 for sample in samples])
+    assert 0.82 <= covered <= 0.97
+
+
+def test_bootstrap_bound_is_repeatable_and_minds_degenerate_rows():
+    values = list(np.random.default_rng(3).normal(0.02, 0.1, size=40))
+    assert upper_bound(values, "nll_increase") == upper_bound(values, "nll_increase")
+    assert upper_bound(values, "nll_increase") > np.mean(values)
+    assert upper_bound([0.25] * 5, "nll_increase") == 0.25
+    assert upper_bound([0.25], "nll_increase") == math.inf
+    assert math.isfinite(upper_bound([0.0, 1e-300], "nll_increase"))
+
+
+def test_bounds_refuse_bad_losses():
+    with pytest.raises(InputError, match="no rows"):
+        upper_bound([], "agreement")
+    with pytest.raises(InputError, match="finite"):
+        upper_bound([0.0, math.nan], "nll_increase")
+    with pytest.raises(InputError, match="0 or 1"):
+        upper_bound([0.5], "exact_match")
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        upper_bound([1.5], "agreement")
+    with pytest.raises(InputError, match="confidence"):
+        upper_bound([0.0], "agreement", 95)
+
+
+def test_fixed_sequence_stops_at_the_first_failure():
+    losses = {11: [0.0] * 400, 8: [0.0] * 400, 6: [1.0] * 40 + [0.0] * 360}  # depth 4 would raise if looked up
+    verdicts = fixed_sequence([11, 8, 6, 4], losses, "exact_match", 0.01)
+    assert [(v.depth, v.passed, v.rows) for v in verdicts] == [(11, True, 400), (8, True, 400), (6, False, 400)]
+    assert verdicts[-1].value == pytest.approx(0.1)
+    assert all(v.passed == (v.bound <= 0.01) for v in verdicts)
+    assert fixed_sequence([], {}, "agreement", 0.01) == []
+    with pytest.raises(InputError, match="largest depth first"):
+        fixed_sequence([4, 8], losses, "agreement", 0.01)
+
+
+def test_row_losses_do_not_depend_on_the_order_of_batches():
+    generator = torch.Generator().manual_seed(4)
+    values = {"kl": torch.rand(23, generator=generator), "agreement": torch.rand(23, generator=generator)}
+    seeds = torch.randint(0, 2**62, (23,), generator=generator)
+    seeds[5] = seeds[6]  # two equal rows must not depend on the order either
+
+    def collect(order, batch):
+        metric = RowLosses(["kl", "agreement"])
+        for part in order.split(batch):
+            metric.update({name: value[part] for name, value in values.items()}, seeds[part])
+        return metric.compute()
+
+    first = collect(torch.arange(23), 23)
+    second = collect(torch.randperm(23, generator=generator), 4)
+    assert all(torch.equal(first[name], second[name]) for name in values)
+    assert first["kl"].shape == (23,)
+    assert first["kl"].dtype == torch.float64
+    best = seeds.argmin()
+    assert first["agreement"][0].item() == pytest.approx(values["agreement"][best].item())
+
+
+def test_row_losses_start_empty_reset_and_name_a_missing_value():
+    metric = RowLosses(["kl"])
+    assert metric.compute()["kl"].shape == (0,)
+    metric.update({"kl": torch.ones(2)}, torch.arange(2))
+    metric.reset()
+    with pytest.raises(InputError, match="'kl'"):
+        metric.update({"agreement": torch.ones(2)}, torch.arange(2))
+    with pytest.raises(InputError, match=r"\[batch\]"):
+        metric.update({"kl": torch.ones(3)}, torch.arange(2))
