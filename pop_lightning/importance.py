@@ -46,7 +46,7 @@ class ImportanceScoring(lightning.LightningModule):
         self.rows += len(gates)
 
     def loss(self, batch: dict, gates: Tensor, targets: Tensor | None = None) -> Tensor:
-        """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless ``targets`` has it."""
+        """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""
         ids, mask, prompt = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
         context = max(0, prompt - self.boundary)
         with gated(self.decoder, gates, context):

@@ -7,8 +7,10 @@ what it returned.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ def response_metrics(
             bytes instead of batch * response * vocabulary * 4.
 
     Returns:
-        One float64 tensor `[batch]` per name, each a mean over the row's response positions computed in float32:
+        One float32 tensor `[batch]` per name, each a mean over the row's response positions:
         `kl` KL(teacher || student) in nats; `agreement` the share of positions where both argmaxes are equal;
         `nll` and `teacher_nll` in nats per response token, `nll_increase` their difference; `exact_match` and
         `teacher_exact_match` 1.0 where the argmax equals the target at every position. Given a correct prefix greedy
@@ -61,9 +63,9 @@ def response_metrics(
         row = int((counts == 0).nonzero()[0])
         raise InputError(f"Row {row} of the batch has no response position; leave out rows without a response.")
 
-    # Values land in [B, R] and are summed per row: unlike index_add, the order of summation is the same on every device.
+    # Values land in [B, R] and are summed per row: unlike index_add, that sums in the same order on any device.
     names = ("kl", "agreement", "nll", "teacher_nll", "hit", "teacher_hit")
-    positions = {name: torch.zeros(mask.shape, dtype=torch.float64, device=logits.device) for name in names}
+    positions = {name: torch.zeros(mask.shape, device=logits.device) for name in names}
     rows, columns = mask.nonzero(as_tuple=True)
     for row, column in zip(rows.split(chunk_size), columns.split(chunk_size), strict=True):
         student = logits[row, column].float().log_softmax(-1)
@@ -82,7 +84,7 @@ def response_metrics(
             "teacher_hit": teacher_guess == target,
         }
         for name, value in values.items():
-            positions[name][row, column] = value.double()
+            positions[name][row, column] = value.float()
 
     mean = {name: value.sum(dim=1) / counts for name, value in positions.items()}
     return {
@@ -91,8 +93,8 @@ def response_metrics(
         "nll": mean["nll"],
         "teacher_nll": mean["teacher_nll"],
         "nll_increase": mean["nll"] - mean["teacher_nll"],
-        "exact_match": (mean["hit"] == 1).double(),
-        "teacher_exact_match": (mean["teacher_hit"] == 1).double(),
+        "exact_match": (mean["hit"] == 1).float(),
+        "teacher_exact_match": (mean["teacher_hit"] == 1).float(),
     }
 
 
@@ -107,7 +109,7 @@ def row_loss(metrics: Mapping[str, Tensor], metric: str) -> Tensor:
     if metric == "agreement":
         return (1 - metrics["agreement"]).clamp(0, 1)
     if metric == "exact_match":
-        return ((metrics["teacher_exact_match"] > 0.5) & (metrics["exact_match"] < 0.5)).double()
+        return ((metrics["teacher_exact_match"] > 0.5) & (metrics["exact_match"] < 0.5)).float()
     return metrics["nll_increase"]
 
 
@@ -163,10 +165,11 @@ def smallest_certifiable(rows: int, metric: str, confidence: float = 0.95) -> fl
     return 1.0 if rows < 1 else -math.expm1(math.log1p(-confidence) / rows)
 
 
-def rows_needed(max_drop: float, metric: str, confidence: float = 0.95) -> int:
+def rows_needed(max_drop: float, metric: str, confidence: float = 0.95) -> int | None:
     """The fewest verify rows with which a lossless depth keeps `max_drop`: 299 for 1% at 95%.
 
-    A depth that does lose something needs more. `nll_increase` needs 2, the least that a bootstrap can resample.
+    A depth that does lose something needs more. None for `nll_increase`, whose bootstrap bound has no such
+    floor.
 
     Raises:
         InputError: a `max_drop` of zero or less for a rate, which no number of rows can certify.
@@ -174,7 +177,7 @@ def rows_needed(max_drop: float, metric: str, confidence: float = 0.95) -> int:
     _check_metric(metric)
     _check_confidence(confidence)
     if metric == "nll_increase":
-        return 2
+        return None
     if max_drop <= 0:
         raise InputError(f"budget.max_drop is {max_drop:g}, which no number of rows can certify; give a positive drop.")
     if max_drop >= 1:
@@ -202,7 +205,7 @@ class Verdict:
 
 
 def fixed_sequence(
-    candidates: Sequence[int],
+    depths: Sequence[int],
     losses: Mapping[int, Sequence[float]],
     metric: str,
     max_drop: float,
@@ -215,20 +218,18 @@ def fixed_sequence(
     testing; Angelopoulos et al., "Learn then Test", 2021, section 4). The chosen depth is the last that passed.
 
     Args:
-        candidates: depths, strictly falling.
+        depths: the candidates, strictly falling: the shallowest pruning first.
         losses: per depth the losses of the verify rows; a depth after the first failure is never looked up, so a lazy
             mapping measures only what is needed.
         metric, max_drop, confidence: the budget; `max_drop` is an absolute fraction, or nats per response token.
 
     Raises:
-        InputError: candidates out of order, or as for `upper_bound`.
+        InputError: depths out of order, or as for `upper_bound`.
     """
-    if any(deeper <= shallower for deeper, shallower in zip(candidates, candidates[1:], strict=False)):
-        raise InputError(
-            f"Candidate depths must fall strictly, found {list(candidates)}; list the largest depth first."
-        )
+    if any(first <= second for first, second in pairwise(depths)):
+        raise InputError(f"Candidate depths must fall strictly, found {list(depths)}; list the largest depth first.")
     verdicts: list[Verdict] = []
-    for depth in candidates:
+    for depth in depths:
         values = [float(loss) for loss in losses[depth]]
         bound = upper_bound(values, metric, confidence)
         passed = bound <= max_drop
@@ -238,13 +239,13 @@ def fixed_sequence(
     return verdicts
 
 
-class RowLosses(Metric):
+class RowMetrics(Metric):
     """Keep one value per row and name, over batches and ranks, in an order that depends on the rows alone.
 
     Args:
         names: what each `update` holds, for example `ROW_METRICS`.
 
-    `compute` returns float64 tensors `[rows]` sorted by row seed (rows that share a seed by their values), so that
+    `compute` returns float32 tensors `[rows]` sorted by row seed (rows that share a seed by their values), so that
     batch size, shuffling and the number of ranks change nothing.
     """
 
@@ -271,12 +272,21 @@ class RowLosses(Metric):
                 )
         self.row_seeds.append(row_seed.detach().to(self.device, torch.int64))
         for name in self.names:
-            getattr(self, f"value_{name}").append(values[name].detach().to(self.device, torch.float64))
+            getattr(self, f"value_{name}").append(values[name].detach().to(self.device, torch.float32))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the ranks' rows; torchmetrics calls this before `compute`."""
+        if not self._is_synced and not self.row_seeds:
+            # A rank without rows would send torchmetrics' default, an empty float32 tensor, into a gather of int64.
+            self.row_seeds.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+            for name in self.names:
+                getattr(self, f"value_{name}").append(torch.zeros(0, dtype=torch.float32, device=self.device))
+        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """All rows seen, per name a float64 tensor `[rows]`; empty where there was none."""
+        """All rows seen, per name a float32 tensor `[rows]`; empty where there was none."""
         if isinstance(self.row_seeds, list) and not self.row_seeds:
-            return {name: torch.zeros(0, dtype=torch.float64, device=self.device) for name in self.names}
+            return {name: torch.zeros(0, dtype=torch.float32, device=self.device) for name in self.names}
         values = {name: dim_zero_cat(getattr(self, f"value_{name}")) for name in self.names}
         seeds = dim_zero_cat(self.row_seeds)
         order = torch.arange(seeds.numel(), device=seeds.device)
@@ -284,6 +294,9 @@ class RowLosses(Metric):
         for key in (*reversed(values.values()), seeds):
             order = order[key[order].argsort(stable=True)]
         return {name: value[order] for name, value in values.items()}
+
+
+RowLosses = RowMetrics  # the name that pop_lightning.evaluate imports
 
 
 def _clopper_pearson(errors: int, rows: int, confidence: float) -> float:
@@ -316,7 +329,8 @@ def _hoeffding_bentkus_p(total: float, rows: int, mean: float) -> float:
     if observed > 0:
         entropy += observed * math.log(observed / mean)
     hoeffding = math.exp(-rows * entropy)
-    bentkus = math.e * float(stats.binom.cdf(math.ceil(total), rows, mean))
+    # Losses are float32: a sum such as 1.00000002 stands for 1 and must not round up to 2.
+    bentkus = math.e * float(stats.binom.cdf(math.ceil(total - 1e-7 * rows), rows, mean))
     return min(1.0, hoeffding, bentkus)
 
 
@@ -327,16 +341,18 @@ def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> float:
         return float(values[0])
 
     def upper(method: str) -> float:
-        result = stats.bootstrap(
-            (values,),
-            np.mean,
-            confidence_level=confidence,
-            alternative="less",
-            method=method,
-            n_resamples=9999,
-            batch=max(1, 2_000_000 // values.size),  # bounds the resampled array at 16 MB
-            rng=np.random.default_rng(seed),
-        )
+        with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            result = stats.bootstrap(
+                (values,),
+                np.mean,
+                confidence_level=confidence,
+                alternative="less",
+                method=method,
+                n_resamples=9999,
+                batch=max(1, 2_000_000 // values.size),  # bounds the resampled array at 16 MB
+                rng=np.random.default_rng(seed),
+            )
         return float(result.confidence_interval.high)
 
     bound = upper("BCa")

@@ -16,7 +16,7 @@ from pop_lightning.projections import KVProjections
 
 @torch.no_grad()
 def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tensor]:
-    """One full pass: the inputs of layers ``first`` and up, and logits at the loss positions ``[batch, response, V]``."""
+    """One full pass: inputs of layers ``first`` and up, and logits at the loss positions ``[batch, response, V]``."""
     mask, prompt = batch["attention_mask"], batch["prompt_length"]
     with decoder.tracing(range(first, decoder.num_layers)) as trace:
         logits = decoder.model(

@@ -11,7 +11,7 @@ from pop_lightning.errors import InputError
 from pop_lightning.metrics import (
     METRICS,
     ROW_METRICS,
-    RowLosses,
+    RowMetrics,
     fixed_sequence,
     response_metrics,
     row_loss,
@@ -143,9 +143,14 @@ def test_one_percent_needs_299_lossless_rows(metric):
     assert rows_needed(0.01, metric, 0.95) == 299
     assert upper_bound([0.0] * 299, metric) <= 0.01 < upper_bound([0.0] * 298, metric)
     assert rows_needed(1.0, metric) == 1
-    assert rows_needed(0.01, "nll_increase") == 2
+    assert rows_needed(0.01, "nll_increase") is None
     with pytest.raises(InputError, match="max_drop"):
         rows_needed(0.0, metric)
+
+
+def test_hoeffding_bentkus_does_not_jump_at_a_float32_rounding_error():
+    exact, rounded = [0.25] * 4 + [0.0] * 96, [0.25 + 2e-8] * 4 + [0.0] * 96
+    assert upper_bound(rounded, "agreement") == pytest.approx(upper_bound(exact, "agreement"), abs=1e-6)
 
 
 def test_bootstrap_bound_of_the_nll_covers_about_as_stated():
@@ -195,7 +200,7 @@ def test_row_losses_do_not_depend_on_the_order_of_batches():
     seeds[5] = seeds[6]  # two equal rows must not depend on the order either
 
     def collect(order, batch):
-        metric = RowLosses(["kl", "agreement"])
+        metric = RowMetrics(["kl", "agreement"])
         for part in order.split(batch):
             metric.update({name: value[part] for name, value in values.items()}, seeds[part])
         return metric.compute()
@@ -204,13 +209,28 @@ def test_row_losses_do_not_depend_on_the_order_of_batches():
     second = collect(torch.randperm(23, generator=generator), 4)
     assert all(torch.equal(first[name], second[name]) for name in values)
     assert first["kl"].shape == (23,)
-    assert first["kl"].dtype == torch.float64
+    assert first["kl"].dtype == torch.float32
     best = seeds.argmin()
     assert first["agreement"][0].item() == pytest.approx(values["agreement"][best].item())
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_rank_without_rows_joins_the_gather_with_the_right_types():
+    sent = []
+
+    def gather(tensor, group=None):
+        sent.append(tensor.dtype)
+        other = torch.tensor([3, 1]) if tensor.dtype == torch.int64 else torch.tensor([0.3, 0.1])
+        return [tensor, other]
+
+    metric = RowMetrics(["kl"], dist_sync_fn=gather, distributed_available_fn=lambda: True)
+    assert metric.compute()["kl"].tolist() == pytest.approx([0.1, 0.3])
+    assert sent == [torch.int64, torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_row_losses_start_empty_reset_and_name_a_missing_value():
-    metric = RowLosses(["kl"])
+    metric = RowMetrics(["kl"])
     assert metric.compute()["kl"].shape == (0,)
     metric.update({"kl": torch.ones(2)}, torch.arange(2))
     metric.reset()

@@ -1,0 +1,24 @@
+"""``pop-fit --recipe NAME_OR_PATH``: score, fit, pick a depth under the budget, export."""
+
+import sys
+
+from pop_lightning.cli import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``pop-fit`` with ``argv`` (the process's own unless given); returns the exit code."""
+
+    def body() -> int:
+        from pop_lightning.recipe import parse
+
+        invocation = parse(argv)
+        from pop_lightning import pipeline
+
+        return pipeline.fit(invocation.recipe, resume=invocation.resume, overwrite=invocation.overwrite)
+
+    return run("pop-fit", body)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Teacher-forced evaluation of many pruned variants of one model at the cost of one full pass and a small part each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import lightning
+import torch
+from torch import Tensor
+
+from pop_lightning.decoder import Decoder
+from pop_lightning.metrics import ROW_METRICS, RowLosses, response_metrics
+from pop_lightning.plan import PruningPlan
+from pop_lightning.prefill import student_logits
+from pop_lightning.projection_training import teacher_pass
+from pop_lightning.projections import KVProjections
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: a plan with projections, or one of the report's ablations.
+
+    Attributes:
+        context_visible: False is "no KV projection": the pruned layers see no context.
+        remove_layers: True drops the pruned layers in both stages, as older pruning does.
+    """
+
+    plan: PruningPlan
+    projections: KVProjections
+    context_visible: bool = True
+    remove_layers: bool = False
+
+
+class Evaluation(lightning.LightningModule):
+    """Measure variants over a loader with ``Trainer.validate``; then :meth:`rows` holds every row's metrics.
+
+    Args:
+        variants: by a name of the caller's choice.
+    """
+
+    def __init__(self, decoder: Decoder, variants: Mapping[str, Variant]):
+        super().__init__()
+        self.decoder, self.base, self.variants = decoder, decoder.model, dict(variants)
+        self._names = list(self.variants)
+        self.meters = torch.nn.ModuleList(RowLosses(ROW_METRICS) for _ in self._names)
+        self.projections = torch.nn.ModuleList(
+            {id(v.projections): v.projections for v in self.variants.values()}.values()
+        )
+
+    def on_validation_start(self) -> None:
+        for meter in self.meters:
+            meter.reset()
+
+    def validation_step(self, batch: dict, batch_index: int) -> None:
+        mask, prompt = batch["attention_mask"], batch["prompt_length"]
+        first = min(variant.plan.depth for variant in self.variants.values())
+        trace, teacher = teacher_pass(self.decoder, batch, first)
+        targets, real = batch["input_ids"][:, prompt:], mask[:, prompt:]
+        for variant, meter in zip(self.variants.values(), self.meters, strict=True):
+            logits = self._logits(variant, trace, mask, prompt)
+            meter.update(response_metrics(logits, teacher, targets, real), batch["row_seed"])
+
+    def _logits(self, variant: Variant, trace, mask: Tensor, prompt: int) -> Tensor:
+        if variant.remove_layers:
+            return self.decoder.logits(trace.hidden[variant.plan.depth][:, prompt - 1 : -1])
+        return student_logits(
+            variant.projections, variant.plan, trace, mask, prompt, context_visible=variant.context_visible
+        )
+
+    def rows(self, name: str) -> dict[str, Tensor]:
+        """Per-row metrics of one variant, ``[rows]`` each, in an order that follows from the rows' content."""
+        return self.meters[self._names.index(name)].compute()

@@ -1,0 +1,476 @@
+"""The stages of ``pop-fit`` in order: load, score, fit projections, search, verify and export, report.
+
+Each stage leaves one complete file in the output folder (``state/`` for what only a resumed run reads), written under
+a temporary name and renamed, so that a run can be killed anywhere and resumed. The modules and callbacks measure and
+decide; this file says what follows from their decisions.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning
+import safetensors.torch
+import torch
+
+from pop_lightning.artifact import base_identity
+from pop_lightning.benchmark import measure_ttft, prefill_flops
+from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
+from pop_lightning.closed_form import ClosedFormFit
+from pop_lightning.data import CalibrationData, Row, collate
+from pop_lightning.decoder import Decoder
+from pop_lightning.errors import InputError
+from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.generator import StageAwareGenerator
+from pop_lightning.importance import ImportanceScoring
+from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, upper_bound
+from pop_lightning.models import context_length, load_model, load_tokenizer
+from pop_lightning.plan import PruningPlan
+from pop_lightning.prefill import check_decoder
+from pop_lightning.projection_training import KVProjectionTraining
+from pop_lightning.projections import KVProjections
+from pop_lightning.recipe import Recipe
+from pop_lightning.report import print_table, write_report
+
+EXPORTED, NOTHING_QUALIFIES = 0, 3
+
+
+def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int:
+    """Run every stage; returns the exit code (0 exported, 3 no depth keeps the budget).
+
+    Raises:
+        InputError: recipe, data, base or output folder do not fit.
+        KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
+    """
+    _quiet()
+    output = _open_output(recipe, resume, overwrite)
+    return _Run(recipe, output).run()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, output: Path):
+        self.recipe, self.output, self.state = recipe, output, output / "state"
+        self.budget = AccuracyBudget(
+            recipe.budget.metric, recipe.budget.max_drop, recipe.budget.confidence, recipe.budget.min_pruned
+        )
+
+    def run(self) -> int:
+        done = self.output / "metrics.json"
+        if done.is_file():
+            metrics = json.loads(done.read_text())
+            print(print_table(metrics))
+            return EXPORTED if metrics["depth"] is not None else NOTHING_QUALIFIES
+        self._load()
+        importance = self._once("importance.json", self._score)
+        depths = self._candidates(importance)
+        projections = self._fit_projections(depths)
+        search = self._once("state/search.json", lambda: self._search(projections))
+        self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
+        metrics = self._verify(projections, search, importance)
+        _write_json(done, metrics)
+        write_report(metrics, importance, self.output / "report.html")
+        print(print_table(metrics))
+        print(f"report: {self.output / 'report.html'}")
+        if metrics["depth"] is None:
+            return NOTHING_QUALIFIES
+        print(f"artifact: {self.output / 'artifact'}")
+        return EXPORTED
+
+    # --- load -----------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        recipe = self.recipe
+        model, data = recipe.model, recipe.data
+        lightning.seed_everything(recipe.seed, verbose=False)
+        self.tokenizer = load_tokenizer(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
+        )
+        self.model = load_model(
+            model.base,
+            revision=model.revision,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            device_map=model.device_map,
+        )
+        self.decoder = Decoder(self.model)
+        check_decoder(self.decoder)
+        self.data = CalibrationData(
+            data.calibration,
+            self.tokenizer,
+            split=data.split,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=data.max_response_tokens,
+            context=context_length(self.model),
+            limit=data.limit,
+            batch_size=data.batch_size,
+            splits=asdict(data.splits),
+            seed=recipe.seed,
+        )
+        self.data.setup()
+        if self.data.missing_responses():
+            made_with = json.dumps([asdict(model), data.max_response_tokens])
+            self.data.fill_responses(self._respond, self.state / "responses.json", made_with=made_with)
+        print(f"data: {self.data.report}")
+        self._check_rows()
+
+    def _respond(self, rows: list[Row]) -> list[tuple[int, ...]]:
+        batch = collate(rows, self.data.pad_token_id)
+        prompt = batch["prompt_length"]
+        output = self.model.generate(
+            input_ids=batch["input_ids"].to(self.model.device),
+            attention_mask=batch["attention_mask"].to(self.model.device),
+            max_new_tokens=self.recipe.data.max_response_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )[:, prompt:].tolist()
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return [_until_end(tokens, ends) for tokens in output]
+
+    def _check_rows(self) -> None:
+        budget = self.recipe.budget
+        rows = len(self.data.rows_of("verify"))
+        needed = rows_needed(budget.max_drop, budget.metric, budget.confidence)
+        if rows < needed:
+            least = smallest_certifiable(rows, budget.metric, budget.confidence)
+            certifies = "" if least is None else f" (they can show a drop of {least:.4f} at best)"
+            raise InputError(
+                f"budget.max_drop {budget.max_drop:g} at confidence {budget.confidence:g} needs {needed} rows in the "
+                f"verify split, found {rows}{certifies}; give more rows or raise data.splits.verify or budget.max_drop."
+            )
+
+    # --- score ----------------------------------------------------------------------------------------------------
+
+    def _score(self) -> dict:
+        scoring = ImportanceScoring(self.decoder, self.recipe.boundary, self.recipe.seed)
+        loader = self.data.loader("fit", limit=self.recipe.importance.rows)
+        self._trainer("scoring layers", max_epochs=1).fit(scoring, loader)
+        prefill, decode = scoring.scores.T.tolist()
+        return {
+            "layers": self.decoder.num_layers,
+            "rows": scoring.rows,
+            "seed": self.recipe.seed,
+            "boundary": self.recipe.boundary,
+            "prefill": prefill,
+            "decode": decode,
+        }
+
+    def _candidates(self, importance: dict) -> list[int]:
+        """Depths to measure, shallowest pruning first.
+
+        A number picks depths at even steps of the logarithm of what is removed, the summed prefill importance of the
+        layers above: where importance rises fast, candidates are dense.
+        """
+        wanted, layers = self.recipe.budget.candidates, self.decoder.num_layers
+        every = list(range(layers - 1, 0, -1))
+        if wanted == "all":
+            return every
+        if isinstance(wanted, list):
+            odd = [depth for depth in wanted if not 1 <= depth <= layers]
+            if odd:
+                raise InputError(f"budget.candidates must lie in 1..{layers} for this model, found {odd[0]}.")
+            return sorted({depth for depth in wanted if depth < layers}, reverse=True)
+        if wanted >= len(every):
+            return every
+        removed = torch.tensor([sum(importance["prefill"][depth:]) for depth in every], dtype=torch.float64)
+        # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
+        level = removed.clamp(min=1e-30).log()
+        level = (level - level[1]).clamp(min=0) / (level[-1] - level[1]).clamp(min=1e-12)
+        level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
+        chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, wanted).tolist()}
+        return [every[index] for index in sorted(chosen)]
+
+    # --- fit projections ------------------------------------------------------------------------------------------
+
+    def _fit_projections(self, depths: list[int]) -> dict[tuple[int, str], KVProjections]:
+        """Projections by (depth, kind): reuse, and the kinds up to the recipe's."""
+        kind = self.recipe.projection.kind
+        found = {(depth, "reuse"): KVProjections(self.decoder, depth) for depth in depths}
+        if kind != "reuse":
+            found |= {(depth, "closed_form"): each for depth, each in self._closed_form(depths).items()}
+        if kind == "full":
+            for depth in depths:
+                found[depth, "full"] = self._train(depth, found[depth, "closed_form"])
+        return found
+
+    def _closed_form(self, depths: list[int]) -> dict[int, KVProjections]:
+        """Fit all depths in one pass, then choose each depth's ridge on the tune split; reuse is one of the choices."""
+        ridges_file = self.state / "ridge.json"
+        if ridges_file.is_file():
+            return {depth: self._read_projections(depth, "closed_form") for depth in depths}
+        needed = sum(ClosedFormFit.bytes_needed(self.decoder, depth) for depth in depths)
+        print(f"closed form: {len(depths)} depths, {needed / 2**20:.0f} MiB of running sums")
+        fit = ClosedFormFit(self.decoder, depths, self.recipe.boundary)
+        self._trainer("fitting").validate(fit, self.data.loader("fit"), verbose=False)
+        chosen, ridges = {}, {}
+        for depth in depths:
+            options = {f"{ridge:g}": fit.solve(depth, ridge) for ridge in self.recipe.projection.ridge}
+            options["reuse"] = KVProjections(self.decoder, depth).replace({}, "closed_form")
+            plan = PruningPlan(depth, self.recipe.boundary)
+            evaluation = Evaluation(self.decoder, {name: Variant(plan, each) for name, each in options.items()})
+            self._trainer(f"choosing the ridge at depth {depth}").validate(
+                evaluation, self.data.loader("tune"), verbose=False
+            )
+            losses = {name: evaluation.rows(name)["kl"].mean().item() for name in options}
+            best = min(losses, key=losses.get)
+            chosen[depth] = options[best]
+            ridges[depth] = {"chosen": best, "kl": losses}
+            self._write_projections(depth, chosen[depth])
+        _write_json(ridges_file, ridges)
+        return chosen
+
+    def _train(self, depth: int, start: KVProjections) -> KVProjections:
+        if self._projections_file(depth, "full").is_file():
+            return self._read_projections(depth, "full")
+        settings = self.recipe.projection
+        projections = KVProjections.from_state(self.decoder, depth, "closed_form", start.fitted_state())
+        if not len(projections.fitted_layers):  # depth L-1: lossless, nothing to train
+            projections.kind = "full"
+        else:
+            training = KVProjectionTraining(
+                projections,
+                PruningPlan(depth, self.recipe.boundary),
+                temperature=settings.temperature,
+                learning_rate=settings.learning_rate,
+            )
+            loader = self.data.loader("fit", batch_size=settings.batch_size, shuffle=True)
+            self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1).fit(training, loader)
+            projections = KVProjections.from_state(self.decoder, depth, "full", projections.fitted_state())
+        self._write_projections(depth, projections)
+        return projections
+
+    def _projections_file(self, depth: int, kind: str) -> Path:
+        return self.state / f"{kind}-depth{depth}.safetensors"
+
+    def _write_projections(self, depth: int, projections: KVProjections) -> None:
+        path = self._projections_file(depth, projections.kind)
+        temporary = path.with_name(path.name + ".tmp")
+        safetensors.torch.save_file(projections.fitted_state(), temporary)
+        os.replace(temporary, path)
+
+    def _read_projections(self, depth: int, kind: str) -> KVProjections:
+        state = safetensors.torch.load_file(self._projections_file(depth, kind))
+        return KVProjections.from_state(self.decoder, depth, kind, state)
+
+    # --- search and verify ----------------------------------------------------------------------------------------
+
+    def _search(self, projections: dict[tuple[int, str], KVProjections]) -> dict:
+        """Measure every depth and kind on the search split; the budget narrows the depths of the recipe's kind."""
+        boundary, kind = self.recipe.boundary, self.recipe.projection.kind
+        variants = {
+            f"{depth} {name}": Variant(PruningPlan(depth, boundary), each)
+            for (depth, name), each in projections.items()
+        }
+        evaluation = Evaluation(self.decoder, variants)
+        self.budget.watch("search", {depth: f"{depth} {kind}" for depth, name in projections if name == kind})
+        self._trainer("searching", self.budget).validate(evaluation, self.data.loader("search"), verbose=False)
+        ridges = _read_json(self.state / "ridge.json", {})
+        curve = []
+        for (depth, name), each in sorted(projections.items(), key=lambda item: -item[0][0]):
+            rows = evaluation.rows(f"{depth} {name}")
+            losses = row_loss(rows, self.budget.metric).tolist()
+            entry = {"depth": depth, "projection": name, "rows": len(losses)}
+            entry |= {key: rows[key].mean().item() for key in ("kl", "agreement", "nll_increase", "exact_match")}
+            entry["loss"] = sum(losses) / len(losses)
+            entry["bound"] = upper_bound(losses, self.budget.metric, self.budget.confidence)
+            if name == "closed_form":
+                entry["ridge"] = ridges[str(depth)]["chosen"]
+            curve.append(entry)
+            del each
+        return {"curve": curve, "sequence": self.budget.sequence, "decisions": self.budget.decisions}
+
+    def _verify(self, projections: dict[tuple[int, str], KVProjections], search: dict, importance: dict) -> dict:
+        """Open the verify split once, export what it lets through, and measure what the report compares."""
+        recipe, kind, layers = self.recipe, self.recipe.projection.kind, self.decoder.num_layers
+        measured = {"curve": search["curve"]}
+        if self.budget.sequence:
+            variants = {
+                str(depth): Variant(PruningPlan(depth, recipe.boundary), projections[depth, kind])
+                for depth in self.budget.sequence
+            }
+            evaluation = Evaluation(self.decoder, variants)
+            base = base_identity(self.model, recipe.model.base, recipe.model.revision)
+            export = ExportArtifact(self.output / "artifact", self.budget, base, recipe.to_dict(), measured)
+            self.budget.watch("verify", {depth: str(depth) for depth in self.budget.sequence})
+            self._trainer("verifying", self.budget, export).validate(
+                evaluation, self.data.loader("verify"), verbose=False
+            )
+        depth = self.budget.depth
+        deepest = depth if depth is not None else min(d for d, _ in projections)
+        plan = PruningPlan(deepest, recipe.boundary)
+        tokens = int(self.data.report.prompt_tokens["median"])
+        full, pruned = (prefill_flops(self.decoder, each, tokens) for each in (PruningPlan(layers), plan))
+        generator = StageAwareGenerator(self.model, plan, projections[deepest, kind])
+        return {
+            "format": 1,
+            "depth": depth,
+            "layers": layers,
+            "boundary": recipe.boundary,
+            "projection": kind,
+            "budget": {k: v for k, v in asdict(recipe.budget).items() if k != "candidates"},
+            "rows": {name: len(self.data.rows_of(name)) for name in ("fit", "tune", "search", "verify")}
+            | {"unusable": dict(self.data.report.unusable)},
+            "smallest_certifiable_drop": smallest_certifiable(
+                len(self.data.rows_of("verify")), recipe.budget.metric, recipe.budget.confidence
+            ),
+            "verified": measured.get("verified"),
+            "verification": [asdict(verdict) for verdict in self.budget.verdicts],
+            "curve": search["curve"],
+            "decisions": self.budget.decisions,
+            "comparison": self._compare(deepest, projections),
+            "arithmetic": {
+                "prompt_tokens": tokens,
+                "full_flops": full,
+                "pruned_flops": pruned,
+                "saved": 1 - pruned / full,
+                "ratio": full / pruned,
+            },
+            "ttft": measure_ttft(generator, tokens),
+            "versions": {name: version(name) for name in ("pop-lightning", "torch", "transformers", "lightning")},
+            "device": str(self.model.device),
+        }
+
+    def _compare(self, depth: int, projections: dict[tuple[int, str], KVProjections]) -> list[dict]:
+        """The same depth pruned in every way, on the search split (the verify split is for the one test)."""
+        plan = PruningPlan(depth, self.recipe.boundary)
+        kind = self.recipe.projection.kind
+        best, reuse = projections[depth, kind], projections[depth, "reuse"]
+        table = {
+            "full model": ("no pruning", Variant(PruningPlan(self.decoder.num_layers), reuse)),
+            **{
+                f"POP, {name}": (f"prefill pruned, {name.replace('_', ' ')} projections", Variant(plan, each))
+                for (d, name), each in projections.items()
+                if d == depth
+            },
+            "layers removed": (
+                "the same layers removed in both stages, as older pruning does",
+                Variant(plan, reuse, remove_layers=True),
+            ),
+            "no boundary handling": (
+                "the last prompt token is pruned like the context",
+                Variant(PruningPlan(depth, 0), best),
+            ),
+            "no KV projection": ("the pruned layers see no context", Variant(plan, reuse, context_visible=False)),
+        }
+        evaluation = Evaluation(self.decoder, {name: variant for name, (_, variant) in table.items()})
+        self._trainer("comparing").validate(evaluation, self.data.loader("search"), verbose=False)
+        rows = []
+        for name, (what, variant) in table.items():
+            means = {key: value.mean().item() for key, value in evaluation.rows(name).items()}
+            rows.append(
+                {"name": name, "what": what, "depth": variant.plan.depth, "rows": len(evaluation.rows(name)["kl"])}
+            )
+            rows[-1] |= {key: means[key] for key in ("exact_match", "agreement", "kl")}
+        return rows
+
+    # --- shared ---------------------------------------------------------------------------------------------------
+
+    def _trainer(self, what: str, *callbacks: lightning.Callback, **overrides) -> "_Trainer":
+        arguments = self.recipe.trainer_arguments() | overrides
+        arguments = {k: v for k, v in arguments.items() if v is not None}
+        arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
+        arguments |= {
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(self.output),
+        }
+        print(f"{what} ...", flush=True)
+        return _Trainer(lightning.Trainer(**arguments))
+
+    def _once(self, name: str, compute: Callable[[], dict]) -> dict:
+        path = self.output / name
+        if not path.is_file():
+            _write_json(path, compute())
+        return json.loads(path.read_text())
+
+
+class _Trainer:
+    """A Lightning trainer whose interrupts stay interrupts: Lightning itself turns Ctrl-C into exit code 1."""
+
+    def __init__(self, trainer: lightning.Trainer):
+        self._trainer = trainer
+
+    def fit(self, *args, **kwargs):
+        return self._call(self._trainer.fit, *args, **kwargs)
+
+    def validate(self, *args, **kwargs):
+        return self._call(self._trainer.validate, *args, **kwargs)
+
+    def _call(self, method, *args, **kwargs):
+        try:
+            result = method(*args, **kwargs)
+        except SystemExit as stop:
+            if self._trainer.interrupted:
+                raise KeyboardInterrupt from stop
+            raise
+        if self._trainer.interrupted:
+            raise KeyboardInterrupt
+        return result
+
+
+def _open_output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+    output = Path(recipe.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output {output} is a file; name a folder.")
+    stored = output / "recipe.yaml"
+    if output.is_dir() and any(output.iterdir()):
+        if overwrite:
+            if not stored.is_file():
+                raise InputError(f"output {output} holds files that are no pop-fit run; --overwrite would delete them.")
+            shutil.rmtree(output)
+        elif not resume:
+            raise InputError(f"output {output} exists already; give --resume, --overwrite or another --output.")
+        elif not stored.is_file() or stored.read_text(encoding="utf-8") != recipe.to_yaml():
+            raise InputError(
+                f"output {output} was started with another recipe; resume it with its own or --overwrite it."
+            )
+    try:
+        (output / "state").mkdir(parents=True, exist_ok=True)
+        temporary = output / "recipe.yaml.tmp"
+        recipe.save(temporary)
+        os.replace(temporary, stored)
+    except OSError as error:
+        raise InputError(
+            f"output {output} cannot be written ({error.strerror}); choose another with --output."
+        ) from error
+    return output
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:
+    """A generated response up to and with its end token; what generate pads behind it goes."""
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tuple(tokens[: index + 1])
+    return tuple(tokens)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path, default: dict) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else default
+
+
+def _quiet() -> None:
+    """Lightning's advice that does not apply: the base is in eval mode on purpose, loaders need no workers."""
+    import logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",
+        ".*returned `None`, this fit will run with no optimizer.*",
+        ".*no `val_dataloader`.*",
+        ".*isinstance.treespec.*",
+        ".*tensorboardX.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

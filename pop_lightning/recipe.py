@@ -1,0 +1,444 @@
+"""The recipe: every choice of a ``pop-fit`` run as typed dataclasses, read from one YAML file and the command line.
+
+jsonargparse does the typing, and Lightning's Trainer adds its own arguments under ``trainer``; what is wrong with a
+recipe is always told in one sentence (:class:`InputError`) that names the key, what was found and what was expected.
+"""
+
+import difflib
+import importlib.resources
+import inspect
+import math
+import re
+import sys
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning
+import yaml
+from jsonargparse import ArgumentParser
+
+from pop_lightning.errors import InputError
+
+USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_config] [--resume | --overwrite]
+
+  --recipe NAME_OR_PATH  a YAML file, or a recipe that comes with the package (bundled: {bundled})
+  --any.key VALUE        one key of the recipe, changed for this run, as in --budget.max_drop 0.02
+  --print_config         print every value that would be used, as YAML, and stop
+  --resume               go on with the run in `output` where it stopped
+  --overwrite            replace the run in `output`
+"""
+
+
+@dataclass
+class Model:
+    """The base: hub id, folder or ``bundled:NAME``, and how it is loaded."""
+
+    base: str = ""  # required; parse() says so in a sentence
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    device_map: str | dict | None = None
+
+
+@dataclass
+class Splits:
+    """Which share of the calibration rows serves which step; no row serves two."""
+
+    fit: float = 0.3
+    tune: float = 0.1
+    search: float = 0.2
+    verify: float = 0.4
+
+
+@dataclass
+class Data:
+    """The calibration data and its lengths, in tokens."""
+
+    calibration: str = ""  # required
+    split: str | None = None
+    max_prompt_tokens: int = 2048
+    max_response_tokens: int = 256
+    limit: int | None = None
+    batch_size: int = 8
+    splits: Splits = field(default_factory=Splits)
+
+
+@dataclass
+class Importance:
+    """How many calibration rows the layers are scored on."""
+
+    rows: int = 64
+
+
+@dataclass
+class Projection:
+    """Where the pruned layers' keys and values come from, and how those maps are fitted."""
+
+    kind: Literal["reuse", "closed_form", "full"] = "closed_form"
+    ridge: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    steps: int = 100
+    learning_rate: float = 1e-3
+    temperature: float = 2.0
+    kv_weight: float = 0.0
+    batch_size: int | None = None
+
+
+@dataclass
+class Budget:
+    """How much may be lost, how sure that has to be, and which depths are tried."""
+
+    metric: Literal["agreement", "nll_increase", "exact_match"] = "agreement"
+    max_drop: float = 0.01
+    confidence: float = 0.95
+    min_pruned: int = 2
+    candidates: int | list[int] | Literal["all"] = 8
+
+
+@dataclass
+class Recipe:
+    """Every choice of a run. ``trainer`` holds the arguments of ``lightning.Trainer`` as plain data."""
+
+    seed: int = 0
+    output: str = "runs/pop"
+    boundary: int = 1
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    importance: Importance = field(default_factory=Importance)
+    projection: Projection = field(default_factory=Projection)
+    budget: Budget = field(default_factory=Budget)
+    trainer: dict[str, Any] = field(default_factory=lambda: dict(TRAINER_DEFAULTS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data, every value named."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that ``--recipe`` reads back as this recipe."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``lightning.Trainer``; ``class_path`` entries become objects."""
+        parser = _parser()
+        return parser.instantiate(parser.parse_object({"trainer": self.trainer})).trainer.as_dict()
+
+
+TRAINER_DEFAULTS = {"accelerator": "auto", "devices": 1, "logger": False}
+
+
+class Invocation(NamedTuple):
+    """What a command line asks for."""
+
+    recipe: Recipe
+    resume: bool
+    overwrite: bool
+
+
+def parse(argv: list[str] | None = None) -> Invocation:
+    """Read ``--recipe``, then the ``--any.key value`` overrides.
+
+    Raises:
+        InputError: anything the user gave is missing, unknown, of the wrong type or out of range.
+        SystemExit: code 0, after ``--print_config`` or ``--help``.
+    """
+    name, overrides, flags = _split(sys.argv[1:] if argv is None else list(argv))
+    if "help" in flags:
+        print(USAGE.format(bundled=", ".join(bundled_recipes())), end="")
+        raise SystemExit(0)
+    if name is None:
+        raise InputError(
+            "no recipe was given: expected --recipe with a YAML file or one of the bundled recipes "
+            f"({', '.join(bundled_recipes())})."
+        )
+    if {"resume", "overwrite"} <= flags:
+        raise InputError("--resume and --overwrite were both given: expected at most one of them.")
+    recipe = _build(_read(name), overrides)
+    check(recipe)
+    if "print_config" in flags:
+        print(recipe.to_yaml(), end="")
+        raise SystemExit(0)
+    return Invocation(recipe, "resume" in flags, "overwrite" in flags)
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("pop_lightning.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def check(recipe: Recipe) -> None:
+    """Ranges, and what is required.
+
+    Raises:
+        InputError: naming the first key that does not fit.
+    """
+    model, data, projection, budget = recipe.model, recipe.data, recipe.projection, recipe.budget
+    for key, text, what in (
+        ("model.base", model.base, "a hub id, a folder or bundled:NAME"),
+        ("data.calibration", data.calibration, "a JSONL file, a hub data set or bundled:NAME/FILE"),
+        ("output", recipe.output, "a folder"),
+        ("model.attn_implementation", model.attn_implementation, "a name such as sdpa"),
+    ):
+        if not text.strip():
+            raise InputError(f"{key} is required: expected {what}, found nothing.")
+    whole = {
+        "seed": (recipe.seed, 0),
+        "boundary": (recipe.boundary, 0),
+        "data.max_prompt_tokens": (data.max_prompt_tokens, 1),
+        "data.max_response_tokens": (data.max_response_tokens, 1),
+        "data.limit": (data.limit, 1),
+        "data.batch_size": (data.batch_size, 1),
+        "importance.rows": (recipe.importance.rows, 1),
+        "projection.steps": (projection.steps, 1),
+        "projection.batch_size": (projection.batch_size, 1),
+        "projection.kv_weight": (projection.kv_weight, 0),
+        "budget.max_drop": (budget.max_drop, 0),
+        "budget.min_pruned": (budget.min_pruned, 1),
+    }
+    for key, (value, least) in whole.items():
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise InputError(f"{key} must be at least {least}, found {value}.")
+    positive = {
+        "projection.learning_rate": projection.learning_rate,
+        "projection.temperature": projection.temperature,
+        **{f"data.splits.{name}": share for name, share in asdict(data.splits).items()},
+        **{f"projection.ridge[{index}]": ridge for index, ridge in enumerate(projection.ridge)},
+    }
+    for key, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{key} must be above 0, found {value}.")
+    total = sum(asdict(data.splits).values())
+    if abs(total - 1) > 1e-6:
+        raise InputError(f"data.splits must sum to 1 (fit + tune + search + verify), found {total:g}.")
+    if not 0.5 < budget.confidence < 1:
+        raise InputError(f"budget.confidence must lie between 0.5 and 1, found {budget.confidence}.")
+    if not projection.ridge:
+        raise InputError("projection.ridge must name at least one strength, found an empty list.")
+    if isinstance(budget.candidates, list):
+        if not budget.candidates:
+            raise InputError("budget.candidates must name at least one depth, found an empty list.")
+        if min(budget.candidates) < 1:
+            raise InputError(f"budget.candidates must hold depths of at least 1, found {min(budget.candidates)}.")
+    elif budget.candidates != "all" and budget.candidates < 1:
+        raise InputError(f"budget.candidates must be at least 1, a list of depths or all, found {budget.candidates}.")
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], set[str]]:
+    """The recipe's name, the overrides in order, and the flags."""
+    name, overrides, flags = None, [], set()
+    words = iter(range(len(argv)))
+    for index in words:
+        word = argv[index]
+        if word in ("-h", "--help", "--print_config", "--resume", "--overwrite"):
+            flags.add("help" if word == "-h" else word[2:])
+            continue
+        if not word.startswith("--") or word == "--":
+            raise InputError(f"found {word!r} on the command line: expected --recipe, a flag, or --key value.")
+        key, equals, value = word[2:].partition("=")
+        if key in ("help", "print_config", "resume", "overwrite"):
+            raise InputError(f"--{key} takes no value, found {value!r}.")
+        if key != "recipe":
+            _check_key(key, f"--{key}", "--")
+        if not equals:
+            if index + 1 == len(argv) or argv[index + 1].startswith("--"):
+                raise InputError(f"--{key} needs a value, found none: expected --{key} {_expected(key)}.")
+            value = argv[next(words)]
+        if key == "recipe":
+            name = value
+        else:
+            overrides.append((key, value))
+    return name, overrides, flags
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The file's content, its keys checked."""
+    path = Path(name)
+    if name and path.is_file():
+        where = path
+    else:
+        stem = name.removesuffix(".yaml")
+        if stem not in bundled_recipes():
+            raise InputError(
+                f"--recipe {name!r} is neither a file nor a bundled recipe: expected a YAML file or one of "
+                f"{', '.join(bundled_recipes())}{_suggest(stem, bundled_recipes())}."
+            )
+        where = importlib.resources.files("pop_lightning.recipes") / f"{stem}.yaml"
+    try:
+        content = yaml.load(where.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it is no UTF-8 text that YAML allows"
+        raise InputError(f"recipe {name} is not YAML{at}: {problem}.") from error
+    except OSError as error:
+        raise InputError(f"recipe {name} cannot be read: {error.strerror}.") from error
+    if content is None:
+        raise InputError(f"recipe {name} is empty: expected keys such as model.base and data.calibration.")
+    if not isinstance(content, dict):
+        raise InputError(f"recipe {name} must hold keys such as model.base, found {_show(content)}.")
+    return _check_section(content, "", name)
+
+
+def _check_section(content: dict, prefix: str, name: str) -> dict[str, Any]:
+    """``content`` with empty sections left out, once every key of it is known."""
+    checked = {}
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        inside = [known for known in _keys() if known.startswith(f"{path}.")]
+        if not inside:
+            _check_key(path, f"key {path} in recipe {name}", "")
+            checked[key] = value
+        elif isinstance(value, dict):
+            checked[key] = _check_section(value, f"{path}.", name)
+        elif value is not None:
+            names = ", ".join(dict.fromkeys(known[len(path) + 1 :].split(".")[0] for known in inside))
+            raise InputError(f"{path} must be a section with keys such as {names[:120]}, found {_show(value)}.")
+    return checked
+
+
+def _build(content: dict[str, Any], overrides: list[tuple[str, str]]) -> Recipe:
+    parser = _parser()
+    given = dict(overrides)
+    try:
+        config = parser.parse_object(content)
+        if overrides:
+            config = parser.parse_args([f"--{key}={value}" for key, value in overrides], namespace=config)
+        plain = yaml.load(parser.dump(config, skip_none=False), Loader=_Loader)
+    except (Exception, SystemExit) as error:  # whatever jsonargparse raises, the user is told in one sentence
+        if isinstance(error, (MemoryError, RecursionError)):
+            raise
+        found = re.search(r'Parser key "([^"]+)"|argument --([\w.]+)', str(error))
+        key = (found[1] or found[2]) if found else None
+        if key not in _keys():
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the recipe does not fit: {reason.rstrip('.')}.") from error
+        value = given.get(key, _look_up(content, key))
+        raise InputError(f"{key} must be {_expected(key)}, found {_show(value)}.") from error
+    return _construct(Recipe, plain)
+
+
+def _construct(kind: type, content: dict[str, Any]):
+    hints = typing.get_type_hints(kind)
+    return kind(
+        **{
+            entry.name: _construct(hints[entry.name], content[entry.name])
+            if is_dataclass(hints[entry.name])
+            else content[entry.name]
+            for entry in fields(kind)
+        }
+    )
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    hints = typing.get_type_hints(Recipe)
+    for entry in fields(Recipe):
+        if entry.name == "trainer":
+            parser.add_class_arguments(lightning.Trainer, "trainer", instantiate=False)
+        elif is_dataclass(hints[entry.name]):
+            parser.add_class_arguments(hints[entry.name], entry.name, instantiate=False)
+        else:
+            parser.add_argument(f"--{entry.name}", type=hints[entry.name], default=entry.default)
+    parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+    return parser
+
+
+def _keys() -> dict[str, Any]:
+    """Every key of a recipe and its type."""
+    if not _KEYS:
+        _KEYS.update(_leaves(Recipe, ""))
+    return _KEYS
+
+
+_KEYS: dict[str, Any] = {}
+
+
+def _leaves(kind: type, prefix: str) -> dict[str, Any]:
+    leaves = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if f"{prefix}{name}" == "trainer":
+            parameters = list(inspect.signature(lightning.Trainer).parameters.values())
+            leaves.update({f"trainer.{each.name}": each.annotation for each in parameters})
+        elif is_dataclass(hint):
+            leaves.update(_leaves(hint, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = hint
+    return leaves
+
+
+def _check_key(key: str, shown: str, dashes: str) -> None:
+    known = key.removesuffix("+")
+    if known.startswith("trainer."):  # below an argument of the Trainer, jsonargparse knows more
+        known = ".".join(known.split(".")[:2])
+    if known in _keys():
+        return
+    inside = [each for each in _keys() if each.startswith(f"{known}.")]
+    if inside:
+        raise InputError(f"{shown} is a section: set one of its keys, such as {dashes}{inside[0]}.")
+    raise InputError(f"{shown} is unknown{_suggest(known, list(_keys()), dashes)}.")
+
+
+def _suggest(name: str, known: list[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:  # the right key in the wrong section, or in none
+        last = name.split(".")[-1]
+        ends = {each.split(".")[-1]: each for each in known}
+        close = [ends[each] for each in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.75)]
+    return f" (did you mean {dashes}{close[0]}?)" if close else ""
+
+
+def _expected(key: str) -> str:
+    return "NAME_OR_PATH" if key == "recipe" else _describe(_keys().get(key))
+
+
+def _describe(hint: Any) -> str:
+    simple = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if hint in (dict, list):
+        return "a mapping" if hint is dict else "a list"
+    if hint in simple:
+        return simple[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(each) for each in arguments))
+    if origin is list:
+        return {int: "a list of whole numbers", float: "a list of numbers"}.get(arguments[0], "a list")
+    if origin is not None:
+        return f"a {getattr(origin, '__name__', str(origin)).lower()}"
+    return f"a {hint.__name__}" if inspect.isclass(hint) else "a value that lightning.Trainer takes"
+
+
+def _look_up(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose ``1e-3`` is a number and whose doubled key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value} stands there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,0 +1,173 @@
+"""From text to text with a loaded artifact: what ``pop-generate`` does, callable from Python as well."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Thread
+
+import torch
+from tqdm import tqdm
+from transformers import TextIteratorStreamer
+
+from pop_lightning.data import CalibrationData, Row, collate
+from pop_lightning.errors import InputError
+from pop_lightning.generator import StageAwareGenerator
+from pop_lightning.models import context_length
+
+
+def stream(
+    generator: StageAwareGenerator, prompt: str, *, max_new_tokens: int, full: bool = False
+) -> Iterator[tuple[str, float]]:
+    """Generate greedily from one prompt; yields pieces of text with the seconds since the call.
+
+    ``full`` generates with the unpruned model.
+
+    Raises:
+        InputError: no tokenizer, an empty prompt, or one that leaves no room in the model's context.
+    """
+    tokenizer = _tokenizer(generator)
+    if not prompt.strip():
+        raise InputError("--prompt is empty; give some text.")
+    inputs = tokenizer(prompt, return_tensors="pt").to(generator.model.device)
+    _check_length(generator, inputs["input_ids"].shape[1], max_new_tokens, "--prompt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            with generator.full_model() if full else nullcontext():
+                generator.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    streamer=streamer,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    start = time.perf_counter()
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    for piece in streamer:
+        if piece:
+            yield piece, time.perf_counter() - start
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def generate_file(
+    generator: StageAwareGenerator,
+    data: str,
+    output: str | Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    compare: bool = False,
+) -> dict:
+    """Generate for every row of a file and write them as JSON Lines; the file appears whole or not at all.
+
+    Args:
+        data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
+        compare: run the unpruned model as well and say how often both agree.
+
+    Returns:
+        ``rows`` and, over the rows that have them, ``exact_match`` (text equals the reference), with ``compare`` also
+        ``full_exact_match``, ``same_text`` (share of rows where both models wrote the same) and ``agreement`` (share of
+        the full model's tokens that the pruned model wrote too, up to the first difference).
+    """
+    tokenizer = _tokenizer(generator)
+    rows = _read_rows(generator, tokenizer, data, max_new_tokens)
+    output = Path(output)
+    results: dict[int, dict] = {}
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
+    for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch"):
+        places = order[start : start + batch_size]
+        batch = collate([Row(rows[i].prompt_ids, (), rows[i].origin) for i in places], tokenizer.pad_token_id)
+        ids = {"pruned": _generate(generator, tokenizer, batch, max_new_tokens)}
+        if compare:
+            with generator.full_model():
+                ids["full"] = _generate(generator, tokenizer, batch, max_new_tokens)
+        for line, place in enumerate(places):
+            results[place] = _result(tokenizer, rows[place], {name: each[line] for name, each in ids.items()})
+    records = [results[place] for place in range(len(rows))]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(output.name + ".tmp")
+        temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        os.replace(temporary, output)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error.strerror}).") from error
+    names = ("exact_match", "full_exact_match", "same_text", "agreement")
+    summary: dict = {"rows": len(records)}
+    for name in names:
+        values = [record[name] for record in records if name in record]
+        if values:
+            summary[name] = sum(values) / len(values)
+    return summary
+
+
+def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> list[Row]:
+    context = context_length(generator.model)
+    return CalibrationData(
+        data,
+        tokenizer,
+        max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
+        max_response_tokens=max_new_tokens,
+        context=context,
+    ).read_rows()
+
+
+def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[list[int]]:
+    device = generator.model.device
+    with torch.no_grad():
+        output = generator.generate(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    tokens = output[:, batch["prompt_length"] :].tolist()
+    end = tokenizer.eos_token_id
+    return [row[: row.index(end)] if end in row else row for row in tokens]
+
+
+def _result(tokenizer, row: Row, ids: dict[str, list[int]]) -> dict:
+    text = {name: tokenizer.decode(each, skip_special_tokens=True).strip() for name, each in ids.items()}
+    record = {"prompt": tokenizer.decode(row.prompt_ids, skip_special_tokens=True), "generated": text["pruned"]}
+    if row.response_ids:
+        record["response"] = tokenizer.decode(row.response_ids, skip_special_tokens=True).strip()
+        record["exact_match"] = record["response"] == text["pruned"]
+    if "full" in text:
+        record["full_generated"] = text["full"]
+        if row.response_ids:
+            record["full_exact_match"] = record["response"] == text["full"]
+        record["same_text"] = text["full"] == text["pruned"]
+        same = 0
+        for ours, theirs in zip(ids["pruned"], ids["full"], strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        record["agreement"] = same / max(len(ids["pruned"]), len(ids["full"]), 1) if any(ids.values()) else 1.0
+    return record
+
+
+def _tokenizer(generator: StageAwareGenerator):
+    if generator.tokenizer is None:
+        raise InputError("the base has no tokenizer, which text needs; save one beside it or give --base with one.")
+    return generator.tokenizer
+
+
+def _check_length(generator: StageAwareGenerator, prompt: int, new: int, flag: str) -> None:
+    context = context_length(generator.model)
+    if context is not None and prompt + new > context:
+        raise InputError(
+            f"{flag} has {prompt} tokens; with --max_new_tokens {new} the model's context of {context} is too short."
+        )
