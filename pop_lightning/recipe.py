@@ -187,7 +187,7 @@ def check(recipe: Recipe) -> None:
     ):
         if not text.strip():
             raise InputError(f"{key} is required: expected {what}, found nothing.")
-    whole = {
+    at_least = {
         "seed": (recipe.seed, 0),
         "boundary": (recipe.boundary, 0),
         "data.max_prompt_tokens": (data.max_prompt_tokens, 1),
@@ -201,7 +201,7 @@ def check(recipe: Recipe) -> None:
         "budget.max_drop": (budget.max_drop, 0),
         "budget.min_pruned": (budget.min_pruned, 1),
     }
-    for key, (value, least) in whole.items():
+    for key, (value, least) in at_least.items():
         if value is not None and not (math.isfinite(value) and value >= least):
             raise InputError(f"{key} must be at least {least}, found {value}.")
     positive = {
@@ -309,7 +309,7 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]]) -> Recipe:
         config = parser.parse_object(content)
         if overrides:
             config = parser.parse_args([f"--{key}={value}" for key, value in overrides], namespace=config)
-        plain = yaml.load(parser.dump(config, skip_none=False), Loader=_Loader)
+        plain = yaml.load(parser.dump(config, skip_unset=False), Loader=_Loader)
     except (Exception, SystemExit) as error:  # whatever jsonargparse raises, the user is told in one sentence
         if isinstance(error, (MemoryError, RecursionError)):
             raise
@@ -318,8 +318,12 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]]) -> Recipe:
         if key not in _keys():
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the recipe does not fit: {reason.rstrip('.')}.") from error
-        value = given.get(key, _look_up(content, key))
+        inside = (value for name, value in reversed(overrides) if name.startswith((f"{key}.", f"{key}+")))
+        value = given.get(key, next(inside, _look_up(content, key)))
         raise InputError(f"{key} must be {_expected(key)}, found {_show(value)}.") from error
+    for key, hint in _keys().items():  # jsonargparse lets null pass for any type
+        if _look_up(plain, key) is None and type(None) not in typing.get_args(hint):
+            raise InputError(f"{key} must be {_describe(hint)}, found null.")
     return _construct(Recipe, plain)
 
 

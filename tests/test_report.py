@@ -155,7 +155,7 @@ def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
         "2.9 TFLOP",
         "31.03% saved",
         "412 ms",
-        "1.42× faster",
+        "1.42× as fast",
         "cpu (2 threads)",
         "4.12%",
         "Ridge 0.1 won on the tune rows",
@@ -186,6 +186,19 @@ def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
     assert "pruned in prefill" not in page
     assert "tr.chosen" in page
     assert 'class="chosen"' not in page
+
+
+def test_savings_of_a_depth_that_was_not_chosen_are_not_shown_as_saved(metrics, tmp_path):
+    page = written(nothing_qualified(metrics) | {key: METRICS[key] for key in ("arithmetic", "ttft")}, tmp_path)
+    Outline(page)
+    assert "What pruning would save" in page
+    assert "what it saves" not in page
+    assert "No depth was chosen." in page
+
+
+def test_the_caption_claims_a_zero_only_where_there_is_one(metrics, tmp_path):
+    assert "is exactly 0" in written(metrics, tmp_path)
+    assert "is exactly 0" not in written(metrics, tmp_path, importance=IMPORTANCE | {"prefill": IMPORTANCE["decode"]})
 
 
 def test_strings_are_escaped_in_the_page_and_in_its_plots(metrics, tmp_path):
