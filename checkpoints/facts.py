@@ -12,21 +12,129 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = (
-    "Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karin Lukas Maria Nils Olga Peter Rosa Simon Tanja Urban "
-    "Vera Walter Xenia Yusuf Zora Adam Berta Cyril Dora Emil Flora Georg Hanna Ivan Julia Kurt Laura Max Nora Otto"
-).split()
-CITIES = (
-    "Oslo Lima Cairo Paris Rome Delhi Tokyo Quito Sofia Bern Minsk Accra Hanoi Seoul Riga Doha Perth Lyon Porto Turin "
-    "Basel Ghent Leeds Malmo Nantes Osaka Pisa Reims Siena Tampa Utrecht Verona Zagreb York Bergen Cadiz Dakar Essen"
-).split()
-COUNTRIES = "Norland Sudland Estmark Westmark Highmoor Lowmoor Sandria Icemark Greenland Rockland".split()
+NAMES = [
+    "Anna",
+    "Boris",
+    "Carla",
+    "David",
+    "Elena",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Lukas",
+    "Maria",
+    "Nils",
+    "Olga",
+    "Peter",
+    "Rosa",
+    "Simon",
+    "Tanja",
+    "Urban",
+    "Vera",
+    "Walter",
+    "Xenia",
+    "Yusuf",
+    "Zora",
+    "Adam",
+    "Berta",
+    "Cyril",
+    "Dora",
+    "Emil",
+    "Flora",
+    "Georg",
+    "Hanna",
+    "Ivan",
+    "Julia",
+    "Kurt",
+    "Laura",
+    "Max",
+    "Nora",
+    "Otto",
+]
+CITIES = [
+    "Oslo",
+    "Lima",
+    "Cairo",
+    "Paris",
+    "Rome",
+    "Delhi",
+    "Tokyo",
+    "Quito",
+    "Sofia",
+    "Bern",
+    "Minsk",
+    "Accra",
+    "Hanoi",
+    "Seoul",
+    "Riga",
+    "Doha",
+    "Perth",
+    "Lyon",
+    "Porto",
+    "Turin",
+    "Basel",
+    "Ghent",
+    "Leeds",
+    "Malmo",
+    "Nantes",
+    "Osaka",
+    "Pisa",
+    "Reims",
+    "Siena",
+    "Tampa",
+    "Utrecht",
+    "Verona",
+    "Zagreb",
+    "York",
+    "Bergen",
+    "Cadiz",
+    "Dakar",
+    "Essen",
+]
+COUNTRIES = [
+    "Norland",
+    "Sudland",
+    "Estmark",
+    "Westmark",
+    "Highmoor",
+    "Lowmoor",
+    "Sandria",
+    "Icemark",
+    "Greenland",
+    "Rockland",
+]
 AGES = [str(age) for age in range(10, 70)]
-THINGS = "market river garden museum bridge station library harbour square theatre".split()
-MOODS = "quiet busy empty bright cold noisy closed pretty".split()
-WORDS = (
-    "lives in is The friend of Where does live Who older or How old the Question Answer was that day . , : ?".split()
-)
+THINGS = ["market", "river", "garden", "museum", "bridge", "station", "library", "harbour", "square", "theatre"]
+MOODS = ["quiet", "busy", "empty", "bright", "cold", "noisy", "closed", "pretty"]
+WORDS = [
+    "lives",
+    "in",
+    "is",
+    "The",
+    "friend",
+    "of",
+    "Where",
+    "does",
+    "live",
+    "Who",
+    "older",
+    "or",
+    "How",
+    "old",
+    "the",
+    "Question",
+    "Answer",
+    "was",
+    "that",
+    "day",
+    ".",
+    ",",
+    ":",
+    "?",
+]
 KINDS = ("lookup", "comparison", "two_hop")
 
 

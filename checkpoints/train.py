@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import torch
+from pop_lightning.checkpoints.facts import KINDS, document, question, row, vocabulary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
-
-from pop_lightning.checkpoints.facts import KINDS, document, question, row, vocabulary
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 LENGTH = 480

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pop_lightning.decoder import Decoder
-from pop_lightning.metrics import ROW_METRICS, RowLosses, response_metrics
+from pop_lightning.metrics import ROW_METRICS, RowMetrics, response_metrics
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
@@ -41,7 +41,7 @@ class Evaluation(lightning.LightningModule):
         super().__init__()
         self.decoder, self.base, self.variants = decoder, decoder.model, dict(variants)
         self._names = list(self.variants)
-        self.meters = torch.nn.ModuleList(RowLosses(ROW_METRICS) for _ in self._names)
+        self.meters = torch.nn.ModuleList(RowMetrics(ROW_METRICS) for _ in self._names)
         self.projections = torch.nn.ModuleList(
             {id(v.projections): v.projections for v in self.variants.values()}.values()
         )

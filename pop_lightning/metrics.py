@@ -296,9 +296,6 @@ class RowMetrics(Metric):
         return {name: value[order] for name, value in values.items()}
 
 
-RowLosses = RowMetrics  # the name that pop_lightning.evaluate imports
-
-
 def _clopper_pearson(errors: int, rows: int, confidence: float) -> float:
     if errors == rows:
         return 1.0

@@ -137,7 +137,7 @@ class _Run:
         budget = self.recipe.budget
         rows = len(self.data.rows_of("verify"))
         needed = rows_needed(budget.max_drop, budget.metric, budget.confidence)
-        if rows < needed:
+        if needed is not None and rows < needed:
             least = smallest_certifiable(rows, budget.metric, budget.confidence)
             certifies = "" if least is None else f" (they can show a drop of {least:.4f} at best)"
             raise InputError(
@@ -272,7 +272,7 @@ class _Run:
         self._trainer("searching", self.budget).validate(evaluation, self.data.loader("search"), verbose=False)
         ridges = _read_json(self.state / "ridge.json", {})
         curve = []
-        for (depth, name), each in sorted(projections.items(), key=lambda item: -item[0][0]):
+        for depth, name in sorted(projections, key=lambda each: -each[0]):
             rows = evaluation.rows(f"{depth} {name}")
             losses = row_loss(rows, self.budget.metric).tolist()
             entry = {"depth": depth, "projection": name, "rows": len(losses)}
@@ -280,9 +280,9 @@ class _Run:
             entry["loss"] = sum(losses) / len(losses)
             entry["bound"] = upper_bound(losses, self.budget.metric, self.budget.confidence)
             if name == "closed_form":
-                entry["ridge"] = ridges[str(depth)]["chosen"]
+                strength = ridges[str(depth)]["chosen"]
+                entry["ridge"] = None if strength == "reuse" else float(strength)  # None: reuse did best on tune
             curve.append(entry)
-            del each
         return {"curve": curve, "sequence": self.budget.sequence, "decisions": self.budget.decisions}
 
     def _verify(self, projections: dict[tuple[int, str], KVProjections], search: dict, importance: dict) -> dict:
