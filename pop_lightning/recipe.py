@@ -4,9 +4,12 @@ jsonargparse does the typing, and Lightning's Trainer adds its own arguments und
 recipe is always told in one sentence (:class:`InputError`) that names the key, what was found and what was expected.
 """
 
+import contextlib
 import difflib
+import importlib
 import importlib.resources
 import inspect
+import io
 import math
 import re
 import sys
@@ -24,11 +27,19 @@ from pop_lightning.errors import InputError
 
 USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_config] [--resume | --overwrite]
 
+Score the layers, fit the KV projections, pick the depth that keeps the accuracy budget, and export an artifact.
+
   --recipe NAME_OR_PATH  a YAML file, or a recipe that comes with the package (bundled: {bundled})
   --any.key VALUE        one key of the recipe, changed for this run, as in --budget.max_drop 0.02
   --print_config         print every value that would be used, as YAML, and stop
   --resume               go on with the run in `output` where it stopped
   --overwrite            replace the run in `output`
+
+keys (default):
+{keys}
+  trainer.*  lightning.Trainer's own arguments: {trainer}
+
+exit code: 0 exported; 2 bad usage, recipe or data; 3 no depth keeps the budget
 """
 
 
@@ -83,6 +94,8 @@ class Projection:
     steps: int = 100
     learning_rate: float = 1e-3
     temperature: float = 2.0
+    warmup: float = 0.1
+    weight_decay: float = 0.0
     kv_weight: float = 0.0
     batch_size: int | None = None
 
@@ -126,9 +139,11 @@ class Recipe:
     def trainer_arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``lightning.Trainer``; ``class_path`` entries become objects."""
         parser = _parser()
-        return parser.instantiate(parser.parse_object({"trainer": self.trainer})).trainer.as_dict()
+        config = parser.parse_object({"trainer": _with_save_dir(self.trainer, self.output)})
+        return parser.instantiate(config).trainer.as_dict()
 
 
+REQUIRED = ("model.base", "data.calibration")
 TRAINER_DEFAULTS = {"accelerator": "auto", "devices": 1, "logger": False}
 
 
@@ -147,9 +162,10 @@ def parse(argv: list[str] | None = None) -> Invocation:
         InputError: anything the user gave is missing, unknown, of the wrong type or out of range.
         SystemExit: code 0, after ``--print_config`` or ``--help``.
     """
-    name, overrides, flags = _split(sys.argv[1:] if argv is None else list(argv))
+    problems: list[str] = []
+    name, overrides, flags = _split(sys.argv[1:] if argv is None else list(argv), problems)
     if "help" in flags:
-        print(USAGE.format(bundled=", ".join(bundled_recipes())), end="")
+        print(usage(), end="")
         raise SystemExit(0)
     if name is None:
         raise InputError(
@@ -158,12 +174,24 @@ def parse(argv: list[str] | None = None) -> Invocation:
         )
     if {"resume", "overwrite"} <= flags:
         raise InputError("--resume and --overwrite were both given: expected at most one of them.")
-    recipe = _build(_read(name), overrides)
-    check(recipe)
+    recipe = _build(_read(name, problems), overrides, problems)
     if "print_config" in flags:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
     return Invocation(recipe, "resume" in flags, "overwrite" in flags)
+
+
+def usage() -> str:
+    """The text of ``--help``, every key of a recipe included."""
+    defaults = Recipe().to_dict()
+    own = {key: hint for key, hint in _keys().items() if not key.startswith("trainer.")}
+    width = max(map(len, own))
+    lines = []
+    for key, hint in own.items():
+        default = "required" if key in REQUIRED else _show(_look_up(defaults, key))
+        lines.append(f"  {key:<{width}}  {_describe(hint)} ({default})")
+    trainer = ", ".join(key.removeprefix("trainer.") for key in _keys() if key.startswith("trainer."))
+    return USAGE.format(bundled=", ".join(bundled_recipes()), keys="\n".join(lines), trainer=trainer)
 
 
 def bundled_recipes() -> list[str]:
@@ -176,18 +204,23 @@ def check(recipe: Recipe) -> None:
     """Ranges, and what is required.
 
     Raises:
-        InputError: naming the first key that does not fit.
+        InputError: naming every key that does not fit.
     """
+    _raise(_problems(recipe))
+
+
+def _problems(recipe: Recipe) -> list[str]:
     model, data, projection, budget = recipe.model, recipe.data, recipe.projection, recipe.budget
+    splits, problems = asdict(data.splits), []
     for key, text, what in (
         ("model.base", model.base, "a hub id, a folder or bundled:NAME"),
-        ("data.calibration", data.calibration, "a JSONL file, a hub data set or bundled:NAME/FILE"),
+        ("data.calibration", data.calibration, "a JSON Lines or text file, a hub data set or bundled:NAME/FILE"),
         ("output", recipe.output, "a folder"),
         ("model.attn_implementation", model.attn_implementation, "a name such as sdpa"),
     ):
         if not text.strip():
-            raise InputError(f"{key} is required: expected {what}, found nothing.")
-    at_least = {
+            problems.append(f"{key} is required: expected {what}, found nothing")
+    least = {
         "seed": (recipe.seed, 0),
         "boundary": (recipe.boundary, 0),
         "data.max_prompt_tokens": (data.max_prompt_tokens, 1),
@@ -197,40 +230,59 @@ def check(recipe: Recipe) -> None:
         "importance.rows": (recipe.importance.rows, 1),
         "projection.steps": (projection.steps, 1),
         "projection.batch_size": (projection.batch_size, 1),
+        "projection.weight_decay": (projection.weight_decay, 0),
         "projection.kv_weight": (projection.kv_weight, 0),
         "budget.max_drop": (budget.max_drop, 0),
         "budget.min_pruned": (budget.min_pruned, 1),
     }
-    for key, (value, least) in at_least.items():
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise InputError(f"{key} must be at least {least}, found {value}.")
+    for key, (value, bound) in least.items():
+        if value is not None and not (math.isfinite(value) and value >= bound):
+            problems.append(f"{key} must be at least {bound}, found {value}")
     positive = {
         "projection.learning_rate": projection.learning_rate,
         "projection.temperature": projection.temperature,
-        **{f"data.splits.{name}": share for name, share in asdict(data.splits).items()},
+        **{f"data.splits.{name}": share for name, share in splits.items()},
         **{f"projection.ridge[{index}]": ridge for index, ridge in enumerate(projection.ridge)},
     }
     for key, value in positive.items():
         if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{key} must be above 0, found {value}.")
-    total = sum(asdict(data.splits).values())
+            problems.append(f"{key} must be above 0, found {value}")
+    if recipe.seed >= 2**32:
+        problems.append(f"seed must be below 2**32, found {recipe.seed}")
+    if not 0 <= projection.warmup <= 1:
+        problems.append(f"projection.warmup must be a share of the steps in 0..1, found {projection.warmup}")
+    if budget.metric != "nll_increase" and budget.max_drop > 1:
+        problems.append(
+            f"budget.max_drop is an absolute fraction, at most 1 for {budget.metric}, found {budget.max_drop}"
+        )
+    total = sum(splits.values())
     if abs(total - 1) > 1e-6:
-        raise InputError(f"data.splits must sum to 1 (fit + tune + search + verify), found {total:g}.")
+        problems.append(f"data.splits must sum to 1 (fit + tune + search + verify), found {total:g}")
     if not 0.5 < budget.confidence < 1:
-        raise InputError(f"budget.confidence must lie between 0.5 and 1, found {budget.confidence}.")
+        problems.append(f"budget.confidence must lie between 0.5 and 1, found {budget.confidence}")
     if not projection.ridge:
-        raise InputError("projection.ridge must name at least one strength, found an empty list.")
+        problems.append("projection.ridge must name at least one strength, found an empty list")
     if isinstance(budget.candidates, list):
         if not budget.candidates:
-            raise InputError("budget.candidates must name at least one depth, found an empty list.")
-        if min(budget.candidates) < 1:
-            raise InputError(f"budget.candidates must hold depths of at least 1, found {min(budget.candidates)}.")
+            problems.append("budget.candidates must name at least one depth, found an empty list")
+        elif min(budget.candidates) < 1:
+            problems.append(f"budget.candidates must hold depths of at least 1, found {min(budget.candidates)}")
     elif budget.candidates != "all" and budget.candidates < 1:
-        raise InputError(f"budget.candidates must be at least 1, a list of depths or all, found {budget.candidates}.")
+        problems.append(f"budget.candidates must be at least 1, a list of depths or all, found {budget.candidates}")
+    return problems
 
 
-def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], set[str]]:
-    """The recipe's name, the overrides in order, and the flags."""
+def _raise(problems: list[str]) -> None:
+    """One sentence for one problem, one that counts and numbers them for several."""
+    if len(problems) == 1:
+        raise InputError(f"{problems[0]}.")
+    if problems:
+        numbered = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1))
+        raise InputError(f"the recipe has {len(problems)} errors: {numbered}.")
+
+
+def _split(argv: list[str], problems: list[str]) -> tuple[str | None, list[tuple[str, str]], set[str]]:
+    """The recipe's name, the overrides in order, and the flags; unknown keys are added to ``problems``."""
     name, overrides, flags = None, [], set()
     words = iter(range(len(argv)))
     for index in words:
@@ -243,8 +295,12 @@ def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], set[str]
         key, equals, value = word[2:].partition("=")
         if key in ("help", "print_config", "resume", "overwrite"):
             raise InputError(f"--{key} takes no value, found {value!r}.")
-        if key != "recipe":
-            _check_key(key, f"--{key}", "--")
+        problem = None if key == "recipe" else _key_problem(key, "--")
+        if problem:
+            problems.append(problem)
+            if not equals and index + 1 < len(argv) and not argv[index + 1].startswith("--"):
+                next(words)
+            continue
         if not equals:
             if index + 1 == len(argv) or argv[index + 1].startswith("--"):
                 raise InputError(f"--{key} needs a value, found none: expected --{key} {_expected(key)}.")
@@ -256,19 +312,18 @@ def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], set[str]
     return name, overrides, flags
 
 
-def _read(name: str) -> dict[str, Any]:
-    """The file's content, its keys checked."""
-    path = Path(name)
-    if name and path.is_file():
-        where = path
-    else:
-        stem = name.removesuffix(".yaml")
-        if stem not in bundled_recipes():
-            raise InputError(
-                f"--recipe {name!r} is neither a file nor a bundled recipe: expected a YAML file or one of "
-                f"{', '.join(bundled_recipes())}{_suggest(stem, bundled_recipes())}."
-            )
+def _read(name: str, problems: list[str]) -> dict[str, Any]:
+    """The file's content without unknown keys, which are added to ``problems``."""
+    stem = name.removeprefix("recipes/").removesuffix(".yaml")
+    if name and Path(name).is_file():
+        where = Path(name)
+    elif stem in bundled_recipes():
         where = importlib.resources.files("pop_lightning.recipes") / f"{stem}.yaml"
+    else:
+        raise InputError(
+            f"--recipe {name!r} is neither a file nor a bundled recipe: expected a YAML file or one of "
+            f"{', '.join(bundled_recipes())}{_suggest(stem, bundled_recipes())}."
+        )
     try:
         content = yaml.load(where.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -282,34 +337,71 @@ def _read(name: str) -> dict[str, Any]:
         raise InputError(f"recipe {name} is empty: expected keys such as model.base and data.calibration.")
     if not isinstance(content, dict):
         raise InputError(f"recipe {name} must hold keys such as model.base, found {_show(content)}.")
-    return _check_section(content, "", name)
+    return _check_section(content, "", problems)
 
 
-def _check_section(content: dict, prefix: str, name: str) -> dict[str, Any]:
-    """``content`` with empty sections left out, once every key of it is known."""
+def _check_section(content: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
+    """``content`` without empty sections and unknown keys."""
     checked = {}
     for key, value in content.items():
         path = f"{prefix}{key}"
         inside = [known for known in _keys() if known.startswith(f"{path}.")]
         if not inside:
-            _check_key(path, f"key {path} in recipe {name}", "")
-            checked[key] = value
+            problem = _key_problem(path, "")
+            if problem:
+                problems.append(problem)
+            else:
+                checked[key] = value
         elif isinstance(value, dict):
-            checked[key] = _check_section(value, f"{path}.", name)
+            checked[key] = _check_section(value, f"{path}.", problems)
         elif value is not None:
             names = ", ".join(dict.fromkeys(known[len(path) + 1 :].split(".")[0] for known in inside))
-            raise InputError(f"{path} must be a section with keys such as {names[:120]}, found {_show(value)}.")
+            if len(names) > 100:
+                names = names[:100].rpartition(",")[0]
+            problems.append(f"{path} must be a section with keys such as {names}, found {_show(value)}")
     return checked
 
 
-def _build(content: dict[str, Any], overrides: list[tuple[str, str]]) -> Recipe:
-    parser = _parser()
-    given = dict(overrides)
+def _build(content: dict[str, Any], overrides: list[tuple[str, str]], problems: list[str]) -> Recipe:
+    """The typed recipe; everything that is wrong with it, ``problems`` of its keys first, is told at once."""
+    output = str(dict(overrides).get("output", content.get("output", Recipe.output)))
+    if isinstance(content.get("trainer"), dict):
+        content = content | {"trainer": _with_save_dir(content["trainer"], output)}
+    overrides = _logger_first(overrides, output)
     try:
-        config = parser.parse_object(content)
-        if overrides:
-            config = parser.parse_args([f"--{key}={value}" for key, value in overrides], namespace=config)
-        plain = yaml.load(parser.dump(config, skip_unset=False), Loader=_Loader)
+        plain = _parse(content, overrides)
+    except InputError as error:
+        # jsonargparse stops at the first value that does not fit: each is tried alone, over the defaults.
+        given = {key for key, _ in overrides}
+        alone = [
+            (_nest(key, value), [])
+            for key, value in _flat(content)
+            if not any(f"{key}.".startswith(f"{each}.") for each in given)
+        ]
+        alone += [
+            ({}, [each for each in overrides if _top(each[0]) == top]) for top in dict.fromkeys(_top(k) for k in given)
+        ]
+        values = []
+        for one, words in alone:
+            try:
+                _parse(one, words)
+            except InputError as problem:
+                values.append(str(problem).rstrip("."))
+        _raise([*problems, *(dict.fromkeys(values) if values else [str(error).rstrip(".")])])
+        raise
+    recipe = _construct(Recipe, plain)
+    _raise([*problems, *_problems(recipe)])
+    return recipe
+
+
+def _parse(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
+    parser = _parser()
+    try:
+        with _quiet_stderr():
+            config = parser.parse_object(content)
+            if overrides:
+                config = parser.parse_args([f"--{key}={value}" for key, value in overrides], namespace=config)
+            return yaml.load(parser.dump(config, skip_none=False), Loader=_Loader)
     except (Exception, SystemExit) as error:  # whatever jsonargparse raises, the user is told in one sentence
         if isinstance(error, (MemoryError, RecursionError)):
             raise
@@ -318,13 +410,69 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]]) -> Recipe:
         if key not in _keys():
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the recipe does not fit: {reason.rstrip('.')}.") from error
-        inside = (value for name, value in reversed(overrides) if name.startswith((f"{key}.", f"{key}+")))
-        value = given.get(key, next(inside, _look_up(content, key)))
+        value = dict(overrides).get(key, _look_up(content, key))
         raise InputError(f"{key} must be {_expected(key)}, found {_show(value)}.") from error
-    for key, hint in _keys().items():  # jsonargparse lets null pass for any type
-        if _look_up(plain, key) is None and type(None) not in typing.get_args(hint):
-            raise InputError(f"{key} must be {_describe(hint)}, found null.")
-    return _construct(Recipe, plain)
+
+
+def _top(key: str) -> str:
+    """The argument that an override belongs to: ``trainer.logger`` for ``trainer.logger.save_dir``."""
+    known = key.removesuffix("+")
+    return ".".join(known.split(".")[:2]) if known.startswith("trainer.") else known
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        pairs += [(key, value)] if key in _keys() or not isinstance(value, dict) else _flat(value, f"{key}.")
+    return pairs
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _with_save_dir(trainer: dict[str, Any], output: str) -> dict[str, Any]:
+    """``trainer`` with a logger that names no folder writing below ``output``, as Lightning's own default does."""
+    logger = trainer.get("logger")
+    entries = [_placed(each, output) for each in (logger if isinstance(logger, list) else [logger])]
+    return trainer | {"logger": entries if isinstance(logger, list) else entries[0]} if "logger" in trainer else trainer
+
+
+def _placed(logger: Any, output: str) -> Any:
+    entry = {"class_path": logger} if isinstance(logger, str) else logger
+    if not isinstance(entry, dict) or not _needs_save_dir(entry.get("class_path")):
+        return logger
+    return entry | {"init_args": {"save_dir": output} | (entry.get("init_args") or {})}
+
+
+def _logger_first(overrides: list[tuple[str, str]], output: str) -> list[tuple[str, str]]:
+    """``--trainer.logger CLASS`` followed by its folder, so that one further on the command line still wins."""
+    placed = []
+    for key, value in overrides:
+        placed.append((key, value))
+        if key == "trainer.logger" and _needs_save_dir(value):
+            placed.append(("trainer.logger.save_dir", output))
+    return placed
+
+
+def _needs_save_dir(class_path: Any) -> bool:
+    module, _, name = str(class_path).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module or "lightning.pytorch.loggers"), name)
+        parameter = inspect.signature(kind).parameters.get("save_dir")
+    except (ImportError, AttributeError, TypeError, ValueError):  # jsonargparse says what is wrong with it
+        return False
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """jsonargparse and argparse print usage before they raise; the user gets the sentence alone."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _construct(kind: type, content: dict[str, Any]):
@@ -376,16 +524,17 @@ def _leaves(kind: type, prefix: str) -> dict[str, Any]:
     return leaves
 
 
-def _check_key(key: str, shown: str, dashes: str) -> None:
+def _key_problem(key: str, dashes: str) -> str | None:
+    """What is wrong with a key, or None; ``dashes`` stand before it where the user writes them."""
     known = key.removesuffix("+")
     if known.startswith("trainer."):  # below an argument of the Trainer, jsonargparse knows more
         known = ".".join(known.split(".")[:2])
     if known in _keys():
-        return
+        return None
     inside = [each for each in _keys() if each.startswith(f"{known}.")]
     if inside:
-        raise InputError(f"{shown} is a section: set one of its keys, such as {dashes}{inside[0]}.")
-    raise InputError(f"{shown} is unknown{_suggest(known, list(_keys()), dashes)}.")
+        return f"{dashes}{key} is a section: set one of its keys, such as {dashes}{inside[0]}"
+    return f"{dashes}{key} is no recipe key{_suggest(known, list(_keys()), dashes)}"
 
 
 def _suggest(name: str, known: list[str], dashes: str = "") -> str:
@@ -415,7 +564,8 @@ def _describe(hint: Any) -> str:
     if origin is list:
         return {int: "a list of whole numbers", float: "a list of numbers"}.get(arguments[0], "a list")
     if origin is not None:
-        return f"a {getattr(origin, '__name__', str(origin)).lower()}"
+        name = getattr(origin, "__name__", str(origin)).lower()
+        return "a list" if name == "iterable" else f"a {name}"
     return f"a {hint.__name__}" if inspect.isclass(hint) else "a value that lightning.Trainer takes"
 
 

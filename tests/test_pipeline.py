@@ -1,0 +1,241 @@
+"""pop-fit and pop-generate from the command line, in process: what they write, what they refuse, and resuming."""
+
+import json
+import os
+
+import lightning
+import pytest
+import torch
+from families import COMMON
+from transformers import AutoModelForCausalLM
+from workbench import arguments, save_base, save_rows, snapshot
+
+from pop_lightning import StageAwareGenerator, pipeline
+from pop_lightning.cli import fit, generate
+
+LAYERS = COMMON["num_hidden_layers"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def fitted(base, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("fit") / "run"
+    assert fit.main(arguments(base, data, output)) == 0
+    return output
+
+
+def test_a_run_writes_everything_it_promises(fitted):
+    metrics = json.loads((fitted / "metrics.json").read_text())
+    assert metrics["depth"] == 1  # the budget allows everything
+    assert metrics["layers"] == LAYERS
+    assert {entry["depth"] for entry in metrics["curve"]} == {1, 2, 3}
+    assert {entry["projection"] for entry in metrics["curve"]} == {"reuse", "closed_form"}
+    assert all({"kl", "agreement", "nll_increase"} <= set(entry) for entry in metrics["curve"])
+    assert metrics["verified"]["rows"] == metrics["rows"]["verify"]
+    names = {"artifact/pop_config.json", "artifact/kv_projections.safetensors", "artifact/README.md", "importance.json",
+             "report.html", "recipe.yaml"}  # fmt: skip
+    assert names <= set(snapshot(fitted))
+    assert not [name for name in snapshot(fitted) if name.endswith(".tmp")]
+    importance = json.loads((fitted / "importance.json").read_text())
+    assert len(importance["prefill"]) == LAYERS
+    assert importance["prefill"][-1] == 0
+
+
+def test_the_artifact_loads_and_generates_as_what_was_measured(fitted, base):
+    generator = StageAwareGenerator.from_artifact(fitted / "artifact")
+    again = StageAwareGenerator.from_artifact(
+        fitted / "artifact", base=AutoModelForCausalLM.from_pretrained(base).eval()
+    )
+    ids = torch.tensor([[1, 7, 8, 9, 10, 11]])
+    expected = again.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(generator.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_a_file_of_the_models_own_answers_matches_exactly(fitted, tmp_path):
+    generator = StageAwareGenerator.from_artifact(fitted / "artifact")
+    rows = []
+    for start in range(4, 16):
+        ids = torch.tensor([[start + 1, start, start + 5, start + 9, start + 2]])
+        new = generator.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, 5:]
+        text = generator.tokenizer.decode(new, skip_special_tokens=True)
+        if text:
+            prompt = generator.tokenizer.decode(ids[0], skip_special_tokens=True)
+            rows.append(json.dumps({"prompt": prompt, "response": text}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "out.jsonl"
+    code = generate.main(
+        ["--artifact", str(fitted / "artifact"), "--data", str(tmp_path / "rows.jsonl"), "--output", str(output),
+         "--compare", "--max_new_tokens", "6"]
+    )  # fmt: skip
+    assert code == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == len(rows)
+    assert all(record["exact_match"] for record in records)
+    assert all({"full_generated", "same_text", "agreement"} <= set(record) for record in records)
+
+
+def test_prompt_streams_and_prints_the_ttft(fitted, capsys):
+    assert generate.main(["--artifact", str(fitted / "artifact"), "--prompt", "w1 w2 w3", "--max_new_tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "TTFT" in captured.err
+    assert captured.out.strip()
+
+
+def test_no_depth_within_the_budget_exits_3_and_exports_nothing(base, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert fit.main(arguments(base, data, output, budget__max_drop=1e-9)) == 3
+    assert json.loads((output / "metrics.json").read_text())["depth"] is None
+    assert not (output / "artifact").exists()
+    assert "reuse" in capsys.readouterr().out
+
+
+def test_every_kind_of_projection_runs(base, data, tmp_path):
+    for kind in ("reuse", "full"):
+        output = tmp_path / kind
+        changes = {"projection__kind": kind, "projection__steps": 3, "budget__candidates": [2]}
+        assert fit.main(arguments(base, data, output, **changes)) == 0
+        metrics = json.loads((output / "metrics.json").read_text())
+        assert metrics["projection"] == kind
+        StageAwareGenerator.from_artifact(output / "artifact")
+
+
+def test_prompts_without_responses_are_answered_by_the_full_model_once(base, tmp_path):
+    data = save_rows(tmp_path / "prompts.jsonl", responses=False)
+    output = tmp_path / "run"
+    assert fit.main(arguments(base, data, output, data__max_response_tokens=4)) == 0
+    assert (output / "state" / "responses.json").is_file()
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["comparison"][0]["exact_match"] == 1.0  # the full model agrees with itself
+
+
+def test_an_existing_output_is_refused_resumed_or_replaced(fitted, base, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    command = arguments(base, data, output)
+    assert fit.main(command) == 0
+    before = snapshot(output)
+    assert fit.main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert fit.main([*command, "--resume"]) == 0
+    assert snapshot(output) == before
+    assert fit.main([*command, "--resume", "--seed", "1"]) == 2
+    assert "another recipe" in capsys.readouterr().err
+    assert fit.main([*command, "--overwrite"]) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("precious")
+    assert fit.main([*arguments(base, data, tmp_path / "other"), "--overwrite"]) == 2
+    assert (tmp_path / "other" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    assert fit.main(arguments(base, data, whole)) == 0
+    for stage in ("_search", "_verify", "_closed_form"):
+        output = tmp_path / stage
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline._Run, stage, _interrupt)
+            assert fit.main(arguments(base, data, output)) == 130
+        assert not (output / "artifact").exists()
+        assert fit.main([*arguments(base, data, output), "--resume"]) == 0
+        name = "artifact/kv_projections.safetensors"
+        assert snapshot(output)[name] == snapshot(whole)[name]
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_inside_lightning_exits_130_and_leaves_nothing_half_written(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline.ImportanceScoring, "training_step", _interrupt)
+    output = tmp_path / "run"
+    assert fit.main(arguments(base, data, output)) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (output / "importance.json").exists()
+    assert not (output / "artifact").exists()
+
+
+def test_bad_input_is_one_sentence_and_exit_2(base, data, tmp_path, capsys):
+    no_tokenizer = save_base(tmp_path / "bare", tokenizer=False)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
+    few = save_rows(tmp_path / "few.jsonl", rows=30)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "w1 " * 500, "response": "w2"}) + "\n")
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]})
+    )
+    cases = [
+        ({"model__base": tmp_path / "nowhere"}, "model.base"),
+        ({"model__base": no_tokenizer}, "tokenizer"),
+        ({"data__calibration": tmp_path / "nothing.jsonl"}, "data.calibration"),
+        ({"data__calibration": tmp_path / "empty.jsonl"}, "empty.jsonl"),
+        ({"data__calibration": long}, "max_prompt_tokens"),
+        ({"data__calibration": chat}, "chat template"),
+        ({"data__calibration": few, "budget__metric": "agreement", "budget__max_drop": 0.01}, "299"),
+        ({"budget__candidates": [9]}, "1..4"),
+        ({"output": tmp_path / "file"}, "is a file"),
+        ({"output": tmp_path / "file" / "run"}, "output"),
+    ]
+    for number, (changes, expected) in enumerate(cases):
+        output = changes.pop("output", tmp_path / f"run{number}")
+        assert fit.main(arguments(base, data, output, **changes)) == 2, changes
+        message = capsys.readouterr().err
+        assert expected in message, (changes, message)
+        assert "Traceback" not in message
+        assert message.strip().splitlines()[-1].startswith("pop-fit: error: ")
+        assert not (output / "artifact").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_that_is_not_writable_is_refused(base, data, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert fit.main(arguments(base, data, tmp_path / "locked" / "run")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path, capsys):
+    artifact = str(fitted / "artifact")
+    other = save_base(tmp_path / "other", seed=5)
+    cases = [
+        (["--artifact", str(tmp_path / "none"), "--prompt", "w1"], "none"),
+        (["--artifact", artifact, "--prompt", " "], "--prompt"),
+        (["--artifact", artifact, "--prompt", "w1 " * 200], "context"),
+        (["--artifact", artifact, "--data", str(data)], "--output"),
+        (["--artifact", artifact, "--base", str(other), "--prompt", "w1"], "base"),
+        (["--artifact", artifact, "--base", str(tmp_path / "none"), "--prompt", "w1"], "model"),
+        (["--artifact", artifact], "--prompt"),
+        (["--artifact", artifact, "--prompt", "w1", "--max_new_tokens", "0"], "--max_new_tokens"),
+    ]
+    for command, expected in cases:
+        assert generate.main(command) == 2, command
+        message = capsys.readouterr().err
+        assert expected in message, (command, message)
+        assert "Traceback" not in message
+
+
+def test_loggers_come_from_the_recipe(base, data, tmp_path):
+    for logger in ("CSVLogger", "TensorBoardLogger"):
+        output = tmp_path / logger
+        command = arguments(base, data, output, projection__kind="full", projection__steps=2, budget__candidates=[2])
+        name, folder = f"lightning.pytorch.loggers.{logger}", str(output / "logs")
+        extra = ["--trainer.logger", name, "--trainer.logger.save_dir", folder, "--trainer.log_every_n_steps", "1"]
+        assert fit.main([*command, *extra]) == 0
+        pattern = "metrics.csv" if logger == "CSVLogger" else "events.out*"
+        assert list((output / "logs").rglob(pattern))
+
+
+def test_the_verify_split_is_opened_once():
+    budget = pipeline.AccuracyBudget()
+    budget._verified = True
+    with pytest.raises(pipeline.InputError, match="opened already"):
+        budget.watch("verify", {})
+    assert isinstance(budget, lightning.Callback)
