@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning
+
 from pop_lightning.artifact import write_artifact
 from pop_lightning.callbacks.accuracy_budget import AccuracyBudget
 

@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from pop_lightning.checkpoints import facts
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
+
+from pop_lightning.checkpoints import facts
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 WINDOW = 32

@@ -10,9 +10,11 @@ import importlib
 import importlib.resources
 import inspect
 import io
+import json
 import math
 import re
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -37,7 +39,8 @@ Score the layers, fit the KV projections, pick the depth that keeps the accuracy
 
 keys (default):
 {keys}
-  trainer.*  lightning.Trainer's own arguments: {trainer}
+  trainer.NAME: lightning.Trainer's own arguments
+{trainer}
 
 exit code: 0 exported; 2 bad usage, recipe or data; 3 no depth keeps the budget
 """
@@ -188,9 +191,10 @@ def usage() -> str:
     width = max(map(len, own))
     lines = []
     for key, hint in own.items():
-        default = "required" if key in REQUIRED else _show(_look_up(defaults, key))
+        default = "required" if key in REQUIRED else json.dumps(_look_up(defaults, key)).replace('"', "")
         lines.append(f"  {key:<{width}}  {_describe(hint)} ({default})")
     trainer = ", ".join(key.removeprefix("trainer.") for key in _keys() if key.startswith("trainer."))
+    trainer = textwrap.fill(trainer, 110, initial_indent="    ", subsequent_indent="    ")
     return USAGE.format(bundled=", ".join(bundled_recipes()), keys="\n".join(lines), trainer=trainer)
 
 
@@ -390,8 +394,17 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]], problems: 
         _raise([*problems, *(dict.fromkeys(values) if values else [str(error).rstrip(".")])])
         raise
     recipe = _construct(Recipe, plain)
-    _raise([*problems, *_problems(recipe)])
+    # A required key that is missing because it was mistyped, or its section was, is told once.
+    told = [
+        each for each in _problems(recipe) if not (" is required: " in each and _covered(each.split()[0], problems))
+    ]
+    _raise([*problems, *told])
     return recipe
+
+
+def _covered(key: str, problems: list[str]) -> bool:
+    section = f"{key.split('.')[0]} must be a section"
+    return any(f"did you mean {key}?" in each or each.startswith(section) for each in problems)
 
 
 def _parse(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
@@ -401,7 +414,7 @@ def _parse(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[st
             config = parser.parse_object(content)
             if overrides:
                 config = parser.parse_args([f"--{key}={value}" for key, value in overrides], namespace=config)
-            return yaml.load(parser.dump(config, skip_none=False), Loader=_Loader)
+            return yaml.load(parser.dump(config, skip_unset=False), Loader=_Loader)
     except (Exception, SystemExit) as error:  # whatever jsonargparse raises, the user is told in one sentence
         if isinstance(error, (MemoryError, RecursionError)):
             raise
@@ -409,8 +422,14 @@ def _parse(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[st
         key = (found[1] or found[2]) if found else None
         if key not in _keys():
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"the recipe does not fit: {reason.rstrip('.')}.") from error
+            raise InputError(f"the recipe does not fit: {reason[:300].rstrip('.')}.") from error
         value = dict(overrides).get(key, _look_up(content, key))
+        inside = re.search(
+            r"class_path '([^']+)':\s+(?:Option '([^']+)' is not accepted|Parser key \"([^\"]+)\")", str(error)
+        )
+        if inside:
+            what = f"takes no {inside[2]}" if inside[2] else f"does not take the {inside[3]} that was given"
+            raise InputError(f"{key}: {inside[1]} {what}.") from error
         raise InputError(f"{key} must be {_expected(key)}, found {_show(value)}.") from error
 
 
@@ -529,7 +548,7 @@ def _key_problem(key: str, dashes: str) -> str | None:
     known = key.removesuffix("+")
     if known.startswith("trainer."):  # below an argument of the Trainer, jsonargparse knows more
         known = ".".join(known.split(".")[:2])
-    if known in _keys():
+    if known in _keys() and not key.endswith(".help"):
         return None
     inside = [each for each in _keys() if each.startswith(f"{known}.")]
     if inside:

@@ -3,7 +3,6 @@
 import lightning
 import pytest
 import torch
-from families import COMMON, FAMILIES, build
 
 from pop_lightning import PruningPlan
 from pop_lightning.data import Row, collate
@@ -13,6 +12,8 @@ from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
+
+from families import COMMON, FAMILIES, build
 
 LAYERS = COMMON["num_hidden_layers"]
 

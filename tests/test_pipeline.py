@@ -6,12 +6,13 @@ import os
 import lightning
 import pytest
 import torch
-from families import COMMON
 from transformers import AutoModelForCausalLM
-from workbench import arguments, save_base, save_rows, snapshot
 
 from pop_lightning import StageAwareGenerator, pipeline
 from pop_lightning.cli import fit, generate
+
+from families import COMMON
+from workbench import arguments, save_base, save_rows, snapshot
 
 LAYERS = COMMON["num_hidden_layers"]
 

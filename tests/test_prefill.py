@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
-from families import COMMON, FAMILIES, WINDOW, build, greedy, ragged, relative, two_pass
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.decoder import Decoder, position_ids
 from pop_lightning.prefill import student_logits
 from pop_lightning.projections import KVProjections
+
+from families import COMMON, FAMILIES, WINDOW, build, greedy, ragged, relative, two_pass
 
 LAYERS = COMMON["num_hidden_layers"]
 BATCHES = {"one": [21], "ragged": [21, 5, 13]}

@@ -3,8 +3,6 @@
 import lightning
 import pytest
 import torch
-from families import COMMON, FAMILIES, build
-from test_importance import rows
 
 from pop_lightning import InputError, PruningPlan
 from pop_lightning.closed_form import ClosedFormFit
@@ -13,6 +11,9 @@ from pop_lightning.decoder import Decoder
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import KVProjectionTraining, teacher_pass
 from pop_lightning.projections import KVProjections
+
+from families import COMMON, FAMILIES, build
+from test_importance import rows
 
 LAYERS = COMMON["num_hidden_layers"]
 

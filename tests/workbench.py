@@ -4,9 +4,10 @@ import json
 import random
 from pathlib import Path
 
-from families import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from families import build
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *[f"w{i}" for i in range(93)]]
 
