@@ -133,7 +133,7 @@ class Recipe:
         return asdict(self)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
         """Write a file that ``--recipe`` reads back as this recipe."""
@@ -371,7 +371,7 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]], problems: 
     output = str(dict(overrides).get("output", content.get("output", Recipe.output)))
     if isinstance(content.get("trainer"), dict):
         content = content | {"trainer": _with_save_dir(content["trainer"], output)}
-    overrides = _logger_first(overrides, output)
+    overrides = _logger_placed(overrides, output)
     try:
         plain = _parse(content, overrides)
     except InputError as error:
@@ -393,6 +393,8 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]], problems: 
                 values.append(str(problem).rstrip("."))
         _raise([*problems, *(dict.fromkeys(values) if values else [str(error).rstrip(".")])])
         raise
+    # jsonargparse lets null pass for every type.
+    _raise([*problems, *_nulls(plain)] if _nulls(plain) else [])
     recipe = _construct(Recipe, plain)
     # A required key that is missing because it was mistyped, or its section was, is told once.
     told = [
@@ -402,9 +404,18 @@ def _build(content: dict[str, Any], overrides: list[tuple[str, str]], problems: 
     return recipe
 
 
+def _nulls(plain: dict[str, Any]) -> list[str]:
+    return [
+        f"{key} must be {_describe(hint)}, found null"
+        for key, hint in _keys().items()
+        if not key.startswith("trainer.") and type(None) not in typing.get_args(hint) and _look_up(plain, key) is None
+    ]
+
+
 def _covered(key: str, problems: list[str]) -> bool:
-    section = f"{key.split('.')[0]} must be a section"
-    return any(f"did you mean {key}?" in each or each.startswith(section) for each in problems)
+    section = key.split(".")[0]
+    meant = (f"did you mean {key}?", f"did you mean {section}?")
+    return any(each.startswith(f"{section} must be a section") or any(m in each for m in meant) for each in problems)
 
 
 def _parse(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
@@ -414,7 +425,7 @@ def _parse(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[st
             config = parser.parse_object(content)
             if overrides:
                 config = parser.parse_args([f"--{key}={value}" for key, value in overrides], namespace=config)
-            return yaml.load(parser.dump(config, skip_unset=False), Loader=_Loader)
+            return json.loads(parser.dump(config, format="json", skip_unset=False))
     except (Exception, SystemExit) as error:  # whatever jsonargparse raises, the user is told in one sentence
         if isinstance(error, (MemoryError, RecursionError)):
             raise
@@ -467,14 +478,12 @@ def _placed(logger: Any, output: str) -> Any:
     return entry | {"init_args": {"save_dir": output} | (entry.get("init_args") or {})}
 
 
-def _logger_first(overrides: list[tuple[str, str]], output: str) -> list[tuple[str, str]]:
-    """``--trainer.logger CLASS`` followed by its folder, so that one further on the command line still wins."""
-    placed = []
-    for key, value in overrides:
-        placed.append((key, value))
-        if key == "trainer.logger" and _needs_save_dir(value):
-            placed.append(("trainer.logger.save_dir", output))
-    return placed
+def _logger_placed(overrides: list[tuple[str, str]], output: str) -> list[tuple[str, str]]:
+    """``--trainer.logger CLASS`` with its folder, which a ``--trainer.logger.save_dir`` further on replaces."""
+    return [
+        (key, json.dumps(_placed(value, output)) if key == "trainer.logger" and _needs_save_dir(value) else value)
+        for key, value in overrides
+    ]
 
 
 def _needs_save_dir(class_path: Any) -> bool:
@@ -553,7 +562,8 @@ def _key_problem(key: str, dashes: str) -> str | None:
     inside = [each for each in _keys() if each.startswith(f"{known}.")]
     if inside:
         return f"{dashes}{key} is a section: set one of its keys, such as {dashes}{inside[0]}"
-    return f"{dashes}{key} is no recipe key{_suggest(known, list(_keys()), dashes)}"
+    sections = {each.rpartition(".")[0] for each in _keys()} - {""} if not dashes else set()
+    return f"{dashes}{key} is no recipe key{_suggest(known, [*_keys(), *sorted(sections)], dashes)}"
 
 
 def _suggest(name: str, known: list[str], dashes: str = "") -> str:
@@ -612,6 +622,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that :class:`_Loader` would read as a number: a revision may be called 1e3."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )

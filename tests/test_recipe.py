@@ -162,7 +162,7 @@ def test_recipes_that_are_none(write, tmp_path):
     assert "needs a value" in refusal("--recipe")
     for empty in ("", "# a comment only\n", "---\n"):
         assert "is empty" in refusal("--recipe", write(empty))
-    assert "is not YAML at line 2" in refusal("--recipe", write("model:\n  base: [x\n"))
+    assert "is not YAML at line 2" in refusal("--recipe", write("seed: 1\nmodel: x: y\n"))
     assert "must hold keys" in refusal("--recipe", write("- model\n- data\n"))
     assert "stands there twice" in refusal("--recipe", write("seed: 1\nseed: 2\n"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80" * 9)
@@ -174,7 +174,8 @@ def test_recipes_that_are_none(write, tmp_path):
     [
         ({"data": {"calibraton": "x"}}, "data.calibraton is no recipe key (did you mean data.calibration?)"),
         ({"max_drop": 0.1}, "max_drop is no recipe key (did you mean budget.max_drop?)"),
-        ({"bugdet": {"max_drop": 0.1}}, "bugdet is no recipe key (did you mean budget.max_drop?)"),
+        ({"bugdet": {"max_drop": 0.1}}, "bugdet is no recipe key (did you mean budget?)"),
+        ({"modle": {"base": "x"}}, "modle is no recipe key (did you mean model?)"),
         ({"trainer": {"acelerator": "cpu"}}, "trainer.acelerator is no recipe key (did you mean trainer.accelerator?)"),
         ({"budget": {"max_drop": "much"}}, "budget.max_drop must be a number, found 'much'"),
         ({"data": {"batch_size": 1.5}}, "data.batch_size must be a whole number, found 1.5"),
