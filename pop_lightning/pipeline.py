@@ -238,6 +238,8 @@ class _Run:
                 PruningPlan(depth, self.recipe.boundary),
                 temperature=settings.temperature,
                 learning_rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                warmup=settings.warmup,
             )
             loader = self.data.loader("fit", batch_size=settings.batch_size, shuffle=True)
             self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1).fit(training, loader)

@@ -37,7 +37,7 @@ class KVProjectionTraining(lightning.LightningModule):
     Args:
         projections: where training starts; closed form, as a rule. Changed in place.
         temperature: of the distillation.
-        learning_rate: peak of a linear warm-up over the first tenth of the steps and a cosine decay to zero.
+        learning_rate: the peak: reached over the ``warmup`` share of the steps, then a cosine decay to zero.
     """
 
     def __init__(
@@ -48,16 +48,17 @@ class KVProjectionTraining(lightning.LightningModule):
         temperature: float = 2.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
+        warmup: float = 0.1,
     ):
         super().__init__()
         self.plan, self.temperature = plan, temperature
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.decoder = projections.decoder
         self.base = self.decoder.model
         self.projections = projections
+        projections.replace({layer: projections.affine(layer) for layer in projections.fitted_layers}, "full")
         for layer in projections.fitted_layers:
-            projections.maps[str(layer)].float().requires_grad_(True)
-        projections.kind = "full"
+            projections.maps[str(layer)].float().requires_grad_(True)  # masters in float32, whatever the base is
 
     def on_fit_start(self):
         self.base.eval()
@@ -84,6 +85,6 @@ class KVProjectionTraining(lightning.LightningModule):
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.learning_rate, total_steps=steps + 1, pct_start=0.1
+            optimizer, max_lr=self.learning_rate, total_steps=steps + 1, pct_start=self.warmup
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

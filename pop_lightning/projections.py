@@ -32,6 +32,7 @@ class KVProjections(nn.Module):
         self.decoder = decoder
         self.depth = depth
         self.kind = "reuse"
+        self.replaced: set[int] = set()
         self.maps = nn.ModuleDict()
         for layer in range(depth, decoder.num_layers):
             reuse = decoder.reuse_map(layer)
@@ -56,7 +57,9 @@ class KVProjections(nn.Module):
         """
         if str(layer) not in self.maps:
             return self.decoder.own_kv(layer, hidden)
-        return self.maps[str(layer)](self.decoder.normalise(hidden) if normed is None else normed)
+        normed = self.decoder.normalise(hidden) if normed is None else normed
+        linear = self.maps[str(layer)]
+        return linear(normed.to(linear.weight.dtype)).to(normed.dtype)
 
     @torch.no_grad()
     def replace(self, maps: Mapping[int, tuple[Tensor, Tensor]], kind: str) -> "KVProjections":
@@ -71,17 +74,16 @@ class KVProjections(nn.Module):
             if tuple(weight.shape) != expected:
                 raise InputError(f"projection of layer {layer} must be {expected}, found {tuple(weight.shape)}.")
             self.maps[str(layer)] = _linear(weight, bias, like=self.decoder.layers[layer].input_layernorm.weight)
+            self.replaced.add(layer)
         self.requires_grad_(False)
         self.kind = kind
         return self
 
     def fitted_state(self) -> dict[str, Tensor]:
-        """What an artifact stores: the maps that are not reuse (none for reuse: base weights are never copied)."""
-        if self.kind == "reuse":
-            return {}
+        """What an artifact stores: the replaced maps alone. A layer that reuses its weights has nothing to store."""
         return {
             f"layers.{layer}.{name}": tensor.detach().contiguous()
-            for layer in self.fitted_layers
+            for layer in sorted(self.replaced)
             for name, tensor in self.maps[str(layer)].named_parameters()
         }
 
@@ -90,21 +92,17 @@ class KVProjections(nn.Module):
         """The inverse of :meth:`fitted_state`.
 
         Raises:
-            InputError: a tensor is missing, left over, or of another shape.
+            InputError: a tensor is missing, of an unknown name, or of another shape.
         """
         projections = cls(decoder, depth)
         if kind not in KINDS:
             raise InputError(f"projection kind must be one of {', '.join(KINDS)}, found {kind!r}.")
-        if kind == "reuse":
-            return projections
-        expected = {f"layers.{layer}.{name}" for layer in projections.fitted_layers for name in ("weight", "bias")}
+        layers = [layer for layer in projections.fitted_layers if f"layers.{layer}.weight" in state]
+        expected = {f"layers.{layer}.{name}" for layer in layers for name in ("weight", "bias")}
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)[0]
             raise InputError(f"the projections do not fit depth {depth}: {odd} is missing or left over.")
-        maps = {
-            layer: (state[f"layers.{layer}.weight"], state[f"layers.{layer}.bias"])
-            for layer in projections.fitted_layers
-        }
+        maps = {layer: (state[f"layers.{layer}.weight"], state[f"layers.{layer}.bias"]) for layer in layers}
         return projections.replace(maps, kind)
 
     def affine(self, layer: int) -> tuple[Tensor, Tensor]:

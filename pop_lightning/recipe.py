@@ -99,7 +99,6 @@ class Projection:
     temperature: float = 2.0
     warmup: float = 0.1
     weight_decay: float = 0.0
-    kv_weight: float = 0.0
     batch_size: int | None = None
 
 
@@ -235,7 +234,6 @@ def _problems(recipe: Recipe) -> list[str]:
         "projection.steps": (projection.steps, 1),
         "projection.batch_size": (projection.batch_size, 1),
         "projection.weight_decay": (projection.weight_decay, 0),
-        "projection.kv_weight": (projection.kv_weight, 0),
         "budget.max_drop": (budget.max_drop, 0),
         "budget.min_pruned": (budget.min_pruned, 1),
     }

@@ -89,8 +89,9 @@ def test_depth_L_minus_1_is_lossless_for_every_kind(family):
         torch.testing.assert_close(student[real], teacher[real], rtol=1e-4, atol=1e-4)
 
 
-def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_alone():
-    model = build("gemma3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_alone(dtype):
+    model = build("gemma3", dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train = [collate(rows(12, seed), 0) for seed in range(8)]
     unseen = collate(rows(24, seed=99), 0)
