@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pop_lightning.checkpoints import facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pop_lightning.checkpoints import facts
 
 FOLDER = Path(facts.__file__).parent / "facts-gemma3"
 FRESH_SEED = 2_000_003  # neither the calibration rows nor those the card was measured on
