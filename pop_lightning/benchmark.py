@@ -1,34 +1,11 @@
-"""What pruning saves: operations counted from the model's own shapes, and TTFT measured against the plain model."""
+"""What pruning saves: TTFT measured against the plain model."""
 
 import statistics
 import time
 
 import torch
-from torch import nn
 
-from pop_lightning.decoder import Decoder
 from pop_lightning.generator import StageAwareGenerator
-from pop_lightning.plan import PruningPlan
-
-
-def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
-    """Operations (2 per multiply-add) of one prefill of ``tokens`` tokens; embeddings and norms are left out.
-
-    Attention counts the pairs that causality and the layer's window leave. The head runs on the last token.
-    """
-    context = max(0, tokens - plan.boundary)
-    total = 2 * decoder.head.weight.numel()
-    for layer in range(decoder.num_layers):
-        block, window = decoder.layers[layer], decoder.window(layer) or tokens
-        linear = 2 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        per_pair = 4 * decoder.attention(layer).q_proj.out_features
-        first = context if layer >= plan.depth else 0
-        total += linear * (tokens - first)
-        total += per_pair * sum(min(position + 1, window) for position in range(first, tokens))
-        if first:
-            seen = min(context, window - 1) if decoder.window(layer) else context
-            total += 2 * 2 * decoder.kv_dim * decoder.config.hidden_size * seen
-    return total
 
 
 def measure_ttft(generator: StageAwareGenerator, tokens: int, *, batch: int = 1, repeats: int = 9) -> dict:
