@@ -5,6 +5,7 @@ Reads the plain data that ``benchmark.run`` returns; nothing is measured here.
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def table(result: dict[str, Any]) -> str:
         f"{model['name']}: {model['class']}, {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion "
         f"parameters, {model['dtype']}, {model['attn_implementation']} attention, {model['projection']} projections, "
         f"weights {model['weight_bytes'] / 1e6:.0f} MB",
-        f"{machine['device']}, {machine['threads']} threads; torch {machine['versions']['torch']}, transformers "
+        f"{machine['device']}, threads: {machine['threads']}; torch {machine['versions']['torch']}, transformers "
         f"{machine['versions']['transformers']}; boundary {result['settings']['boundary']}, medians of "
         f"{result['settings']['repeats']} rounds",
         "",
@@ -78,24 +79,31 @@ def _rates(point: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(result: dict[str, Any], folder: str | Path) -> None:
-    """Write ``benchmark.json`` (everything, every single time included) and ``benchmark.png`` into ``folder``.
-
-    Both appear whole or not at all, and replace those of an earlier run.
+def make_folder(folder: str | Path) -> Path:
+    """Make the output folder before anything is measured: an hour's figures should not end at a missing right.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: it cannot be made or written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text, plot = folder / f"{JSON}.tmp", folder / f"{PLOT}.tmp"
-        text.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        os.replace(text, folder / JSON)
-        figure(result).savefig(plot, format="png", dpi=150)
-        os.replace(plot, folder / PLOT)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
         raise InputError(f"--output {folder} cannot be written ({error.strerror}); choose another folder.") from error
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write ``benchmark.json`` (everything, every single time included) and ``benchmark.png`` into ``folder``.
+
+    Each appears whole or not at all, and replaces that of an earlier run.
+    """
+    text, plot = folder / f"{JSON}.tmp", folder / f"{PLOT}.tmp"
+    text.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    os.replace(text, folder / JSON)
+    figure(result).savefig(plot, format="png", dpi=150)
+    os.replace(plot, folder / PLOT)
 
 
 def figure(result: dict[str, Any]) -> Figure:
@@ -109,8 +117,7 @@ def figure(result: dict[str, Any]) -> Figure:
     values = sorted({point[panels[0]] for point in points})
     drawing = Figure(figsize=(1.5 + 4.2 * len(values), 4.2), layout="constrained")
     drawing.suptitle(
-        f"{result['model']['name']}, {result['model']['dtype']}: {result['machine']['device']}, "
-        f"{result['machine']['threads']} threads",
+        f"{result['model']['name']}, {result['model']['dtype']}, {result['machine']['device']}",
         fontsize=10,
     )
     for axes, value in zip(drawing.subplots(1, len(values), squeeze=False, sharey=True)[0], values, strict=True):
@@ -132,10 +139,11 @@ def figure(result: dict[str, Any]) -> Figure:
     first.set_ylabel("plain TTFT / pruned TTFT")
     kinds = [
         Line2D([], [], color="0.3", marker="o", label="measured"),
-        Line2D([], [], color="0.3", linestyle="--", label="measured bound"),
-        Line2D([], [], color="0.3", linestyle=":", label="counted bound"),
+        Line2D([], [], color="0.3", linestyle="--", marker="_", label="measured bound"),
+        Line2D([], [], color="0.3", linestyle=":", marker="x", label="counted bound"),
     ]
     first.legend(handles=[*kinds, *first.get_legend_handles_labels()[0]], fontsize=8)
+    first.set_ylim(bottom=min(1.0, first.get_ylim()[0]))  # 1 is no gain: the axis shows how far from it
     return drawing
 
 
@@ -144,5 +152,5 @@ def _panel(axes: Axes, points: list[dict[str, Any]], x, series: str, label: str)
         own = sorted((point for point in points if point[series] == value), key=x)
         at, color = [x(point) for point in own], f"C{index}"
         axes.plot(at, [p["ratio"] for p in own], "o-", color=color, label=label.format(value))
-        axes.plot(at, [p["bound"]["measured"] for p in own], "--", color=color)
-        axes.plot(at, [p["bound"]["counted"] for p in own], ":", color=color)
+        axes.plot(at, [p["bound"]["measured"] for p in own], "--", marker="_", color=color)
+        axes.plot(at, [p["bound"]["counted"] for p in own], ":", marker="x", color=color)

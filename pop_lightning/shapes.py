@@ -231,13 +231,7 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: in
         InputError: no shape of that name, or its weights are larger than the device's memory.
     """
     device = torch.device(device)
-    needed = sum(p.numel() for p in meta(name).parameters()) * dtype.itemsize
-    there = _memory(device)
-    if needed > there:
-        raise InputError(
-            f"--shape {name} has {needed / 1e9:.1f} GB of weights in {str(dtype).removeprefix('torch.')}, {device} has "
-            f"{there / 1e9:.1f} GB of memory; choose a smaller --shape, a narrower --dtype or another --device."
-        )
+    _check_memory(name, dtype, device, _memory(device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         return _model(shape(name).make(), dtype, device)
@@ -249,6 +243,15 @@ def _model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -
     with device:
         model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
+
+
+def _check_memory(name: str, dtype: torch.dtype, device: torch.device, there: int) -> None:
+    needed = sum(p.numel() for p in meta(name).parameters()) * dtype.itemsize
+    if needed > there:
+        raise InputError(
+            f"--shape {name} has {needed / 1e9:.1f} GB of weights in {str(dtype).removeprefix('torch.')}, {device} has "
+            f"{there / 1e9:.1f} GB of memory; choose a smaller --shape, a narrower --dtype or another --device."
+        )
 
 
 def _memory(device: torch.device) -> int:

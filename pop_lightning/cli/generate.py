@@ -74,29 +74,25 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
     from pop_lightning import benchmark, benchmark_report
 
-    given = vars(arguments)
+    given, folder = vars(arguments), None
+    if arguments.output is not None:
+        folder = benchmark_report.make_folder(arguments.output)
     target = benchmark.load(
         artifact=arguments.artifact,
         base=arguments.base,
         trust_remote_code=arguments.trust_remote_code,
         **{name: given[name] for name in _LOAD if name in given},
     )
-    save = None
-    if arguments.output is not None:
-
-        def save(result: dict) -> None:
-            benchmark_report.write(result, arguments.output)
-
     result = benchmark.run(
         target,
         name=given.get("shape") or arguments.artifact or arguments.base,
         progress=True,
-        on_point=save,
+        on_point=None if folder is None else lambda result: benchmark_report.write(result, folder),
         **{name: given[name] for name in _MEASURE if name in given},
     )
     print(benchmark_report.table(result), end="")
-    if arguments.output is not None:
-        print(f"benchmark: {arguments.output}")
+    if folder is not None:
+        print(f"benchmark: {folder}")
     return 0
 
 
