@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from pop_lightning import shapes
 from pop_lightning.artifact import read_artifact
@@ -32,7 +32,7 @@ from pop_lightning.models import context_length, load_model
 from pop_lightning.plan import PruningPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
-LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 16
+LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
 
 _WARMUP = 2
 _GEMM_BYTES = 1 << 29  # of one product's output: a long prompt's keys and values of all layers at once may not fit
@@ -66,6 +66,8 @@ def load(
         raise InputError("--shape stands for a model with random weights; drop --artifact and --base, or --shape.")
     if shape is None and artifact is None and base is None:
         raise InputError("--benchmark needs something to measure: --artifact DIR, --base MODEL or --shape NAME.")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype!r}.")
     place = _device(device)
     with _memory_advice("choose a smaller model, a narrower --dtype or another --device"):
         if shape is not None:
@@ -125,7 +127,7 @@ def run(
         depths: for a model; a third pruned unless given.
         boundary: for a model; 1 unless given.
         repeats: timed rounds per point, each of one plain pass, one pruned pass and one pass of the measured bound.
-        decode_tokens: tokens generated to time decode; 0 leaves it out.
+        decode_tokens: decode steps timed per point; 0 leaves decode out.
         name: what the result calls the model.
         progress: show a bar on stderr.
         on_point: called with the result so far after every point, so that a long run can be saved as it goes.
@@ -135,9 +137,9 @@ def run(
         ``ttft_ms`` (``median``, ``p90``, ``all``), ``tokens_per_s``, ``flops`` of the batch, ``tflops_per_s`` and
         ``peak_bytes`` above the weights; ``ratio`` is the median over rounds of full / pruned; ``bound`` holds the
         same ratio for the ``measured`` and ``counted`` bound, the measured one's ``ms`` and its ``parts_ms``;
-        ``of_measured_bound`` is the median over rounds of bound / pruned; ``decode`` the ms per token after a plain
-        and a pruned prefill and their relative ``change``; ``projection_bytes`` what the projections hold beside the
-        model's weights.
+        ``of_measured_bound`` is the median over rounds of bound / pruned; ``decode`` the ms per token over the cache
+        of a plain and of a pruned prefill and their relative ``change``; ``projection_bytes`` what the projections
+        hold beside the model's weights.
 
     Raises:
         InputError: an argument is out of range, or memory ran out (the points before that were given to ``on_point``).
@@ -196,10 +198,11 @@ def _check(model: PreTrainedModel, lengths, batches, repeats: int, decode_tokens
         if value < least:
             raise InputError(f"{flag} must be at least {least}, found {value}.")
     context = context_length(model)
-    if context is not None and max(lengths) + decode_tokens > context:
+    steps = decode_tokens + _WARMUP if decode_tokens else 0
+    if context is not None and max(lengths) + steps > context:
         raise InputError(
-            f"--lengths holds {max(lengths)}; with --decode_tokens {decode_tokens} it is more than the model's context "
-            f"of {context} tokens."
+            f"--lengths holds {max(lengths)}; with the {steps} tokens that --decode_tokens {decode_tokens} reads it is "
+            f"more than the model's context of {context} tokens."
         )
 
 
@@ -251,7 +254,7 @@ def measure(
         "projection_bytes": _projection_bytes(generator),
     }
     if decode_tokens:
-        point["decode"] = _decode(generator, ids, decode_tokens, max(3, repeats // 3))
+        point["decode"] = _decode(generator, passes, ids, decode_tokens)
     return point
 
 
@@ -301,47 +304,33 @@ def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
 # --- decode ---------------------------------------------------------------------------------------------------------
 
 
-class _Ticks(StoppingCriteria):
-    """Notes the time after every generated token and never stops."""
+@torch.no_grad()
+def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) -> dict[str, Any]:
+    """Milliseconds per token over the cache of a plain and of a pruned prefill.
 
-    def __init__(self):
-        self.times: list[float] = []
+    The two take turns token by token and read the same random tokens: a busy machine slows both down alike. What is
+    timed is the model's forward; ``generate`` adds the same to both.
+    """
+    device = generator.model.device
+    caches = {name: passes[name]["prefill"]().past_key_values for name in ("full", "pruned")}
+    random = torch.Generator().manual_seed(0)
+    read = torch.randint(0, generator.decoder.config.vocab_size, (_WARMUP + tokens, len(ids), 1), generator=random)
+    steps: dict[str, list[float]] = {name: [] for name in caches}
+    for index, token in enumerate(read.to(device)):
+        for name in ("full", "pruned") if index % 2 == 0 else ("pruned", "full"):
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        _synchronise(input_ids.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            def step(token=token, cache=caches[name]):
+                return generator.model(input_ids=token, past_key_values=cache, use_cache=True)
 
-
-def _decode(generator: StageAwareGenerator, ids: Tensor, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds per token inside ``generate`` after a plain and after a pruned prefill, alternating."""
-
-    def steps(pruned: bool) -> list[float]:
-        ticks = _Ticks()
-        with nullcontext() if pruned else generator.full_model():
-            generator.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens + 1,
-                min_new_tokens=tokens + 1,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([ticks]),
-            )
-        return [1000 * (after - before) for before, after in pairwise(ticks.times)]
-
-    pairs = []
-    for index in range(rounds):
-        order = (False, True) if index % 2 == 0 else (True, False)
-        pair = {pruned: steps(pruned) for pruned in order}
-        pairs.append((pair[False], pair[True]))
-    full, pruned = ([step for pair in pairs for step in pair[side]] for side in (0, 1))
+            total, _ = _lap([step], device)
+            if index >= _WARMUP:
+                steps[name].append(total)
     return {
-        "full_ms_per_token": statistics.median(full),
-        "pruned_ms_per_token": statistics.median(pruned),
-        "change": _median_ratio([statistics.median(b) for _, b in pairs], [statistics.median(a) for a, _ in pairs]) - 1,
-        "full_ms": full,
-        "pruned_ms": pruned,
+        "full_ms_per_token": statistics.median(steps["full"]),
+        "pruned_ms_per_token": statistics.median(steps["pruned"]),
+        "change": _median_ratio(steps["pruned"], steps["full"]) - 1,
+        "full_ms": steps["full"],
+        "pruned_ms": steps["pruned"],
     }
 
 

@@ -41,8 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--depths", type=_numbers, help="depths, as in 16,20,24 (default: a third pruned)")
     bench.add_argument("--boundary", type=int, help="last prompt tokens that run in full (default: 1)")
     bench.add_argument("--repeats", type=int, help="timed rounds per point (default: 9)")
-    bench.add_argument("--decode_tokens", type=int, help="tokens to time decode on; 0 leaves it out (default: 16)")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    bench.add_argument(
+        "--decode_tokens", type=int, help="decode steps timed per point; 0 leaves them out (default: 32)"
+    )
+    bench.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     return parser
 
