@@ -218,6 +218,9 @@ def measure(
     passes = _passes(generator, ids)
     steps = unavoidable(generator, ids)
     laps = _alternate({**passes, "bound": steps}, device, repeats)
+    parts = zip(*(parts for _, parts in laps["bound"]), strict=True)
+    parts = dict(zip(steps, map(statistics.median, parts), strict=True))
+    del steps  # its cache and weights should not stand in the way of what follows
     flops = {
         "full": batch * prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens),
         "pruned": batch * prefill_flops(decoder, plan, tokens),
@@ -239,9 +242,6 @@ def measure(
             "tflops_per_s": flops[name] / median / 1e9,
             "peak_bytes": peak_bytes(passes[name]["prefill"], device),
         }
-    parts = zip(*(parts for _, parts in laps["bound"]), strict=True)
-    parts = dict(zip(steps, map(statistics.median, parts), strict=True))
-    del steps  # its cache and weights should not stand in the way of what follows
     point |= {
         "ratio": _median_ratio(total["full"], total["pruned"]),
         "bound": {
