@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 
 from pop_lightning.artifact import base_identity
-from pop_lightning.benchmark import measure_ttft, prefill_flops
+from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
 from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.data import CalibrationData, Row, collate
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, upper_bound

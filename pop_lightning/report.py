@@ -90,7 +90,7 @@ def print_table(metrics: dict[str, Any]) -> str:
     """The run as plain text for the terminal: the curve, the comparison and the line that says what was chosen."""
     metric = metrics["budget"]["metric"]
     blocks = [
-        _text_table(
+        text_table(
             ["depth", "projection", "KL", "agreement", "NLL increase", "loss", "bound"],
             [
                 [
@@ -108,7 +108,7 @@ def print_table(metrics: dict[str, Any]) -> str:
     ]
     if metrics.get("comparison"):
         blocks.append(
-            _text_table(
+            text_table(
                 ["comparison", "depth", "exact match", "agreement", "KL"],
                 [
                     [
@@ -270,7 +270,8 @@ def _or_dash(value: Any) -> Any:
     return DASH if value is None else value
 
 
-def _text_table(header: list[str], rows: list[list[str]], left: tuple[int, ...] = (1,)) -> str:
+def text_table(header: list[str], rows: list[list[str]], left: tuple[int, ...] = (1,)) -> str:
+    """A plain table for the terminal; ``left`` names the columns that are not numbers."""
     widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
 
     def line(cells: Iterable[str]) -> str:

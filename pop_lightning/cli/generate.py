@@ -1,4 +1,4 @@
-"""``pop-generate``: run an exported artifact on a prompt or a file, or hold it against the unpruned model."""
+"""``pop-generate``: run an exported artifact on a prompt or a file, or measure what pruning buys."""
 
 import argparse
 import json
@@ -13,20 +13,44 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message + "; see pop-generate --help.")
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, found {text!r}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("pop-generate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--artifact", required=True, help="the artifact/ folder that pop-fit wrote")
+    parser.add_argument("--artifact", help="the artifact/ folder that pop-fit wrote")
     parser.add_argument("--base", help="hub id or folder of the base model (default: the one the artifact names)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="generate from this text, streaming, and print the TTFT")
     what.add_argument("--data", help="generate for every row of a JSON Lines file")
-    parser.add_argument("--output", help="with --data: the JSON Lines file to write")
+    what.add_argument("--benchmark", action="store_true", help="time plain and pruned prefill side by side")
+    parser.add_argument("--output", help="with --data: the JSON Lines file to write; with --benchmark: a folder")
     parser.add_argument("--compare", action="store_true", help="with --data: run the unpruned model as well")
     parser.add_argument("--full", action="store_true", help="with --prompt: generate with the unpruned model")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
+    bench = parser.add_argument_group("with --benchmark", argument_default=argparse.SUPPRESS)
+    bench.add_argument("--shape", help="measure a named shape with random weights, such as cpu_small or llama3_1_8b")
+    bench.add_argument("--lengths", type=_numbers, help="prompt lengths in tokens, as in 128,512,2048")
+    bench.add_argument("--batches", type=_numbers, help="prompts per batch, as in 1,8 (default: 1)")
+    bench.add_argument("--depths", type=_numbers, help="depths, as in 16,20,24 (default: a third pruned)")
+    bench.add_argument("--boundary", type=int, help="last prompt tokens that run in full (default: 1)")
+    bench.add_argument("--repeats", type=int, help="timed rounds per point (default: 9)")
+    bench.add_argument(
+        "--decode_tokens", type=int, help="decode steps timed per point; 0 leaves them out (default: 32)"
+    )
+    bench.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     return parser
+
+
+_LOAD = ("shape", "dtype", "device")
+_MEASURE = ("lengths", "batches", "depths", "boundary", "repeats", "decode_tokens")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,38 +58,77 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         arguments = _parser().parse_args(argv)
-        if (arguments.data is None) != (arguments.output is None):
-            raise InputError("--data and --output go together; found only one of them.")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(arguments, name) < 1:
-                raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
-        from pop_lightning import StageAwareGenerator
-        from pop_lightning.text import generate_file, stream
-
-        load = {"trust_remote_code": True} if arguments.trust_remote_code else {}
-        generator = StageAwareGenerator.from_artifact(arguments.artifact, arguments.base, **load)
-        if arguments.prompt is not None:
-            first = None
-            pieces = stream(generator, arguments.prompt, max_new_tokens=arguments.max_new_tokens, full=arguments.full)
-            for piece, seconds in pieces:
-                first = seconds if first is None else first
-                print(piece, end="", flush=True)
-            print()
-            if first is not None:
-                print(f"TTFT: {1000 * first:.1f} ms", file=sys.stderr)
-            return 0
-        summary = generate_file(
-            generator,
-            arguments.data,
-            arguments.output,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            compare=arguments.compare,
-        )
-        print(json.dumps(summary, indent=1))
-        return 0
+        if arguments.benchmark:
+            return _benchmark(arguments)
+        for name in (*_LOAD, *_MEASURE):
+            if name in arguments:
+                raise InputError(f"--{name} belongs to --benchmark, which was not given.")
+        if arguments.artifact is None:
+            raise InputError("--artifact is required: expected the artifact/ folder that pop-fit wrote.")
+        return _generate(arguments)
 
     return run("pop-generate", body)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    for name in ("compare", "full"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
+    from pop_lightning import benchmark, benchmark_report
+
+    given, folder = vars(arguments), None
+    if arguments.output is not None:
+        folder = benchmark_report.make_folder(arguments.output)
+    target = benchmark.load(
+        artifact=arguments.artifact,
+        base=arguments.base,
+        trust_remote_code=arguments.trust_remote_code,
+        **{name: given[name] for name in _LOAD if name in given},
+    )
+    result = benchmark.run(
+        target,
+        name=given.get("shape") or arguments.artifact or arguments.base,
+        progress=True,
+        on_point=None if folder is None else lambda result: benchmark_report.write(result, folder),
+        **{name: given[name] for name in _MEASURE if name in given},
+    )
+    print(benchmark_report.table(result), end="")
+    if folder is not None:
+        print(f"benchmark: {folder}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    if (arguments.data is None) != (arguments.output is None):
+        raise InputError("--data and --output go together; found only one of them.")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
+    from pop_lightning import StageAwareGenerator
+    from pop_lightning.text import generate_file, stream
+
+    load = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    generator = StageAwareGenerator.from_artifact(arguments.artifact, arguments.base, **load)
+    if arguments.prompt is not None:
+        first = None
+        pieces = stream(generator, arguments.prompt, max_new_tokens=arguments.max_new_tokens, full=arguments.full)
+        for piece, seconds in pieces:
+            first = seconds if first is None else first
+            print(piece, end="", flush=True)
+        print()
+        if first is not None:
+            print(f"TTFT: {1000 * first:.1f} ms", file=sys.stderr)
+        return 0
+    summary = generate_file(
+        generator,
+        arguments.data,
+        arguments.output,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        compare=arguments.compare,
+    )
+    print(json.dumps(summary, indent=1))
+    return 0
 
 
 def entry() -> None:

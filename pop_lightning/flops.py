@@ -1,0 +1,72 @@
+"""Operations of one prefill, counted from the model's own shapes: what pruning saves before anything is timed.
+
+The pipeline reports the count of a fit, the benchmark sets its ratio beside the measured one.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pop_lightning.decoder import Decoder
+from pop_lightning.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class PrefillFlops:
+    """Operations of one prompt's prefill, 2 per multiply-add; embeddings, norms and rotary tables are left out.
+
+    Attributes:
+        linear: the linear maps of the layers, over the tokens that run through them.
+        attention: scores and weighted values, over the pairs that causality and the layer's window leave. (PyTorch's
+            own counter counts every pair of the dense product.)
+        projections: the context's keys and values of the pruned layers.
+        head: the language modelling head on the last token.
+    """
+
+    linear: int
+    attention: int
+    projections: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.projections + self.head
+
+
+def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFlops:
+    """Count the prefill of one prompt of ``tokens`` tokens; at depth L it is the plain model's.
+
+    Every linear map of a layer is taken to run on every token of it, which holds for dense decoders.
+    """
+    linear = attention = projections = 0
+    context = max(0, tokens - plan.boundary)
+    for layer in range(decoder.num_layers):
+        first = context if layer >= plan.depth else 0
+        weights = sum(m.weight.numel() for m in decoder.layers[layer].modules() if isinstance(m, nn.Linear))
+        linear += 2 * weights * (tokens - first)
+        width = decoder.attention(layer).q_proj.out_features
+        attention += 4 * width * visible_pairs(first, tokens, decoder.window(layer))
+        if first:
+            seen = visible_context(decoder, layer, context)
+            projections += 2 * 2 * decoder.kv_dim * decoder.config.hidden_size * seen
+    return PrefillFlops(linear, attention, projections, 2 * decoder.head.weight.numel())
+
+
+def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
+    """The sum of :func:`count_prefill`."""
+    return count_prefill(decoder, plan, tokens).total
+
+
+def visible_pairs(first: int, tokens: int, window: int | None) -> int:
+    """Query-key pairs of the queries ``first .. tokens-1``: each sees itself and what its window leaves before it."""
+    if window is None or window >= tokens:
+        return (tokens * (tokens + 1) - first * (first + 1)) // 2
+    growing = min(window, tokens)  # the first ``window`` queries see all that came before
+    start = min(first, growing)
+    return (growing * (growing + 1) - start * (start + 1)) // 2 + window * (tokens - max(first, growing))
+
+
+def visible_context(decoder: Decoder, layer: int, context: int) -> int:
+    """How many of the last ``context`` tokens a layer can still see once a token follows them."""
+    window = decoder.window(layer)
+    return context if window is None else min(context, window - 1)

@@ -1,0 +1,45 @@
+"""Peak memory of one call, above what was allocated before it: what the benchmark prints beside its times."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Run ``call`` once and return the most bytes of tensors that lived at one time, its result included.
+
+    On CUDA the allocator keeps the figure. On a CPU the profiler records every allocation and release of PyTorch's
+    allocator, scratch inside an operator included (what oneDNN or the C library take for themselves is not). Recording
+    slows the call down: never time it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own library writes its progress to stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as record:
+        result = call()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Addr"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    live: dict[int, int] = {}
+    held = peak = 0
+    for _, address, size in changes:
+        # What was allocated before the call does not count, so neither does its release.
+        held += size if size > 0 else -live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+        peak = max(peak, held)
+    return peak
