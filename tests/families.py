@@ -68,22 +68,56 @@ def ragged(lengths, seed=0):
 def own_kv(model, layer, hidden, position_ids):
     """A layer's keys and values for its input ``hidden``, written as the model's own forward writes them."""
     block = model.model.layers[layer]
-    attention = block.self_attn
-    module = importlib.import_module(type(model).__module__)
     normed = block.input_layernorm(hidden)
-    shape = (*hidden.shape[:-1], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(shape)
-    values = attention.v_proj(normed).view(shape).transpose(1, 2)
+    keys, values = block.self_attn.k_proj(normed), block.self_attn.v_proj(normed)
+    return to_heads(model, layer, keys, values, position_ids)
+
+
+def to_heads(model, layer, keys, values, position_ids):
+    """``[batch, tokens, kv_dim]`` to cacheable ``[batch, heads, tokens, head_dim]``: k_norm and RoPE."""
+    attention = model.model.layers[layer].self_attn
+    module = importlib.import_module(type(model).__module__)
+    shape = (*keys.shape[:-1], -1, attention.head_dim)
+    keys, values = keys.view(shape), values.view(shape).transpose(1, 2)
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
     keys = keys.transpose(1, 2)
     rotary = model.model.rotary_emb
     if model.config.model_type == "gemma3_text":
-        cos, sin = rotary(hidden, position_ids, model.config.layer_types[layer])
+        cos, sin = rotary(keys, position_ids, model.config.layer_types[layer])
     else:
-        cos, sin = rotary(hidden, position_ids)
+        cos, sin = rotary(keys, position_ids)
     _, keys = module.apply_rotary_pos_emb(keys, keys, cos, sin)
     return keys, values
+
+
+def random_maps(depth, seed=0):
+    """Fitted projections ``{layer: (W' [2 kv_dim, hidden], b')}`` of a model of COMMON's shape, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    height = 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"]
+    return {
+        layer: (
+            0.2 * torch.randn(height, COMMON["hidden_size"], generator=generator),
+            0.2 * torch.randn(height, generator=generator),
+        )
+        for layer in range(depth + 1, COMMON["num_hidden_layers"])
+    }
+
+
+def mapped_kv(model, maps):
+    """``project`` for :func:`two_pass`: fitted layers through their map of n(h), the others through their own."""
+
+    def project(layer, hidden, position_ids):
+        if layer not in maps:
+            return own_kv(model, layer, hidden, position_ids)
+        weight, bias = (tensor.to(hidden.dtype) for tensor in maps[layer])
+        h = hidden.float()
+        normed = h / (h.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        kv = normed.to(hidden.dtype) @ weight.T + bias
+        keys, values = kv.chunk(2, dim=-1)
+        return to_heads(model, layer, keys, values, position_ids)
+
+    return project
 
 
 def two_pass(model, ids, mask, depth, boundary, project=None):
