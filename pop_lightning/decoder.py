@@ -121,13 +121,13 @@ class Decoder:
         slides drops them anyway: it is told their number, and takes one column of zeros because a static one holds a
         whole window and not window-1. Every other cache layer gets zeros, which the layer's mask hides.
         """
-        slides = skipped and isinstance(cache.layers[layer], (DynamicSlidingWindowLayer, StaticSlidingWindowLayer))
+        held = cache.layers[layer] if layer < len(cache.layers) else None  # plain dynamic caches grow their layers
+        slides = skipped > 0 and isinstance(held, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer))
         if skipped:
             pad = (0, 0, 1 if slides else skipped, 0)
             keys, values = nn.functional.pad(keys, pad), nn.functional.pad(values, pad)
         cache.update(keys, values, layer)
         if slides:
-            held = cache.layers[layer]
             length = "cumulative_length_int" if isinstance(held, StaticSlidingWindowLayer) else "cumulative_length"
             setattr(held, length, getattr(held, length) + skipped - 1)
 
@@ -149,7 +149,7 @@ class Decoder:
     def placement(self, layer: int) -> tuple[torch.device, torch.dtype]:
         """Where a layer computes, and in what dtype; its weights may wait elsewhere (offloading)."""
         norm, linear = self.layers[layer].input_layernorm, self.attention(layer).k_proj
-        weight = linear.weight if type(linear) is nn.Linear else norm.weight  # a quantised weight has no such dtype
+        weight = linear.weight if _is_plain(linear) else norm.weight  # a quantised weight may have no such dtype
         device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None)
         return torch.device(norm.weight.device if device is None else device), weight.dtype
 
@@ -198,7 +198,7 @@ class Decoder:
         """
         attention, norm = self.attention(layer), self.layers[layer].input_layernorm
         linears = (attention.k_proj, attention.v_proj)
-        if any(type(linear) is not nn.Linear or linear.weight.is_meta for linear in linears):
+        if not all(map(_is_plain, linears)):
             return None
         if isinstance(norm, nn.LayerNorm):
             scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
@@ -321,6 +321,11 @@ class Decoder:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a layer's weight can be read as numbers: not quantised (by module or by tensor), offloaded or sharded."""
+    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -196,6 +196,11 @@ class StageAwareGenerator:
         """Raise for what cannot work with a pruned prefill; ``setting`` gives an argument's value by its name."""
         cache, implementation = setting("past_key_values"), setting("cache_implementation")
         assisted = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
+        if assisted and cache is not None and int(cache.get_seq_length()):
+            raise InputError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) reads the whole prompt again and needs "
+                "an empty cache; found past_key_values that hold tokens."
+            )
         if setting("use_cache") is False and setting("inputs_embeds") is None:
             raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
         if getattr(cache, "offloading", False) or str(implementation).startswith("offloaded"):

@@ -94,9 +94,9 @@ class KVProjections(nn.Module):
         never answer with stale weights. A layer is in no stack where its map is trained, is no plain linear layer
         (LoRA), or does not exist (the base's own modules run).
         """
-        spans: dict[tuple, list[int]] = {}
+        maps, spans = dict(self.maps.items()), {}
         for layer in range(self.depth, self.decoder.num_layers):
-            linear = self.maps[str(layer)] if str(layer) in self.maps else None
+            linear = maps.get(str(layer))
             if type(linear) is nn.Linear and not linear.weight.requires_grad and linear.weight.numel():
                 key = (self.decoder.window(layer), linear.weight.device, linear.weight.dtype)
                 spans.setdefault(key, []).append(layer)
