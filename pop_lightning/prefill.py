@@ -36,7 +36,7 @@ class ContextProjector:
         stacks = projections.stack()
         self.place = {layer: (stack, i) for stack in stacks for i, layer in enumerate(stack.layers)}
         self.length = hidden.shape[1]
-        self.limit = 2 * self.decoder.mlp_dim * self.length // max(1, len(stacks))
+        self.at_once = self._share(stacks)
         self.normed = self.decoder.normalise(hidden) if stacks else None
         # Whoever is in a stack needs n(h) alone; h itself is kept for the others.
         others = set(range(projections.depth, self.decoder.num_layers)) - set(self.place)
@@ -52,12 +52,25 @@ class ContextProjector:
             self._project(*self.place[layer], skipped)
         return self.waiting.pop(layer)
 
+    def _share(self, stacks: tuple[Stack, ...]) -> dict[tuple[int, ...], int]:
+        """How many layers of each stack may wait at once: all, or an even share of the bound, smallest need first."""
+        width = 2 * self.decoder.kv_dim
+        each = {stack.layers: width * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
+        left, counts = 2 * self.decoder.mlp_dim * self.length, {}
+        for layers in sorted(each, key=lambda layers: each[layers] * len(layers)):
+            share = left // (len(each) - len(counts))
+            counts[layers] = min(len(layers), max(1, share // max(1, each[layers])))
+            left -= counts[layers] * each[layers]
+        return counts
+
     def _project(self, stack: Stack, first: int, skipped: int) -> None:
         width = 2 * self.decoder.kv_dim
-        count = min(len(stack.layers) - first, max(1, self.limit // ((self.length - skipped) * width or 1)))
+        count = min(len(stack.layers) - first, self.at_once[stack.layers])
         weight, bias = stack.rows(first, count)
-        normed = self.normed[:, skipped:].to(weight)
+        # Flat, because a cut along the tokens would otherwise become one product per row of the batch.
+        normed = self.normed[:, skipped:].flatten(0, 1).to(weight)
         product = torch.nn.functional.linear(normed, weight, bias).to(self.normed.dtype)
+        product = product.unflatten(0, (-1, self.length - skipped))
         self.waiting |= zip(stack.layers[first : first + count], product.split(width, dim=-1), strict=True)
 
 

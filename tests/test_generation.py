@@ -6,14 +6,18 @@ import threading
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    QuantoConfig,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    TorchAoConfig,
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
@@ -513,6 +517,94 @@ def test_hidden_states_and_attentions_above_the_depth_are_those_of_boundary_toke
         StageAwareGenerator(model, PruningPlan(2, 0)).prefill(ids, mask, output_hidden_states=True)
 
 
+# --- attention implementations without a 4-D mask -------------------------------------------------------------------
+
+
+def flash_stand_in(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """What flash attention computes: causal from the bottom right, padding as a 2-D mask over the keys or None."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    rows, columns = query.shape[2], key.shape[2]
+    queries, keys = torch.arange(columns - rows, columns).unsqueeze(-1), torch.arange(columns)
+    seen = keys <= queries
+    if sliding_window is not None:
+        seen = seen & (keys > queries - sliding_window)
+    seen = seen.expand(len(query), 1, rows, columns)
+    if attention_mask is not None:
+        assert attention_mask.shape == (len(query), columns)
+        seen = seen & attention_mask[:, None, None].bool()
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """A family on flash attention: its interface and its masks are the real ones, its kernels a stand-in."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_stand_in)
+
+    def flash_base(family):
+        model = base(family)
+        model.config._attn_implementation = "flash_attention_2"  # the setter asks for the kernels' package
+        return model
+
+    return flash_base
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("boundary", [1, 4])
+@pytest.mark.parametrize("lengths", [[LONG], [LONG, 9]], ids=["one", "ragged"])
+def test_flash_attention_which_takes_2d_masks_gives_the_tokens_of_sdpa(flash, family, boundary, lengths):
+    ids, mask = ragged(lengths)
+    generator, _ = generators(flash(family), 1, boundary)
+    _, reference = generators(base(family), 1, boundary)
+    ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours, reference(ids, mask, **GREEDY))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_flex_attention_gives_the_tokens_of_sdpa(family):
+    ids, mask = ragged([LONG, 9])
+    generator, _ = generators(base(family, "flex_attention"), 1, 4)
+    _, reference = generators(base(family), 1, 4)
+    ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours, reference(ids, mask, **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_block_mask_is_cut_to_its_last_rows(family):
+    model = base(family)
+    decoder = Decoder(model)
+    ids, mask = ragged([LONG, 9])
+    cache = model(input_ids=ids[:, :-4], attention_mask=mask[:, :-4], use_cache=True).past_key_values
+    queries, keys = torch.arange(LONG).unsqueeze(-1), torch.arange(LONG)
+    for layer in range(LAYERS):
+        window = decoder.window(layer) or LONG
+        dense = ((keys <= queries) & (keys > queries - window)) & mask[:, None, None].bool()
+
+        def block(batch, head, query, key, dense=dense):
+            return dense[batch, 0, query, key]
+
+        whole = create_block_mask(block, len(ids), None, LONG, LONG, device="cpu")
+        held = cache.get_mask_sizes(4, layer)[0]
+        cut = decoder.tail_mask(layer, whole, torch.empty(2, 4, 1), LONG - 4, cache)
+        assert cut.seq_lengths == (4, held)
+        rows, columns = torch.meshgrid(torch.arange(4), torch.arange(held), indexing="ij")
+        for row in range(len(ids)):
+            assert torch.equal(
+                cut.mask_mod(torch.tensor(row), torch.tensor(0), rows, columns), dense[row, 0, -4:, -held:]
+            )
+    with pytest.raises(InputError, match="cannot be cut"):
+        decoder.tail_mask(0, "a mask of some other kind", torch.empty(2, 4, 1), LONG - 4, cache)
+
+
+def test_flex_attention_with_a_compiled_model_is_refused():
+    model = base("llama")
+    generator, _ = generators(model)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(InputError, match="flex_attention needs"):
+        generator.generate(input_ids=repetitive()[0], prefill_chunk_size=4, max_new_tokens=3)
+
+
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
@@ -610,6 +702,31 @@ def test_projections_of_other_linear_classes_run_the_layers_own_modules(family, 
     ids, mask = ragged([LONG, 9])
     generator, reference = generators(model, 1, 4, kind)
     assert set(generator.projections.maps) == ({"2", "3"} if kind == "replaced" else set())
+    ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours, reference(ids, mask, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["reuse", "replaced"])
+def test_a_base_quantised_by_torchao(tmp_path, kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    base("llama").save_pretrained(tmp_path)
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    ids, mask = ragged([LONG, 9])
+    generator, reference = generators(model, 1, 4, kind)
+    assert set(generator.projections.maps) == ({"2", "3"} if kind == "replaced" else set())
+    ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours, reference(ids, mask, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["reuse", "replaced"])
+def test_a_base_quantised_by_quanto(tmp_path, kind):
+    pytest.importorskip("optimum.quanto")
+    base("llama").save_pretrained(tmp_path)
+    settings = QuantoConfig(weights="int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu").eval()
+    ids, mask = ragged([LONG, 9])
+    generator, reference = generators(model, 1, 4, kind)
     ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
     assert torch.equal(ours, reference(ids, mask, **GREEDY))
 

@@ -1,9 +1,20 @@
 """The pruned prefill and generation against two plain passes, and what must hold exactly."""
 
+import contextlib
 import itertools
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.decoder import Decoder, position_ids
@@ -207,6 +218,160 @@ def test_rerunning_the_pruned_layers_alone_gives_the_pruned_models_logits(family
         use_cache=True,
     ).logits
     assert relative(ours, torch.cat([logits, rest], 1)) < 1e-5
+
+
+# --- what a prefill costs ------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Every operation that ran, and those that make the host wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.products = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names.append(name)
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.products.append((left.shape[0], right.shape[1]))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def waits(self):
+        return sum(name in self.WAITS for name in self.names)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the tensors made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs or {})):
+            if isinstance(tensor, torch.Tensor):  # whatever is first seen as an argument was there before
+                self.known.add(tensor.untyped_storage())
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def freed(self, size):
+        self.live -= size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("boundary", "batch"), [(1, "one"), (4, "ragged")])
+def test_above_the_depth_context_tokens_get_keys_and_values_and_nothing_else(family, boundary, batch):
+    model, depth, length = build(family), 1, 3 * WINDOW
+    ids, mask = prompts(batch, length)
+    generator = StageAwareGenerator(model, PruningPlan(depth, boundary))
+    rows, handles = {}, []
+    operations = Operations()
+    for layer in range(depth, LAYERS):
+        block = model.model.layers[layer]
+        for name, module in {"q": block.self_attn.q_proj, "o": block.self_attn.o_proj, "mlp": block.mlp}.items():
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, key=(layer, name): rows.__setitem__(key, args[0].shape[1])
+                )
+            )
+    handles.append(model.lm_head.register_forward_pre_hook(lambda _, args: rows.__setitem__("head", args[0].shape[1])))
+    handles.append(model.model.layers[depth].register_forward_pre_hook(lambda *_: operations.products.clear()))
+    with operations:
+        generator.prefill(ids, mask)
+    for handle in handles:
+        handle.remove()
+    assert rows.pop("head") == 1
+    assert set(rows.values()) == {boundary}
+    # one product per visible span, over the tokens that the span's layers will ever see
+    decoder = generator.decoder
+    spans = {}
+    for layer in range(depth, LAYERS):
+        visible = decoder.visible(layer, length - boundary)
+        spans[visible] = spans.get(visible, 0) + 2 * decoder.kv_dim
+    expected = sorted((len(ids) * visible, width) for visible, width in spans.items())
+    larger = [product for product in operations.products if product[0] > len(ids) * boundary]
+    assert sorted(larger) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("boundary", [1, 4])
+def test_pruning_adds_no_wait_for_the_device_and_no_step_that_grows_with_the_prompt(family, boundary):
+    model = build(family)
+    generator = StageAwareGenerator(model, PruningPlan(1, boundary))
+    counts = []
+    for length in (2 * WINDOW, 8 * WINDOW):
+        for cache in (None, StaticCache(config=model.config, max_cache_len=80)):
+            ids, _ = ragged([length])
+            with Operations() as pruned:
+                generator.prefill(ids, past_key_values=cache)
+            if cache is not None:
+                cache.reset()
+            with generator.full_model(), Operations() as plain:
+                generator.prefill(ids, past_key_values=cache)
+            assert pruned.waits <= plain.waits
+            counts.append(len(pruned.names))
+    assert counts[:2] == counts[2:]
+
+
+def test_decode_meets_no_hook():
+    model = build("gemma3")
+    ids, mask = ragged([2 * WINDOW])
+    generator = StageAwareGenerator(model, PruningPlan(1))
+    met = []
+    handle = model.lm_head.register_forward_hook(lambda *_: met.append(hooks(model)))
+    generator.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    handle.remove()
+    assert met == [0, 0, 0, 0]
+
+
+def wide(kv_heads, family="llama"):
+    """Layers enough, and keys and values wide enough, for one product over all of them to be too much memory."""
+    shape = COMMON | {
+        "num_hidden_layers": 20, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": kv_heads,
+        "num_attention_heads": 8, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if family == "gemma3":
+        config = Gemma3TextConfig(**shape, sliding_window=64, layer_types=["sliding_attention", "full_attention"] * 10)
+        return Gemma3ForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
+
+
+def peak(generator, ids, pruned=True):
+    with contextlib.nullcontext() if pruned else generator.full_model():
+        generator.prefill(ids)
+        with LiveBytes() as memory:
+            generator.prefill(ids)
+    return memory.peak
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@pytest.mark.parametrize("depth", [1, 13])
+def test_peak_memory_of_a_prefill_is_no_higher_than_the_plain_models(family, kv_heads, depth):
+    model = wide(kv_heads, family)
+    ids = torch.randint(3, 97, (2, 512), generator=torch.Generator().manual_seed(0))
+    generator = StageAwareGenerator(model, PruningPlan(depth))
+    assert peak(generator, ids) <= peak(generator, ids, pruned=False)
+
+
+def test_the_bound_on_waiting_products_is_what_keeps_the_peak_low(monkeypatch):
+    model = wide(8)
+    ids = torch.randint(3, 97, (2, 512), generator=torch.Generator().manual_seed(0))
+    generator = StageAwareGenerator(model, PruningPlan(1))
+    monkeypatch.setattr(Decoder, "mlp_dim", 1 << 30)
+    assert peak(generator, ids) > peak(generator, ids, pruned=False)
 
 
 @pytest.mark.parametrize(("depth", "boundary"), [(0, 1), (5, 1), (2, -1), (1.5, 1)])
