@@ -642,6 +642,19 @@ def test_one_generator_serves_several_threads_at_once():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_generation_runs_in_inference_mode_and_the_projections_can_be_trained_afterwards():
+    model = base("llama")
+    ids, mask = ragged([LONG])
+    generator, reference = generators(model, kind="replaced")
+    expected = reference(ids, mask, **GREEDY)
+    generator.projections.replace(random_maps(1), "full")  # so that they are stacked inside
+    with torch.inference_mode():
+        assert torch.equal(generator.generate(input_ids=ids, attention_mask=mask, **GREEDY), expected)
+    generator.projections.requires_grad_(True)
+    generator.projections(2, None, torch.randn(3, COMMON["hidden_size"])).sum().backward()
+    assert generator.projections.maps["2"].weight.grad.abs().sum() > 0
+
+
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 

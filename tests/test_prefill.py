@@ -1,6 +1,7 @@
 """The pruned prefill and generation against two plain passes, and what must hold exactly."""
 
 import contextlib
+import functools
 import itertools
 import weakref
 
@@ -25,6 +26,13 @@ from families import COMMON, FAMILIES, WINDOW, build, greedy, mapped_kv, ragged,
 
 LAYERS = COMMON["num_hidden_layers"]
 KINDS = ("reuse", "replaced")
+
+
+@functools.cache
+def shared(family, attention, dtype=torch.float32, seed=0, exact=False):
+    """One model for many cases; nothing in this file's matrices changes it. ``exact``: the same weights in float32."""
+    model = build(family, attention, dtype, seed)
+    return model.float() if exact else model
 
 
 def hooks(model):
@@ -54,7 +62,7 @@ def pruned_pair(model, depth, boundary, kind, seed=0):
 
 def compare(family, attention, kind, depth, boundary, batch, length, *, seed=0, steps=0):
     """Float32: logits and caches to 1e-5 of the two-pass reference; with ``steps``, greedy tokens one for one."""
-    model = build(family, attention, seed=seed)
+    model = shared(family, attention, seed=seed)
     ids, mask = prompts(batch, length, seed)
     generator, maps = pruned_pair(model, depth, boundary, kind, seed)
     ours = generator.prefill(ids, mask)
@@ -81,8 +89,8 @@ def compare_in_bfloat16(family, attention, kind, depth, boundary, batch, length,
     """Against the float32 reference, at most 1.5 times the error that two plain passes in bfloat16 make."""
     ours_error, two_pass_error = 0.0, 0.0
     for seed in seeds:
-        model = build(family, attention, torch.bfloat16, seed)
-        exact = build(family, attention, torch.bfloat16, seed).float()
+        model = shared(family, attention, torch.bfloat16, seed)
+        exact = shared(family, attention, torch.bfloat16, seed, exact=True)
         ids, mask = prompts(batch, length, seed)
         generator, maps = pruned_pair(model, depth, boundary, kind, seed)
         reference, _ = two_pass(exact, ids, mask, depth, boundary, mapped_kv(exact, maps))
