@@ -280,10 +280,7 @@ class Decoder:
                 return None
             queries = torch.arange(past, past + rows, device=hidden.device).unsqueeze(-1)
             keys = torch.arange(offset, offset + columns, device=hidden.device)
-            seen = keys <= queries
-            if (window := self.window(layer)) is not None:
-                seen &= keys > queries - window
-            return seen.expand(hidden.shape[0], 1, rows, columns)
+            return (keys <= queries).expand(hidden.shape[0], 1, rows, columns)
         if isinstance(mask, Tensor) and mask.dim() == 4:
             return mask[:, :, mask.shape[2] - rows :, mask.shape[3] - columns :]
         if isinstance(mask, Tensor) and mask.dim() == 2:

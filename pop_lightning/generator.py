@@ -172,14 +172,13 @@ class StageAwareGenerator:
     def _prompt_length(self, inputs: Tensor | None, kwargs: dict, cached: int) -> int:
         """Tokens of the prompt, cached ones included, as ``generate`` will count them."""
         prompt = kwargs.get("inputs_embeds")
-        embeds = prompt is not None
         if prompt is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is None:
             return 1  # generate starts from the BOS token alone
         mask = kwargs.get("attention_mask")
-        # As in generate: embeddings, and ids as long as the mask, are the whole sequence; shorter ids follow the cache.
-        whole = embeds or mask is None or mask.shape[1] == prompt.shape[1] or not cached
+        # As in generate: a prompt as long as the mask is the whole sequence, a shorter one is what follows the cache.
+        whole = mask is None or mask.shape[1] == prompt.shape[1] or not cached
         if whole and prompt.shape[1] <= cached:
             raise InputError(
                 f"past_key_values hold {cached} tokens already and the prompt has {prompt.shape[1]}; pass the whole "

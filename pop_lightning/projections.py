@@ -111,6 +111,10 @@ class KVProjections(nn.Module):
             self._stacks = tuple(map(self._stack, groups))
         return self._stacks
 
+    def __getstate__(self) -> dict:
+        """A copy stacks its own weights."""
+        return self.__dict__ | {"_stacks": ()}
+
     @torch.no_grad()
     def _stack(self, layers: tuple[int, ...]) -> Stack:
         linears = [self.maps[str(layer)] for layer in layers]

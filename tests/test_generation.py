@@ -241,6 +241,9 @@ def test_inputs_embeds_equal_input_ids(family, boundary):
     assert torch.equal(ours, reference(ids, mask, **GREEDY)[:, ids.shape[1] :])
     logits = generator.prefill(inputs_embeds=embeds, attention_mask=mask).logits
     assert relative(logits, two_pass(model, ids, mask, 2, boundary)[0]) < 1e-5
+    prefix = generator.prefill(ids[:, :12], mask[:, :12], last=False).past_key_values
+    after = generator.generate(inputs_embeds=embeds, attention_mask=mask, past_key_values=prefix, **GREEDY)
+    assert torch.equal(after, ours)
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ PAIRWISE = [
     ("llama", "eager", "replaced", 1, 0, "one", 21),
     ("llama", "sdpa", "replaced", 3, 4, "one", 2),
     ("llama", "eager", "reuse", 1, 32, "ragged", 33),
+    ("llama", "sdpa", "reuse", 1, 4, "one", 25),
     ("mistral", "sdpa", "reuse", 2, 4, "ragged", 9),
     ("mistral", "eager", "replaced", 1, 1, "one", 8),
     ("mistral", "sdpa", "replaced", 1, 0, "ragged", 25),
