@@ -118,18 +118,20 @@ class Decoder:
         """Put keys and values ``[batch, heads, tokens, head_dim]`` into a layer's cache, behind ``skipped`` tokens.
 
         The skipped tokens are those that no later token of the layer can see (:meth:`visible`). A cache layer that
-        slides drops them anyway: it is told their number, and takes one column of zeros because a static one holds a
-        whole window and not window-1. Every other cache layer gets zeros, which the layer's mask hides.
+        slides drops them anyway and is only told their number; a static one takes a column of zeros with it, because it
+        holds a whole window and not window-1. Every other cache layer gets zeros, which the layer's mask hides.
         """
         held = cache.layers[layer] if layer < len(cache.layers) else None  # plain dynamic caches grow their layers
-        slides = skipped > 0 and isinstance(held, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer))
-        if skipped:
-            pad = (0, 0, 1 if slides else skipped, 0)
-            keys, values = nn.functional.pad(keys, pad), nn.functional.pad(values, pad)
+        length, zeros = None, skipped
+        if skipped and isinstance(held, DynamicSlidingWindowLayer):
+            length, zeros = "cumulative_length", 0
+        elif skipped and isinstance(held, StaticSlidingWindowLayer):
+            length, zeros = "cumulative_length_int", 1
+        if zeros:
+            keys, values = (nn.functional.pad(tensor, (0, 0, zeros, 0)) for tensor in (keys, values))
         cache.update(keys, values, layer)
-        if slides:
-            length = "cumulative_length_int" if isinstance(held, StaticSlidingWindowLayer) else "cumulative_length"
-            setattr(held, length, getattr(held, length) + skipped - 1)
+        if length is not None:
+            setattr(held, length, getattr(held, length) + skipped - zeros)
 
     @property
     def compiled(self) -> bool:
@@ -345,5 +347,8 @@ def _last_block(mask: BlockMask, rows: int, columns: int) -> BlockMask:
 def _rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE in the half-split layout of Llama and its descendants; the attach check notices a family that differs."""
     cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return rotated
