@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from pop_lightning.errors import InputError
@@ -68,6 +69,12 @@ class Decoder:
         for index in range(self.num_layers):
             self._parts(index)
         self.head_dim: int = self.attention(0).head_dim
+        unknown = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise InputError(
+                f"{self.name} is not supported: it has layers of type {', '.join(sorted(unknown))}; "
+                f"full_attention and sliding_attention are known."
+            )
         # The cache that Transformers itself would build knows which layer slides, and how far.
         self._windows = [getattr(layer, "sliding_window", None) for layer in self.new_cache().layers]
         if len(self._windows) != self.num_layers:
@@ -102,10 +109,56 @@ class Decoder:
         """Sliding window of a layer in tokens, or None where it sees everything."""
         return self._windows[layer]
 
+    def visible(self, layer: int, context: int) -> int:
+        """How many of the last ``context`` tokens a layer can still see once a token follows them."""
+        window = self.window(layer)
+        return context if window is None else min(context, window - 1)
+
+    def append(self, cache: Cache, layer: int, keys: Tensor, values: Tensor, skipped: int = 0) -> None:
+        """Put keys and values ``[batch, heads, tokens, head_dim]`` into a layer's cache, behind ``skipped`` tokens.
+
+        The skipped tokens are those that no later token of the layer can see (:meth:`visible`). A cache layer that
+        slides drops them anyway and is only told their number; a static one takes a column of zeros with it, because it
+        holds a whole window and not window-1. Every other cache layer gets zeros, which the layer's mask hides.
+        """
+        held = cache.layers[layer] if layer < len(cache.layers) else None  # plain dynamic caches grow their layers
+        length, zeros = None, skipped
+        if skipped and isinstance(held, DynamicSlidingWindowLayer):
+            length, zeros = "cumulative_length", 0
+        elif skipped and isinstance(held, StaticSlidingWindowLayer):
+            length, zeros = "cumulative_length_int", 1
+        if zeros:
+            keys, values = (nn.functional.pad(tensor, (0, 0, zeros, 0)) for tensor in (keys, values))
+        cache.update(keys, values, layer)
+        if length is not None:
+            setattr(held, length, getattr(held, length) + skipped - zeros)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model, or a part of it that holds a layer, runs through ``torch.compile``."""
+        return any(
+            module._compiled_call_impl is not None
+            or hasattr(module, "_orig_mod")
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+            for module in (self.model, self.body, *self.layers)
+        )
+
     # --- one layer ------------------------------------------------------------------------------------------------
 
     def attention(self, layer: int) -> nn.Module:
         return self.layers[layer].self_attn
+
+    def placement(self, layer: int) -> tuple[torch.device, torch.dtype]:
+        """Where a layer computes, and in what dtype; its weights may wait elsewhere (offloading)."""
+        norm, linear = self.layers[layer].input_layernorm, self.attention(layer).k_proj
+        weight = linear.weight if _is_plain(linear) else norm.weight  # a quantised weight may have no such dtype
+        device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None)
+        return torch.device(norm.weight.device if device is None else device), weight.dtype
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the feed-forward branch: what one layer's activations of a token are measured by."""
+        return getattr(self.config, "intermediate_size", None) or self.config.hidden_size
 
     @property
     def kv_dim(self) -> int:
@@ -147,7 +200,7 @@ class Decoder:
         """
         attention, norm = self.attention(layer), self.layers[layer].input_layernorm
         linears = (attention.k_proj, attention.v_proj)
-        if any(type(linear) is not nn.Linear or linear.weight.is_meta for linear in linears):
+        if not all(map(_is_plain, linears)):
             return None
         if isinstance(norm, nn.LayerNorm):
             scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
@@ -208,6 +261,39 @@ class Decoder:
             layer_idx=layer,
         )
 
+    def tail_mask(self, layer: int, mask, hidden: Tensor, past: int, cache: Cache):
+        """What ``mask`` says of a prompt's last rows, over what ``cache`` holds for ``layer`` plus those rows.
+
+        Args:
+            mask: the mask that the model built for the whole prompt, in whatever form the attention implementation
+                takes it: 4-D (sdpa, eager), :class:`BlockMask` (flex), 2-D padding (flash), or None.
+            hidden: ``[batch, rows, hidden]``, the last rows; only its shape and device count.
+            past: tokens in front of these rows, cached ones included.
+
+        Raises:
+            InputError: a mask of another form; the sentence names the implementation.
+        """
+        rows = hidden.shape[1]
+        columns, offset = cache.get_mask_sizes(rows, layer)
+        implementation = self.config._attn_implementation
+        if mask is None:
+            # None meant "causal from the top left" over the whole prompt; these rows sit at the bottom right.
+            if "flash" in implementation or (rows == 1 and not cache.layers[layer].is_compileable):
+                return None
+            queries = torch.arange(past, past + rows, device=hidden.device).unsqueeze(-1)
+            keys = torch.arange(offset, offset + columns, device=hidden.device)
+            return (keys <= queries).expand(hidden.shape[0], 1, rows, columns)
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            return mask[:, :, mask.shape[2] - rows :, mask.shape[3] - columns :]
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask[:, -columns:]
+        if isinstance(mask, BlockMask):
+            return _last_block(mask, rows, columns)
+        raise InputError(
+            f"attn_implementation {implementation!r} builds masks of type {type(mask).__name__}, which cannot be cut "
+            f"to the boundary tokens; use 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2'."
+        )
+
     # --- a whole pass ---------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -236,13 +322,33 @@ class Decoder:
                 handle.remove()
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a layer's weight can be read as numbers: not quantised (by module or by tensor), offloaded or sharded."""
+    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Every token's position among its row's tokens, ``[batch, tokens]``; padding counts as position 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def _last_block(mask: BlockMask, rows: int, columns: int) -> BlockMask:
+    """The bottom right ``[rows, columns]`` of a block mask."""
+    queries, keys = (length - kept for length, kept in zip(mask.seq_lengths, (rows, columns), strict=True))
+    whole = mask.mask_mod
+
+    def last(batch, head, query, key):
+        return whole(batch, head, query + queries, key + keys)
+
+    batch, heads = mask.shape[:2]
+    return create_block_mask(last, batch, heads, rows, columns, device=mask.kv_num_blocks.device)
+
+
 def _rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE in the half-split layout of Llama and its descendants; the attach check notices a family that differs."""
     cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return rotated

@@ -1,5 +1,25 @@
-"""StageAwareGenerator: a Transformers model whose prefill is pruned and whose everything else is as it was."""
+"""StageAwareGenerator: a Transformers model whose prefill is pruned and whose everything else is as it was.
 
+The last part of the flow: it holds a base, a plan and projections, and lets Transformers' own ``generate`` run. Hooks
+stand on the pruned layers until the prompt has been read (``prefill.py``); decode steps meet none. Works: sampling,
+beams, several return sequences, logits processors, guidance, stopping criteria, streamers, assisted and prompt-lookup
+decoding, chunked prefill, prefixes, second turns, ``inputs_embeds``; dynamic, static, sliding and quantised caches;
+compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantised bases; sdpa, eager, flash and
+flex attention; several threads at once. Where pruning shows:
+
+- ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,
+  ``[batch, boundary, ...]``, because no other exists; refused with ``boundary=0`` and with assisted decoding.
+- ``past_key_values``: a cache carries its plan; one of another plan is refused, the plain model's is taken. A filled
+  one is refused for assisted decoding, and so is one that holds the whole prompt. It can be cropped to the prompt's
+  end, not into the prompt.
+- ``guidance_scale``: the unconditional branch is prefilled by the plain model.
+- Refused by name before the first token: ``use_cache=False``, offloaded and paged caches, ``token_healing``, the model
+  as its own assistant, ``assistant_early_exit``, ``use_mtp``, ``speculation_type="dflash"``, flex attention together
+  with a compiled model or ``prefill_chunk_size``.
+"""
+
+import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,8 +64,9 @@ class StageAwareGenerator:
         self.tokenizer = tokenizer
         self.decoder = decoder
         self.projections = projections if projections is not None else KVProjections(decoder, plan.depth)
+        self.projections.stack()  # now, so that the first prefill pays neither its time nor its memory
         self._prefill = StageAwarePrefill(self.projections, plan)
-        self._pruning = True
+        self._thread = threading.local()
 
     @classmethod
     def from_artifact(
@@ -78,24 +99,35 @@ class StageAwareGenerator:
 
     @contextmanager
     def full_model(self):
-        """Pruning off: inside, ``generate`` and ``prefill`` are the plain model's."""
-        before, self._pruning = self._pruning, False
+        """Pruning off on this thread: inside, ``generate`` and ``prefill`` are the plain model's."""
+        before = self._pruning
+        self._thread.pruning = False
         try:
             yield self
         finally:
-            self._pruning = before
+            self._thread.pruning = before
+
+    @property
+    def _pruning(self) -> bool:
+        return getattr(self._thread, "pruning", True)
 
     def generate(self, inputs: Tensor | None = None, **kwargs):
-        """Hugging Face ``generate``: the same arguments, the same return value."""
+        """Hugging Face ``generate``: the same arguments, the same return value.
+
+        Raises:
+            InputError: a feature that the module's table names as refused, before the first token.
+        """
         if not self._pruning:
             return self.model.generate(inputs, **kwargs)
-        if kwargs.get("use_cache") is False:
-            raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
+        self._refuse(lambda name: self._setting(kwargs, name))
         cache = kwargs.get("past_key_values")
-        with self._guard(cache), self._prefill.attached(self._prompt_length(inputs, kwargs, cache)):
+        cached = self._claim(cache)
+        length = self._prompt_length(inputs, kwargs, cached)
+        chunked = self._setting(kwargs, "prefill_chunk_size") is not None
+        with self._prefill.attached(length, cached=cached, compiled=chunked):
             output = self.model.generate(inputs, **kwargs)
         if isinstance(getattr(output, "past_key_values", None), Cache):
-            self._mark(output.past_key_values)
+            self._claim(output.past_key_values)
         return output
 
     @torch.no_grad()
@@ -120,41 +152,103 @@ class StageAwareGenerator:
             ``logits`` ``[batch, 1, vocabulary]`` of the last token and the filled ``past_key_values``. With
             ``last=False`` the logits are those of a last token that stopped at the depth: not for sampling.
         """
-        tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None or not tokens.shape[1]:
+            raise InputError("prefill needs at least one token: input_ids or inputs_embeds.")
         cache = past_key_values if past_key_values is not None else self.decoder.new_cache()
-        total = int(cache.get_seq_length()) + tokens.shape[1]
-        if attention_mask is not None and kwargs.get("position_ids") is None:
+        if attention_mask is not None and attention_mask.dim() == 2 and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
         call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
         if not self._pruning:
             return self.model(**call, logits_to_keep=1, **kwargs)
-        with self._guard(cache), self._prefill.attached(total, last=last):
+        given = kwargs | {"past_key_values": cache}
+        self._refuse(given.get)
+        cached = self._claim(past_key_values)
+        with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
             output = self.model(**call, logits_to_keep=1, **kwargs)
-        self._mark(output.past_key_values)
+        self._claim(cache)
         return output
 
-    def _prompt_length(self, inputs: Tensor | None, kwargs: dict, cache: Cache | None) -> int:
+    def _prompt_length(self, inputs: Tensor | None, kwargs: dict, cached: int) -> int:
         """Tokens of the prompt, cached ones included, as ``generate`` will count them."""
         prompt = kwargs.get("inputs_embeds")
         if prompt is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is None:
-            raise InputError("generate needs a prompt: input_ids or inputs_embeds.")
-        cached = 0 if cache is None else int(cache.get_seq_length())
+            return 1  # generate starts from the BOS token alone
         mask = kwargs.get("attention_mask")
-        # As in generate: ids as long as the mask are the whole sequence, shorter ones are what follows the cache.
-        whole = mask is None or mask.shape[1] == prompt.shape[1] or cached == 0
+        # As in generate: a prompt as long as the mask is the whole sequence, a shorter one is what follows the cache.
+        whole = mask is None or mask.shape[1] == prompt.shape[1] or not cached
+        if whole and prompt.shape[1] <= cached:
+            raise InputError(
+                f"past_key_values hold {cached} tokens already and the prompt has {prompt.shape[1]}; pass the whole "
+                f"sequence with at least one token more, or its new tokens with the whole sequence's attention_mask."
+            )
         return prompt.shape[1] if whole else cached + prompt.shape[1]
 
-    @contextmanager
-    def _guard(self, cache: Cache | None):
-        """Refuse a cache that was filled under another plan: its context would not be what this plan projects."""
+    def _claim(self, cache: Cache | None) -> int:
+        """Put this plan's mark on a cache; returns how many tokens it holds.
+
+        A cache that another plan filled is refused: its context would not be what this plan projects. One that the
+        plain model filled is taken: its keys and values are the exact ones.
+        """
+        if cache is None:
+            return 0
+        held = int(cache.get_seq_length())
         mark = getattr(cache, _PLAN, None)
-        if mark is not None and mark != self.plan.fingerprint:
+        if held and mark is not None and mark != self.plan.fingerprint:
             raise InputError(
                 "past_key_values were filled under another pruning plan; prefill them with this generator."
             )
-        yield
-
-    def _mark(self, cache: Cache) -> None:
         setattr(cache, _PLAN, self.plan.fingerprint)
+        return held
+
+    def _setting(self, kwargs: dict, name: str):
+        """A generation setting as ``generate`` will see it: argument, ``generation_config``, the model's own."""
+        for source in (kwargs.get("generation_config"), self.model.generation_config):
+            kwargs = {name: getattr(source, name, None)} | {k: v for k, v in kwargs.items() if v is not None}
+        return kwargs[name]
+
+    def _refuse(self, setting: Callable[[str], object]) -> None:
+        """Raise for what cannot work with a pruned prefill; ``setting`` gives an argument's value by its name."""
+        cache, implementation = setting("past_key_values"), setting("cache_implementation")
+        assisted = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
+        if assisted and cache is not None and int(cache.get_seq_length()):
+            raise InputError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) reads the whole prompt again and needs "
+                "an empty cache; found past_key_values that hold tokens."
+            )
+        if setting("use_cache") is False and setting("inputs_embeds") is None:
+            raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
+        if getattr(cache, "offloading", False) or str(implementation).startswith("offloaded"):
+            raise InputError(
+                "an offloaded cache is not supported by the pruned prefill; use cache_implementation 'dynamic', "
+                "'static' or 'quantized'."
+            )
+        if implementation == "paged":
+            raise InputError("cache_implementation 'paged' (continuous batching) has no prefill that can be pruned.")
+        if setting("token_healing"):
+            raise InputError("token_healing changes the prompt inside generate; heal it first, then generate.")
+        if setting("assistant_model") is self.model or setting("assistant_early_exit") is not None:
+            raise InputError(
+                "the pruned model cannot be its own assistant (assistant_model, assistant_early_exit); give another "
+                "assistant_model or prompt_lookup_num_tokens."
+            )
+        if setting("use_mtp") or setting("speculation_type") == "dflash":
+            raise InputError(
+                "use_mtp and speculation_type='dflash' draft from hidden states of every prompt token, which a pruned "
+                "prefill does not compute; use assistant_model or prompt_lookup_num_tokens."
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            if setting(name) and (assisted or self.plan.boundary == 0):
+                raise InputError(
+                    f"{name} needs boundary >= 1 and no assistant: above the depth there are rows for boundary tokens "
+                    f"alone; set boundary, drop the assistant, or use full_model()."
+                )
+        if self.decoder.config._attn_implementation == "flex_attention" and (
+            self.decoder.compiled or setting("prefill_chunk_size") is not None
+        ):
+            raise InputError(
+                "flex_attention needs torch.compile, which the pruned prefill sets aside where the model is compiled "
+                "or prefill_chunk_size is given; use attn_implementation='sdpa'."
+            )

@@ -5,6 +5,7 @@ unchanged model (:class:`StageAwarePrefill`); training and evaluation rerun the 
 pass (:func:`student_logits`), because the layers below the depth are the same in both.
 """
 
+import threading
 import weakref
 from contextlib import contextmanager
 
@@ -15,40 +16,77 @@ from transformers.cache_utils import Cache
 from pop_lightning.decoder import Decoder, Trace
 from pop_lightning.errors import InputError
 from pop_lightning.plan import PruningPlan
-from pop_lightning.projections import KVProjections
+from pop_lightning.projections import KVProjections, Stack
 
 
-def visible_context(decoder: Decoder, layer: int, context: int) -> int:
-    """How many of the last ``context`` tokens a layer can still see once a token follows them."""
-    window = decoder.window(layer)
-    return context if window is None else min(context, window - 1)
+class ContextProjector:
+    """Keys and values of one context for all pruned layers, made in as few products as memory allows.
 
-
-def fill_context(
-    projections: KVProjections,
-    layer: int,
-    hidden: Tensor,
-    normed: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    cache: Cache,
-) -> None:
-    """Project the context into one pruned layer's cache.
-
-    A sliding layer gets projections only for the tokens that it can still see; the skipped ones go in as zeros, which
-    it drops at once, so that the cache's lengths advance as in a plain prefill.
+    Layers that see the same span share one product (:meth:`KVProjections.stack`), and a sliding layer's product covers
+    only the last window-1 tokens. The products that wait for their layers never hold more than ``2 mlp_dim`` numbers
+    per context token, over all spans, unless one layer alone is larger: less than a plain feed-forward branch holds
+    (gate, up and their product), so the prefill's peak memory stays below the plain model's.
 
     Args:
-        hidden: h_d of the context, ``[batch, context, hidden]``; ``normed``: n(h_d), same shape.
-        position_embeddings: the layer's rotary tables for the context, ``[batch or 1, context, head_dim]`` each.
+        hidden: h_d of the context, ``[batch, context, hidden]``.
     """
-    decoder = projections.decoder
-    skipped = hidden.shape[1] - visible_context(decoder, layer, hidden.shape[1])
-    tables = tuple(table[:, skipped:] for table in position_embeddings)
-    keys, values = decoder.to_cache(layer, projections(layer, hidden[:, skipped:], normed[:, skipped:]), tables)
-    if skipped:
-        pad = (0, 0, skipped, 0)
-        keys, values = torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad)
-    cache.update(keys, values, layer)
+
+    def __init__(self, projections: KVProjections, hidden: Tensor):
+        self.projections, self.decoder = projections, projections.decoder
+        stacks = projections.stack()
+        self.place = {layer: (stack, i) for stack in stacks for i, layer in enumerate(stack.layers)}
+        self.length = hidden.shape[1]
+        self.at_once = self._share(stacks)
+        self.normed = self.decoder.normalise(hidden) if stacks else None
+        # Whoever is in a stack needs n(h) alone; h itself is kept for the others.
+        others = set(range(projections.depth, self.decoder.num_layers)) - set(self.place)
+        self.hidden = hidden if others else None
+        self.waiting: dict[int, Tensor] = {}
+
+    def take(self, layer: int) -> Tensor:
+        """``[k|v]`` of a layer before k_norm and RoPE, ``[batch, visible context, 2 kv_dim]``; each layer once."""
+        skipped = self.length - self.decoder.visible(layer, self.length)
+        if layer not in self.place:
+            return self.projections(layer, self.hidden[:, skipped:])
+        if layer not in self.waiting:
+            self._project(*self.place[layer], skipped)
+        return self.waiting.pop(layer)
+
+    def _share(self, stacks: tuple[Stack, ...]) -> dict[tuple[int, ...], int]:
+        """How many layers of each stack may wait at once: all, or an even share of the bound, smallest need first."""
+        width = 2 * self.decoder.kv_dim
+        each = {stack.layers: width * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
+        left, counts = 2 * self.decoder.mlp_dim * self.length, {}
+        for layers in sorted(each, key=lambda layers: each[layers] * len(layers)):
+            share = left // (len(each) - len(counts))
+            counts[layers] = min(len(layers), max(1, share // max(1, each[layers])))
+            left -= counts[layers] * each[layers]
+        return counts
+
+    def _project(self, stack: Stack, first: int, skipped: int) -> None:
+        width = 2 * self.decoder.kv_dim
+        count = min(len(stack.layers) - first, self.at_once[stack.layers])
+        weight, bias = stack.rows(first, count)
+        # Flat, because a cut along the tokens would otherwise become one product per row of the batch.
+        normed = self.normed[:, skipped:].flatten(0, 1).to(weight)
+        product = torch.nn.functional.linear(normed, weight, bias).to(self.normed.dtype)
+        product = product.unflatten(0, (-1, self.length - skipped))
+        self.waiting |= zip(stack.layers[first : first + count], product.split(width, dim=-1), strict=True)
+
+
+def cache_context(
+    decoder: Decoder, layer: int, kv: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Cache
+) -> None:
+    """Put the context's ``[k|v]`` into one pruned layer's cache.
+
+    Args:
+        kv: ``[batch, visible context, 2 kv_dim]``.
+        position_embeddings: the layer's rotary tables for the whole context, ``[batch or 1, context, head_dim]`` each.
+    """
+    skipped = position_embeddings[0].shape[1] - kv.shape[1]
+    tables = tuple(table[:, skipped:].to(kv.device) for table in position_embeddings)
+    keys, values = decoder.to_cache(layer, kv, tables)
+    decoder.append(cache, layer, keys, values, skipped)
 
 
 class StageAwarePrefill:
@@ -56,7 +94,8 @@ class StageAwarePrefill:
 
     The split follows from positions alone: tokens before ``prompt_length - boundary`` are context, the rest run in
     full. So the first forward of a generation may hold the prompt, a chunk of it, what follows a cached prefix, or the
-    prompt with candidate tokens behind it, and later forwards are untouched.
+    prompt with candidate tokens behind it. The hooks go with the forward that reads the prompt's end, so decode steps
+    see none. They act on the thread that attached them alone, so several threads can prefill one model.
     """
 
     def __init__(self, projections: KVProjections, plan: PruningPlan):
@@ -66,25 +105,20 @@ class StageAwarePrefill:
         self.plan = plan
 
     @contextmanager
-    def attached(self, prompt_length: int, last: bool = True):
-        """Prune every forward until ``prompt_length`` tokens (cached ones included) have been read.
+    def attached(self, prompt_length: int, *, cached: int = 0, last: bool = True, compiled: bool = False):
+        """Prune every forward of this thread until ``prompt_length`` tokens have been read.
 
         Args:
             prompt_length: tokens of the prompt, cached prefix and left padding included.
+            cached: how many of them the cache holds already.
             last: False where more of the prompt will follow: every token is context and no logits are wanted.
+            compiled: the caller will run the prompt through ``torch.compile``; a compiled model is noticed anyway.
         """
-        handles: list = []
-        context_end = prompt_length - (self.plan.boundary if last else 0)
-        run = _Run(self, prompt_length, context_end, handles)
+        run = _Run(self, prompt_length, prompt_length - (self.plan.boundary if last else 0), cached)
         try:
-            for layer in self.plan.pruned(self.decoder.num_layers):
-                hook = run.split if layer == self.plan.depth else run.follow
-                handles.append(
-                    self.decoder.layers[layer].register_forward_pre_hook(
-                        lambda module, args, kwargs, hook=hook, layer=layer: hook(layer, args, kwargs), with_kwargs=True
-                    )
-                )
-            handles.append(self.decoder.norm.register_forward_pre_hook(run.finish))
+            if compiled or self.decoder.compiled:
+                run.handles.append(_compiler.pause())
+            run.attach()
             yield
         finally:
             run.release()
@@ -93,28 +127,50 @@ class StageAwarePrefill:
 class _Run:
     """One prefill in flight: what the hooks hand to one another."""
 
-    def __init__(self, prefill: StageAwarePrefill, prompt_length: int, context_end: int, handles: list):
-        self.prefill, self.prompt_length, self.context_end = prefill, prompt_length, context_end
-        self.handles = handles
-        self.context: Tensor | None = None
-        self.normed: Tensor | None = None
+    def __init__(self, prefill: StageAwarePrefill, prompt_length: int, context_end: int, seen: int):
+        self.decoder, self.projections, self.plan = prefill.decoder, prefill.projections, prefill.plan
+        self.prompt_length, self.context_end = prompt_length, context_end
+        self.seen = seen  # tokens read so far: counted here, because a static cache knows it on the device alone
         self.keep = 0
-        self.done = False
+        self.context: ContextProjector | None = None
+        self.last: Tensor | None = None
+        self.handles: list = []
+
+    def attach(self):
+        for layer in self.plan.pruned(self.decoder.num_layers):
+            hook = self.split if layer == self.plan.depth else self.follow
+            self._hook(
+                self.decoder.layers[layer], lambda args, kwargs, hook=hook, layer=layer: hook(layer, args, kwargs)
+            )
+        self._hook(self.decoder.norm, self.finish)
+
+    def _hook(self, module, act):
+        thread = threading.get_ident()
+
+        def hook(module, args, kwargs=None):
+            # Another thread may run the model meanwhile, and even meet this hook half registered, without kwargs.
+            return act(args, kwargs) if threading.get_ident() == thread else None
+
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def release(self):
+        while self.handles:
+            self.handles.pop().remove()
 
     def split(self, layer: int, args: tuple, kwargs: dict):
         """At the first pruned layer: keep the context aside, pass the boundary tokens on."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        cache = kwargs.get("past_key_values")
-        if cache is None:
+        if kwargs.get("past_key_values") is None:
             raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
-        past, rows = int(cache.get_seq_length(layer)), hidden.shape[1]
-        self.done = past + rows >= self.prompt_length
-        self.keep = min(rows, max(0, past + rows - self.context_end))
-        self.context = None
+        rows = hidden.shape[1]
+        self.seen += rows
+        self.keep = min(rows, max(0, self.seen - self.context_end))
         if self.keep == rows:
             return (hidden, *args[1:]), kwargs
-        self.context = hidden[:, : rows - self.keep]
-        self.normed = self.prefill.decoder.normalise(self.context)
+        context = hidden[:, : rows - self.keep]
+        self.context = ContextProjector(self.projections, context)
+        if not self.keep or self.plan.boundary == 0:
+            self.last = context[:, -1:].clone()
         # Attention cannot be run on no rows: where every token is context, the last one goes on as a placeholder.
         return self.follow(layer, (hidden[:, rows - max(self.keep, 1) :], *args[1:]), kwargs)
 
@@ -123,50 +179,61 @@ class _Run:
         if self.context is None:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        context = self.context.shape[1]
+        rows, context = hidden.shape[1], self.context.length
         cache, tables = kwargs["past_key_values"], kwargs["position_embeddings"]
-        fill_context(
-            self.prefill.projections, layer, self.context, self.normed, tuple(t[:, :context] for t in tables), cache
-        )
-        rows = hidden.shape[1]
+        past = tuple(table[:, :context] for table in tables)
+        cache_context(self.decoder, layer, self.context.take(layer), past, cache)
         kwargs = dict(kwargs)
         kwargs["position_embeddings"] = tuple(table[:, -rows:] for table in tables)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"][..., -rows:]
         if self.keep:
-            kwargs["attention_mask"] = self._boundary_mask(layer, hidden, kwargs.get("attention_mask"), cache)
+            mask = kwargs.get("attention_mask")
+            kwargs["attention_mask"] = self.decoder.tail_mask(layer, mask, hidden, self.seen - rows, cache)
         else:
             # The placeholder sees itself alone and leaves no key behind: its projected one is in the cache already.
             kwargs["attention_mask"] = kwargs["past_key_values"] = None
         return (hidden, *args[1:]), kwargs
 
-    def _boundary_mask(self, layer: int, hidden: Tensor, mask: Tensor | None, cache: Cache) -> Tensor | None:
-        if mask is None:
-            # None meant "causal from the top left" over the whole prompt; the boundary rows sit at the bottom right.
-            return self.prefill.decoder.mask(layer, hidden, None, cache)
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            implementation = self.prefill.decoder.config._attn_implementation
-            raise InputError(
-                f"attn_implementation {implementation!r} builds no 4-D mask that can be split; use 'sdpa' or 'eager'."
-            )
-        columns, _ = cache.get_mask_sizes(hidden.shape[1], layer)
-        return mask[:, :, mask.shape[2] - hidden.shape[1] :, mask.shape[3] - columns :]
-
-    def finish(self, module, args):
+    def finish(self, args: tuple, kwargs: dict):
         """Before the final norm: where the last prompt token was context, its h_d takes its place; then hooks go."""
         hidden = args[0]
-        if self.context is not None and not self.keep:
-            hidden = self.context[:, -1:]
-        elif self.context is not None and self.prefill.plan.boundary == 0:
-            hidden = torch.cat([self.context[:, -1:], hidden], dim=1)
-        self.context = self.normed = None
-        if self.done:
+        if self.last is not None:
+            last = self.last.to(hidden.device)
+            hidden = torch.cat([last, hidden], dim=1) if self.keep else last
+        self.context = self.last = None
+        if self.seen >= self.prompt_length:
             self.release()
-        return (hidden, *args[1:])
+        return (hidden, *args[1:]), kwargs
 
-    def release(self):
-        while self.handles:
-            self.handles.pop().remove()
+
+class _Compiler:
+    """torch.compile set aside while hooks are attached: code compiled without them would run past them.
+
+    torch keeps one stance for the whole process, so threads share it: the first prefill sets it, the last restores it.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.users = 0
+        self.stance = None
+
+    def pause(self) -> "_Compiler":
+        with self.lock:
+            if not self.users:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.users += 1
+        return self
+
+    def remove(self) -> None:
+        """The end of one pause, by the name that hook handles have."""
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.stance.__exit__(None, None, None)
+
+
+_compiler = _Compiler()
 
 
 def student_logits(
@@ -204,8 +271,9 @@ def student_logits(
             kwargs = trace.kwargs[layer]
             tables = kwargs["position_embeddings"]
             if context:
-                past = tuple(table[:, :context] for table in tables)
-                fill_context(projections, layer, source[:, :context], normed, past, cache)
+                visible = slice(context - decoder.visible(layer, context), context)
+                kv = projections(layer, source[:, visible], normed[:, visible])
+                cache_context(decoder, layer, kv, tuple(table[:, :context] for table in tables), cache)
             hidden = decoder.run_layer(
                 layer,
                 hidden,

@@ -6,6 +6,7 @@ full).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,27 @@ from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 
 KINDS = ("reuse", "closed_form", "full")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The maps of all pruned layers that see the same span of the context, as one.
+
+    Attributes:
+        layers: in order.
+        weight: ``[layers * 2 kv_dim, hidden]``; every layer's own weight is a view of it, so nothing is held twice.
+        bias: ``[layers * 2 kv_dim]``, zeros for a layer that has none; None where none has one.
+    """
+
+    layers: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``count`` layers from the ``first``-th on."""
+        height = self.weight.shape[0] // len(self.layers)
+        part = slice(first * height, (first + count) * height)
+        return self.weight[part], None if self.bias is None else self.bias[part]
 
 
 class KVProjections(nn.Module):
@@ -34,16 +56,22 @@ class KVProjections(nn.Module):
         self.kind = "reuse"
         self.replaced: set[int] = set()
         self.maps = nn.ModuleDict()
+        self._stacks: tuple[Stack, ...] = ()
         for layer in range(depth, decoder.num_layers):
             reuse = decoder.reuse_map(layer)
             if reuse is not None:
-                self.maps[str(layer)] = _linear(reuse.weight, reuse.bias, like=decoder.attention(layer).k_proj.weight)
+                self.maps[str(layer)] = _linear(reuse.weight, reuse.bias, *decoder.placement(layer))
         self.requires_grad_(False)
 
     @property
     def fitted_layers(self) -> range:
         """The layers whose maps can differ from reuse: all pruned ones but the first, which sees its true input."""
         return range(self.depth + 1, self.decoder.num_layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the maps: what pruning holds beside the base's own weights."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.maps.parameters())
 
     def forward(self, layer: int, hidden: Tensor, normed: Tensor | None = None) -> Tensor:
         """Keys and values of ``layer`` for context tokens.
@@ -61,6 +89,58 @@ class KVProjections(nn.Module):
         linear = self.maps[str(layer)]
         return linear(normed.to(linear.weight.dtype)).to(normed.dtype)
 
+    # --- stacked, for inference -----------------------------------------------------------------------------------
+
+    def stack(self) -> tuple[Stack, ...]:
+        """The maps of layers that see the same span, stacked for one product; layers that cannot be are in none.
+
+        Made on the first call: each layer's weight becomes a view of its stack. A map that was replaced, moved, cast or
+        put under training since then is no longer such a view, which is noticed here and stacked anew, so the stacks
+        never answer with stale weights. A layer is in no stack where its map is trained, is no plain linear layer
+        (LoRA), or does not exist (the base's own modules run).
+        """
+        maps, spans = dict(self.maps.items()), {}
+        for layer in range(self.depth, self.decoder.num_layers):
+            linear = maps.get(str(layer))
+            if type(linear) is nn.Linear and not linear.weight.requires_grad and linear.weight.numel():
+                key = (self.decoder.window(layer), linear.weight.device, linear.weight.dtype)
+                spans.setdefault(key, []).append(layer)
+        groups = [tuple(layers) for layers in spans.values()]
+        if [stack.layers for stack in self._stacks] != groups or not all(map(self._holds, self._stacks)):
+            self._stacks = ()  # freed before the new ones are made
+            self._stacks = tuple(map(self._stack, groups))
+        return self._stacks
+
+    def __getstate__(self) -> dict:
+        """A copy stacks its own weights."""
+        return self.__dict__ | {"_stacks": ()}
+
+    @torch.no_grad()
+    def _stack(self, layers: tuple[int, ...]) -> Stack:
+        linears = [self.maps[str(layer)] for layer in layers]
+        height, width = linears[0].weight.shape
+        with torch.inference_mode(False):  # the weights can be trained later, wherever they were stacked
+            weight = linears[0].weight.new_empty(len(layers) * height, width)
+            bias = None
+            if any(linear.bias is not None for linear in linears):
+                bias = weight.new_zeros(len(layers) * height)
+            for i, linear in enumerate(linears):
+                part = slice(i * height, (i + 1) * height)
+                linear.weight.data = weight[part].copy_(linear.weight)
+                if linear.bias is not None:
+                    linear.bias.data = bias[part].copy_(linear.bias)
+        return Stack(layers, weight, bias)
+
+    def _holds(self, stack: Stack) -> bool:
+        """Whether every layer's weight and bias still are the stack's own memory."""
+        for i, layer in enumerate(stack.layers):
+            linear, (weight, bias) = self.maps[str(layer)], stack.rows(i, 1)
+            if linear.weight.data_ptr() != weight.data_ptr():
+                return False
+            if linear.bias is not None and (bias is None or linear.bias.data_ptr() != bias.data_ptr()):
+                return False
+        return True
+
     @torch.no_grad()
     def replace(self, maps: Mapping[int, tuple[Tensor, Tensor]], kind: str) -> "KVProjections":
         """Put fitted maps ``{layer: (W' [2 kv_dim, hidden], b' [2 kv_dim])}`` in place; returns self."""
@@ -73,7 +153,7 @@ class KVProjections(nn.Module):
             expected = (2 * self.decoder.kv_dim, self.decoder.config.hidden_size)
             if tuple(weight.shape) != expected:
                 raise InputError(f"projection of layer {layer} must be {expected}, found {tuple(weight.shape)}.")
-            self.maps[str(layer)] = _linear(weight, bias, like=self.decoder.layers[layer].input_layernorm.weight)
+            self.maps[str(layer)] = _linear(weight, bias, *self.decoder.placement(layer))
             self.replaced.add(layer)
         self.requires_grad_(False)
         self.kind = kind
@@ -112,8 +192,8 @@ class KVProjections(nn.Module):
         return linear.weight.detach().float().clone(), bias.detach().float().to(linear.weight.device).clone()
 
 
-def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=like.device, dtype=like.dtype)
+def _linear(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=device, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(weight)
         if bias is not None:

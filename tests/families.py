@@ -1,6 +1,7 @@
 """Tiny random models of the real classes, and the slow plain reference that the fast paths are compared with."""
 
 import importlib
+from contextlib import contextmanager
 
 import torch
 from transformers import (
@@ -68,51 +69,98 @@ def ragged(lengths, seed=0):
 def own_kv(model, layer, hidden, position_ids):
     """A layer's keys and values for its input ``hidden``, written as the model's own forward writes them."""
     block = model.model.layers[layer]
-    attention = block.self_attn
-    module = importlib.import_module(type(model).__module__)
     normed = block.input_layernorm(hidden)
-    shape = (*hidden.shape[:-1], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(shape)
-    values = attention.v_proj(normed).view(shape).transpose(1, 2)
+    keys, values = block.self_attn.k_proj(normed), block.self_attn.v_proj(normed)
+    return to_heads(model, layer, keys, values, position_ids)
+
+
+def to_heads(model, layer, keys, values, position_ids):
+    """``[batch, tokens, kv_dim]`` to cacheable ``[batch, heads, tokens, head_dim]``: k_norm and RoPE."""
+    attention = model.model.layers[layer].self_attn
+    module = importlib.import_module(type(model).__module__)
+    shape = (*keys.shape[:-1], -1, attention.head_dim)
+    keys, values = keys.view(shape), values.view(shape).transpose(1, 2)
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
     keys = keys.transpose(1, 2)
     rotary = model.model.rotary_emb
     if model.config.model_type == "gemma3_text":
-        cos, sin = rotary(hidden, position_ids, model.config.layer_types[layer])
+        cos, sin = rotary(keys, position_ids, model.config.layer_types[layer])
     else:
-        cos, sin = rotary(hidden, position_ids)
+        cos, sin = rotary(keys, position_ids)
     _, keys = module.apply_rotary_pos_emb(keys, keys, cos, sin)
     return keys, values
 
 
-def two_pass(model, ids, mask, depth, boundary, project=None):
-    """The pruned prefill in two plain passes: the context, its caches above ``depth`` replaced, then the rest in full.
+def random_maps(depth, seed=0):
+    """Fitted projections ``{layer: (W' [2 kv_dim, hidden], b')}`` of a model of COMMON's shape, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    height = 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"]
+    return {
+        layer: (
+            0.2 * torch.randn(height, COMMON["hidden_size"], generator=generator),
+            0.2 * torch.randn(height, generator=generator),
+        )
+        for layer in range(depth + 1, COMMON["num_hidden_layers"])
+    }
 
-    ``project(layer, h_d, position_ids)`` gives a pruned layer's keys and values; its own (reuse) unless given.
-    Returns the last token's logits and the cache.
+
+def mapped_kv(model, maps):
+    """``project`` for :func:`two_pass`: fitted layers through their map of n(h), the others through their own."""
+
+    def project(layer, hidden, position_ids):
+        if layer not in maps:
+            return own_kv(model, layer, hidden, position_ids)
+        weight, bias = (tensor.to(hidden.dtype) for tensor in maps[layer])
+        h = hidden.float()
+        normed = h / (h.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        kv = normed.to(hidden.dtype) @ weight.T + bias
+        keys, values = kv.chunk(2, dim=-1)
+        return to_heads(model, layer, keys, values, position_ids)
+
+    return project
+
+
+def context_pass(model, ids, mask, depth, context, project=None, cache=None):
+    """The first of two plain passes: the context alone, then its keys and values above ``depth`` replaced.
+
+    ``project(layer, h_d, position_ids)`` gives a pruned layer's keys and values; its own (reuse) unless given. With
+    ``cache``, the tokens that it holds are left as they are and the pass runs over what follows them. Returns the
+    context's h_d (of the tokens that ran) and the cache.
     """
     project = project or (lambda layer, hidden, positions: own_kv(model, layer, hidden, positions))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    context = max(0, ids.shape[1] - boundary)
-    if context == 0:
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        return output.logits[:, -1:], output.past_key_values
-    first = model(
-        input_ids=ids[:, :context],
+    past = 0 if cache is None else int(cache.get_seq_length())
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:context]
+    output = model(
+        input_ids=ids[:, past:context],
         attention_mask=mask[:, :context],
-        position_ids=positions[:, :context],
+        position_ids=positions,
+        past_key_values=cache,
         use_cache=True,
         output_hidden_states=True,
     )
-    hidden, cache = first.hidden_states[depth], first.past_key_values
-    layers = model.config.num_hidden_layers
-    if depth == layers:  # hidden_states ends with the normed output; nothing is pruned at this depth
-        return two_pass(model, ids, mask, depth, ids.shape[1])
-    for layer in range(depth, layers):
-        keys, values = project(layer, hidden, positions[:, :context])
-        held = cache.layers[layer].keys.shape[-2]
-        cache.layers[layer].keys, cache.layers[layer].values = keys[:, :, -held:], values[:, :, -held:]
+    hidden, cache = output.hidden_states[depth], output.past_key_values
+    for layer in range(depth, model.config.num_hidden_layers):
+        new = project(layer, hidden, positions)
+        for name, tensor in zip(("keys", "values"), new, strict=True):
+            held = getattr(cache.layers[layer], name)
+            count = min(held.shape[-2], context - past)
+            tensor = torch.cat([held[:, :, : held.shape[-2] - count], tensor[:, :, -count:]], dim=2)
+            setattr(cache.layers[layer], name, tensor)
+    return hidden, cache
+
+
+def two_pass(model, ids, mask, depth, boundary, project=None):
+    """The pruned prefill in two plain passes: :func:`context_pass`, then the boundary tokens in full.
+
+    Returns the last token's logits and the cache.
+    """
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    context = max(0, ids.shape[1] - boundary)
+    if context == 0 or depth == model.config.num_hidden_layers:
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        return output.logits[:, -1:], output.past_key_values
+    hidden, cache = context_pass(model, ids, mask, depth, context, project)
     if boundary == 0:
         return model.lm_head(model.model.norm(hidden[:, -1:])), cache
     second = model(
@@ -123,6 +171,43 @@ def two_pass(model, ids, mask, depth, boundary, project=None):
         use_cache=True,
     )
     return second.logits[:, -1:], second.past_key_values
+
+
+def two_pass_generate(model, ids, mask, depth, boundary, *, project=None, cache=None, **arguments):
+    """Any feature of ``generate`` over the pruned prefill: the plain model generates from the context's cache."""
+    context = max(0, ids.shape[1] - boundary)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if context > past:
+        _, cache = context_pass(model, ids, mask, depth, context, project, cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(max(arguments.get("num_beams", 1), arguments.get("num_return_sequences", 1)))
+    return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments)
+
+
+@contextmanager
+def first_forward_in_two_passes(model, length, depth, boundary, project=None):
+    """For decoding that starts with one forward of prompt and candidates: that forward is run in two plain passes."""
+    plain = model.forward
+
+    def forward(input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        model.forward = plain
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        context = max(0, length - boundary)
+        if context:
+            context_pass(model, input_ids, mask, depth, context, project, past_key_values)
+        return plain(
+            input_ids=input_ids[:, context:],
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, context:],
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def greedy(model, logits, cache, mask, steps):

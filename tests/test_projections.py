@@ -1,10 +1,13 @@
 """Projections of every kind: exactness where it is promised, least squares, and training that lowers its loss."""
 
+import copy
+
 import lightning
 import pytest
+import safetensors.torch
 import torch
 
-from pop_lightning import InputError, PruningPlan
+from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder
@@ -12,7 +15,7 @@ from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import KVProjectionTraining, teacher_pass
 from pop_lightning.projections import KVProjections
 
-from families import COMMON, FAMILIES, build
+from families import COMMON, FAMILIES, build, mapped_kv, ragged, random_maps, relative, two_pass
 from test_importance import rows
 
 LAYERS = COMMON["num_hidden_layers"]
@@ -105,6 +108,58 @@ def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_al
     assert end < 0.9 * start
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert projections.kind == "full"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_stacking_holds_no_weight_twice_and_changes_no_answer(family):
+    projections = KVProjections(Decoder(build(family)), 1).replace(random_maps(1), "full")
+    n = torch.randn(2, 5, COMMON["hidden_size"])
+    before = {layer: projections(layer, None, n) for layer in range(1, LAYERS)}
+    stacks = projections.stack()
+    assert projections.stack() is stacks
+    assert sorted(layer for stack in stacks for layer in stack.layers) == [1, 2, 3]
+    owned = {tensor.untyped_storage().data_ptr() for tensor in projections.parameters()}
+    assert owned == {t.untyped_storage().data_ptr() for s in stacks for t in (s.weight, s.bias) if t is not None}
+    for stack in stacks:
+        product = torch.nn.functional.linear(n, stack.weight, stack.bias).chunk(len(stack.layers), dim=-1)
+        for layer, ours in zip(stack.layers, product, strict=True):
+            torch.testing.assert_close(ours, before[layer])
+            assert torch.equal(projections(layer, None, n), before[layer])
+
+
+def test_a_stack_never_answers_with_old_weights():
+    model = build("qwen2")
+    projections = KVProjections(Decoder(model), 1).replace(random_maps(1), "full")
+    generator = StageAwareGenerator(model, PruningPlan(1), projections)
+    ids, mask = ragged([20, 9])
+
+    def agrees():
+        maps = {layer: projections.affine(layer) for layer in projections.fitted_layers}
+        expected = two_pass(model, ids, mask, 1, 1, mapped_kv(model, maps))[0]
+        return relative(generator.prefill(ids, mask).logits, expected) < 1e-5
+
+    assert agrees()
+    projections.replace(random_maps(1, seed=1), "full")
+    assert agrees()
+    with torch.no_grad():
+        projections.maps["2"].weight.mul_(1.5)  # in place, as an optimiser does
+        projections.maps["3"].bias.add_(0.5)
+    assert agrees()
+    projections.maps["3"].requires_grad_(True)  # under training: no stack holds it, and its memory is its own
+    projections.maps["3"].weight.data = projections.maps["3"].weight.data * 0.5
+    assert agrees()
+    assert all(3 not in stack.layers for stack in projections.stack())
+    projections.requires_grad_(False)
+    assert agrees()
+    projections.double().float()  # moved and cast: every parameter has new memory
+    assert agrees()
+    again = copy.deepcopy(projections)
+    again.maps["2"].weight.data.zero_()
+    assert agrees()
+    state = projections.fitted_state()
+    assert torch.equal(
+        safetensors.torch.load(safetensors.torch.save(state))["layers.3.weight"], state["layers.3.weight"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["closed_form", "full"])
