@@ -9,7 +9,7 @@ from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder
 from pop_lightning.prefill import student_logits
-from pop_lightning.projection_training import KVProjectionTraining, teacher_pass
+from pop_lightning.projection_training import KVProjectionTraining, make_trainable, teacher_pass
 from pop_lightning.projections import KVProjections
 
 from families import COMMON, FAMILIES, build
@@ -96,7 +96,7 @@ def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_al
     train = [collate(rows(12, seed), 0) for seed in range(8)]
     unseen = collate(rows(24, seed=99), 0)
     projections = KVProjections(Decoder(model), 1)
-    training = KVProjectionTraining(projections, PruningPlan(1), learning_rate=3e-3)
+    training = KVProjectionTraining(make_trainable(projections), PruningPlan(1), learning_rate=3e-3)
     with torch.no_grad():
         start = training.loss(unseen).item()
     trainer(max_steps=40, max_epochs=-1).fit(training, loader(train))
