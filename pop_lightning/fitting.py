@@ -110,38 +110,50 @@ def measure(decoder: Decoder, fitted: FittedDepth, boundary: int, rows: DataLoad
     fitted.kl |= {option: evaluation.rows(name)["kl"].double().mean().item() for name, option in names.items()}
 
 
-def train(
-    start: KVProjections,
-    plan: PruningPlan,
-    fit: Callable[[KVProjectionTraining], Any],
-    *,
-    lora_arguments: Mapping[str, Any] | None = None,
-    adapters: Path | None = None,
-    seed: int = 0,
-    **training,
-) -> KVProjections:
-    """Projections trained from ``start``, which is left as it is: low-rank where ``lora_arguments`` are given, or full.
+class Distillation:
+    """One training from ``start``, which is left as it is: of low-rank adapters, or of all of W', b'.
 
     Args:
-        fit: trains a module, as ``Trainer.fit`` with a loader does.
-        lora_arguments: of :func:`pop_lightning.lora.inject`.
-        adapters: a folder for the adapters in peft's format.
-        seed: of the adapters' first values and of dropout.
+        lora_arguments: of :func:`pop_lightning.lora.inject`; None trains everything (kind ``full``).
+        seed: of the adapters' first values.
         training: arguments of :class:`KVProjectionTraining`.
+
+    Attributes:
+        module: to be fitted by a ``Trainer``; None at depth L-1, which is lossless: there is nothing to train.
     """
-    decoder, kind = start.decoder, "full" if lora_arguments is None else "lora"
-    projections = KVProjections.from_state(decoder, start.depth, start.kind, start.fitted_state())
-    if not len(projections.fitted_layers):  # depth L-1: lossless, nothing to train
-        return projections.replace({}, kind)
-    torch.manual_seed(seed)
-    if lora_arguments is None:
-        fit(KVProjectionTraining(make_trainable(projections), plan, **training))
-        trained = projections
-    else:
-        model = lora.inject(projections, **lora_arguments)
-        fit(KVProjectionTraining(projections, plan, **training))
-        if adapters is not None:
-            model.save_pretrained(str(adapters))
-        trained = lora.merge(model)
-    # Once more through the stored form: in the base's dtype, as an artifact will hold it.
-    return KVProjections.from_state(decoder, start.depth, kind, trained.fitted_state())
+
+    def __init__(
+        self,
+        start: KVProjections,
+        plan: PruningPlan,
+        *,
+        lora_arguments: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        **training,
+    ):
+        self.kind = "full" if lora_arguments is None else "lora"
+        self._projections = KVProjections.from_state(start.decoder, start.depth, start.kind, start.fitted_state())
+        self._adapters, self.module = None, None
+        if not len(start.fitted_layers):
+            return
+        if lora_arguments is None:
+            make_trainable(self._projections)
+        else:
+            torch.manual_seed(seed)
+            self._adapters = lora.inject(self._projections, **lora_arguments)
+        self.module = KVProjectionTraining(self._projections, plan, **training)
+
+    def finish(self, adapters: Path | None = None) -> KVProjections:
+        """The trained projections as an artifact will hold them: adapters merged, in the base's dtype.
+
+        Args:
+            adapters: a folder that the adapters are written to first, in peft's format.
+        """
+        if self.module is None:
+            return self._projections.replace({}, self.kind)
+        trained = self._projections
+        if self._adapters is not None:
+            if adapters is not None:
+                self._adapters.save_pretrained(str(adapters))
+            trained = lora.merge(self._adapters)
+        return KVProjections.from_state(trained.decoder, trained.depth, self.kind, trained.fitted_state())

@@ -25,7 +25,7 @@ from pop_lightning.data import CalibrationData, Row, collate
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
-from pop_lightning.fitting import closed_form, train
+from pop_lightning.fitting import Distillation, closed_form
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, upper_bound
@@ -230,14 +230,10 @@ class _Run:
         kind = settings.kind
         if self._projections_file(depth, kind).is_file():
             return self._read_projections(depth, kind)
-        loader = self.data.loader("fit", batch_size=settings.batch_size, shuffle=True)
-        trainer = self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1)
-        projections = train(
+        distillation = Distillation(
             start,
             PruningPlan(depth, self.recipe.boundary),
-            lambda module: trainer.fit(module, loader),
             lora_arguments=asdict(settings.lora) if kind == "lora" else None,
-            adapters=self.output / "adapters" / f"depth{depth}",
             seed=self.recipe.seed,
             temperature=settings.temperature,
             learning_rate=settings.learning_rate,
@@ -248,6 +244,11 @@ class _Run:
             hidden_match=settings.hidden_match,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
+        if distillation.module is not None:
+            loader = self.data.loader("fit", batch_size=settings.batch_size, shuffle=True)
+            trainer = self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1)
+            trainer.fit(distillation.module, loader)
+        projections = distillation.finish(self.output / "adapters" / f"depth{depth}")
         self._write_projections(depth, projections)
         return projections
 

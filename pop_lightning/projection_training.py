@@ -124,9 +124,10 @@ class KVProjectionTraining(lightning.LightningModule):
     def validation_step(self, batch: dict, batch_index: int) -> None:
         self.log("validation_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]))
 
-    def loss(self, batch: dict) -> Tensor:
+    def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
+        """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
         decoder, mask, prompt = self.decoder, batch["attention_mask"], batch["prompt_length"]
-        trace = teacher_trace(decoder, batch, self.plan.depth)
+        trace = teacher_trace(decoder, batch, self.plan.depth) if trace is None else trace
         with decoder.tracing(range(self.plan.depth, decoder.num_layers)) as pruned:
             student = student_hidden(
                 self.projections, self.plan, trace, mask, prompt, checkpoint=self.gradient_checkpointing
@@ -163,13 +164,47 @@ class KVProjectionTraining(lightning.LightningModule):
         return torch.stack(errors).mean()
 
     def configure_optimizers(self):
+        return _optimizer([self], self.trainer)
+
+    def parameter_group(self) -> dict:
+        """What is trained, as an optimiser's parameter group."""
         parameters = [p for p in self.projections.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        scheduler = get_scheduler(
-            self.decay, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"params": parameters, "lr": self.learning_rate, "weight_decay": self.weight_decay}
+
+
+class JointTraining(lightning.LightningModule):
+    """Several trainings on the same batches over one teacher pass: depths, kinds and learning rates side by side.
+
+    Their losses are summed and share no parameter, so each goes as it would alone (short of gradient clipping, which
+    would look at all of them together). Warm-up and decay are those of the first.
+    """
+
+    def __init__(self, trainings: list[KVProjectionTraining]):
+        super().__init__()
+        self.trainings = torch.nn.ModuleList(trainings)
+        self.decoder = trainings[0].decoder
+
+    def on_fit_start(self):
+        self.decoder.model.eval()
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        trace = teacher_trace(self.decoder, batch, min(each.plan.depth for each in self.trainings))
+        return sum(each.loss(batch, trace) for each in self.trainings)
+
+    def configure_optimizers(self):
+        return _optimizer(list(self.trainings), self.trainer)
+
+
+def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer) -> dict:
+    optimizer = torch.optim.AdamW([each.parameter_group() for each in trainings])
+    steps = max(1, int(trainer.estimated_stepping_batches))
+    scheduler = get_scheduler(
+        trainings[0].decay,
+        optimizer,
+        num_warmup_steps=round(trainings[0].warmup * steps),
+        num_training_steps=steps,
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def make_trainable(projections: KVProjections) -> KVProjections:
