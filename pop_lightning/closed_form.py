@@ -2,7 +2,7 @@
 
 For depth d and layer l the fit adds to reuse a correction D by least squares on context tokens, with a ridge that pulls
 D to zero, so that a large ridge is reuse. What counts as an error decides how good it is; three objectives share one
-pass, and the pipeline picks among them, their ridges and reuse by held-out KL:
+pass, and what is used is picked among them, their ridges and reuse by held-out KL:
 
 - ``plain``: every token alike, ``sum_t |y_t - W' n_t|^2`` with y_t the keys and values before k_norm and RoPE.
 - ``token``: the same, each token weighted by what the pruned layers' queries make of it (one weight per token).
@@ -13,7 +13,7 @@ pass, and the pipeline picks among them, their ridges and reuse by held-out KL:
 :class:`ValueRefit` is the second pass: values again, for the attention that the pruned model's own queries pay.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning
@@ -27,6 +27,7 @@ from pop_lightning.prefill import student_logits
 from pop_lightning.projections import KVProjections
 
 OBJECTIVES = ("plain", "token", "attention")
+DEFAULT = ("plain", "attention")  # `token` lies between the two and has won at no depth of the study
 GROUPINGS = ("head", "layer", "none")
 
 
@@ -51,33 +52,41 @@ class Shape:
         return {"head": self.kv_heads, "layer": 1, "none": 0}[grouping]
 
 
-def bytes_needed(shape: Shape, depth: int, grouping: str) -> int:
+def collected(grouping: str, objectives: Sequence[str] = DEFAULT) -> tuple[str, ...]:
+    """Which objectives have sums: without groups nothing asks for attention, so ``plain`` alone."""
+    return ("plain",) if grouping == "none" else tuple(objectives)
+
+
+def bytes_needed(shape: Shape, depth: int, grouping: str, objectives: Sequence[str] = DEFAULT) -> int:
     """Memory of one depth's running sums, in bytes: Grams ``[hidden+1, hidden+1]`` and cross matrices, float64."""
     width, layers = shape.hidden + 1, max(0, shape.layers - depth - 1)
-    grams, crosses = 1, 1
-    if groups := shape.groups(grouping):
-        grams, crosses = 2 + layers * (1 + groups), 3
-    return 8 * width * (grams * width + crosses * layers * 2 * shape.kv_dim)
+    objectives = collected(grouping, objectives)
+    grams = len(set(objectives) - {"attention"}) if layers else 0
+    if "attention" in objectives:
+        grams += layers * (1 + shape.groups(grouping))
+    return 8 * width * (grams * width + len(objectives) * layers * 2 * shape.kv_dim)
 
 
-def choose_grouping(shape: Shape, depths: list[int], limit: int) -> str:
+def choose_grouping(shape: Shape, depths: Sequence[int], limit: int, objectives: Sequence[str] = DEFAULT) -> str:
     """The finest grouping whose sums for all ``depths`` fit in ``limit`` bytes in one pass, or ``none``."""
     for grouping in GROUPINGS:
-        if sum(bytes_needed(shape, depth, grouping) for depth in depths) <= limit:
+        if sum(bytes_needed(shape, depth, grouping, objectives) for depth in depths) <= limit:
             return grouping
     return "none"
 
 
-def passes(shape: Shape, depths: list[int], grouping: str, limit: int) -> list[list[int]]:
+def passes(
+    shape: Shape, depths: Sequence[int], grouping: str, limit: int, objectives: Sequence[str] = DEFAULT
+) -> list[list[int]]:
     """``depths`` in groups that each fit in ``limit`` bytes, in order: one forward pass over the rows per group.
 
     Raises:
         InputError: a single depth does not fit.
     """
     groups: list[list[int]] = []
-    room = 0
+    room = -1
     for depth in depths:
-        needed = bytes_needed(shape, depth, grouping)
+        needed = bytes_needed(shape, depth, grouping, objectives)
         if needed > limit:
             raise InputError(
                 f"closed form needs {needed / 2**30:.1f} GiB of running sums at depth {depth}, above "
@@ -91,27 +100,41 @@ def passes(shape: Shape, depths: list[int], grouping: str, limit: int) -> list[l
     return groups
 
 
-def fit_flops(shape: Shape, depths: list[int], context: int, queries: int, grouping: str) -> int:
+def fit_flops(
+    shape: Shape,
+    depths: Sequence[int],
+    context: int,
+    tokens: int,
+    queries: int,
+    grouping: str,
+    objectives: Sequence[str] = DEFAULT,
+) -> int:
     """Operations (2 per multiply-add) per row that the sums of ``depths`` add to a forward pass.
 
     Args:
-        context: context tokens of the row; ``queries``: boundary and response tokens whose attention is used.
+        context: context tokens of the row, of ``tokens`` in all.
+        queries: boundary and response tokens whose attention is used.
     """
     width, outputs, samples = shape.hidden + 1, 2 * shape.kv_dim, shape.heads * queries
-    groups = shape.groups(grouping)
+    objectives, head_dim = collected(grouping, objectives), shape.kv_dim // shape.kv_heads
     fitted = [range(depth + 1, shape.layers) for depth in depths]
-    asked = sorted({layer for layers in fitted for layer in layers})
-    targets = len(asked) * 2 * context * shape.hidden * outputs
-    total = targets * (2 if groups else 1)
-    per_depth, per_pair = 2 * context * width * width, 2 * context * width * outputs  # plain
-    if groups:
-        head_dim = shape.kv_dim // shape.kv_heads
-        # queries, scores, attention output, key weights
-        total += len(asked) * 2 * samples * head_dim * (shape.hidden + 3 * (context + queries))
-        per_depth, per_pair = 2 * per_depth, 2 * per_pair  # token
+    asked = len({layer for layers in fitted for layer in layers})
+    if objectives == ("plain",):
+        tokens = context
+    total = asked * 2 * tokens * shape.hidden * outputs  # the targets
+    weighted = len(set(objectives) - {"attention"})
+    per_depth, per_pair = weighted * 2 * context * width * width, weighted * 2 * context * width * outputs
+    if objectives != ("plain",):
+        total += asked * 2 * samples * head_dim * (shape.hidden + tokens)  # queries and scores
+    if "token" in objectives:
+        total += asked * 2 * tokens * shape.hidden * outputs  # the targets once more
+    if "attention" in objectives:
+        groups = shape.groups(grouping)
+        # what queries read from all tokens, and from the context for one head or for all; the keys' weights
+        total += asked * 2 * samples * (head_dim * (tokens + context) + shape.kv_dim // groups * context + context)
         per_pair += 2 * context * width * (width + shape.kv_dim)  # keys
         per_pair += 2 * samples * width * (context + width + shape.kv_dim // groups)  # values
-    return total + sum(per_depth + len(layers) * per_pair for layers in fitted)
+    return total + sum(per_depth + len(layers) * per_pair for layers in fitted if layers)
 
 
 class ClosedFormFit(lightning.LightningModule):
@@ -125,66 +148,73 @@ class ClosedFormFit(lightning.LightningModule):
         grouping: of the ``attention`` objective: ``head`` fits the values of each key-value head for its own queries,
             ``layer`` all heads of a layer for all of the layer's queries; ``none`` collects ``plain`` alone.
         queries: how many boundary and response tokens per row are asked, evenly spread.
+        objectives: those to collect sums for, of :data:`OBJECTIVES`.
 
     Raises:
         InputError: the base's weights are no plain tensors.
     """
 
     def __init__(
-        self, decoder: Decoder, depths: list[int], boundary: int = 1, *, grouping: str = "head", queries: int = 32
+        self,
+        decoder: Decoder,
+        depths: Sequence[int],
+        boundary: int = 1,
+        *,
+        grouping: str = "head",
+        queries: int = 24,
+        objectives: Sequence[str] = DEFAULT,
     ):
         super().__init__()
         self.decoder, self.depths, self.boundary = decoder, list(depths), boundary
         self.groups, self.queries = Shape.of(decoder).groups(grouping), queries
+        self.objectives = collected(grouping, objectives)
         self.base = decoder.model
         self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in self.depths}
         self.sums = _Sums()
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return OBJECTIVES if self.groups else OBJECTIVES[:1]
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
         context = batch["prompt_length"] - self.boundary
         if context <= 0:
             return
-        # Causal: what follows the context cannot change it, so without queries the pass stops there.
-        end = batch["input_ids"].shape[1] if self.groups else context
+        # Causal: what follows the context cannot change it, so where nothing is asked the pass stops there.
+        asking = self.objectives != ("plain",)
+        end = batch["input_ids"].shape[1] if asking else context
+        layers = range(min(self.depths) + 1, self.decoder.num_layers)
         seen = _Full(self.decoder, batch, context, end, range(min(self.depths), self.decoder.num_layers))
-        normed = {depth: _with_one(self.decoder.normalise(seen.hidden(depth)[:, :context])) for depth in self.depths}
         real = seen.mask[:, :context].bool()
-        plain = {depth: n[real] for depth, n in normed.items()}
-        for depth, n in plain.items():
-            self.sums.add_gram(("plain", depth), n, n)
-        weights, last = dict.fromkeys(self.depths, 0.0), self.decoder.num_layers - 1
-        for layer in range(min(self.depths) + 1, self.decoder.num_layers):
+        fitted = [depth for depth in self.depths if depth + 1 in layers]
+        normed = {depth: _with_one(self.decoder.normalise(seen.hidden(depth)[:, :context])) for depth in fitted}
+        inputs = {depth: n[real] for depth, n in normed.items()}
+        weights = dict.fromkeys(fitted, 0.0)
+        for layer in layers:
             kv = seen.kv(layer)
             targets = kv[:, :context][real].float()
-            depths = [depth for depth in self.depths if depth < layer]
-            for depth in depths:
-                self.sums.add_cross(("plain", depth), layer, targets, plain[depth])
-            if not self.groups:
-                continue
-            asked = _Asked(seen, layer, kv, self.queries)
-            key_weights, token_weights = asked.key_weights(kv), asked.token_weights()
-            read = asked.read(slice(context), self.groups == 1)
-            for depth in depths:
-                self._add_keys(depth, layer, plain[depth], targets, key_weights[real])
-                _add_values(self.sums, depth, layer, asked, self.groups, normed[depth], read)
-                weights[depth] = weights[depth] + token_weights
-        if not self.groups:
-            return
-        # A token's weight at a depth sums over all layers above it, so these come after them; keys and values are
-        # computed again rather than held for all layers.
-        weighted = {depth: n * weights[depth][real].unsqueeze(-1) for depth, n in plain.items() if depth < last}
-        for depth, n in weighted.items():
-            self.sums.add_gram(("token", depth), n, plain[depth])
-        for layer in range(min(self.depths) + 1, self.decoder.num_layers):
-            targets = seen.kv(layer)[:, :context][real].float()
+            asked = _Asked(seen, layer, kv, self.queries) if asking else None
+            depths = [depth for depth in fitted if depth < layer]
+            for depth in depths if "plain" in self.objectives else ():
+                self.sums.add_cross(("plain", depth), layer, targets, inputs[depth])
+            for depth in depths if "token" in self.objectives else ():
+                weights[depth] = weights[depth] + asked.token_weights()
+            if "attention" in self.objectives:
+                key_weights, read = asked.key_weights(kv)[real], asked.read(slice(context), self.groups == 1)
+                for depth in depths:
+                    self._add_keys(depth, layer, inputs[depth], targets, key_weights)
+                    _add_values(self.sums, depth, layer, asked, self.groups, normed[depth], read)
+        if "plain" in self.objectives:
+            for depth, n in inputs.items():
+                self.sums.add_gram(("plain", depth), n, n)
+        if "token" in self.objectives:
+            # A token's weight sums over all layers above the depth, so these come last; keys and values are computed
+            # again rather than held for all layers.
+            weighted = {depth: n * weights[depth][real].unsqueeze(-1) for depth, n in inputs.items()}
             for depth, n in weighted.items():
-                if depth < layer:
-                    self.sums.add_cross(("token", depth), layer, targets, n)
+                self.sums.add_gram(("token", depth), n, inputs[depth])
+            for layer in layers:
+                targets = seen.kv(layer)[:, :context][real].float()
+                for depth in fitted:
+                    if depth < layer:
+                        self.sums.add_cross(("token", depth), layer, targets, weighted[depth])
 
     def _add_keys(self, depth: int, layer: int, n: Tensor, targets: Tensor, weights: Tensor) -> None:
         weighted = n * weights.unsqueeze(-1)
@@ -229,7 +259,7 @@ class ValueRefit(lightning.LightningModule):
         boundary: int = 1,
         *,
         grouping: str = "head",
-        queries: int = 32,
+        queries: int = 24,
     ):
         super().__init__()
         self.starts, self.boundary, self.queries = dict(starts), boundary, queries

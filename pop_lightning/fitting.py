@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pop_lightning import lora
-from pop_lightning.closed_form import ClosedFormFit, Shape, ValueRefit, bytes_needed, choose_grouping, passes
+from pop_lightning.closed_form import DEFAULT, ClosedFormFit, Shape, ValueRefit, bytes_needed, choose_grouping, passes
 from pop_lightning.decoder import Decoder
 from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.plan import PruningPlan
@@ -54,7 +54,8 @@ def closed_form(
     tune_rows: DataLoader,
     validate: Validate,
     grouping: str = "auto",
-    queries: int = 32,
+    queries: int = 24,
+    objectives: Sequence[str] = DEFAULT,
     refit: bool = True,
     memory: int = 8 * 2**30,
 ) -> Iterator[FittedDepth]:
@@ -64,6 +65,7 @@ def closed_form(
 
     Args:
         grouping: of :class:`~pop_lightning.closed_form.ClosedFormFit`; ``auto`` takes the finest that needs one pass.
+        objectives: to be tried, of :data:`~pop_lightning.closed_form.OBJECTIVES`.
         refit: give the best ``attention`` option of each depth a second pass (:class:`ValueRefit`).
         validate: runs a module over rows, as ``Trainer.validate`` does; the text says what for.
 
@@ -72,11 +74,11 @@ def closed_form(
     """
     shape, depths = Shape.of(decoder), list(depths)
     if grouping == "auto":
-        grouping = choose_grouping(shape, depths, memory)
-    for number, group in enumerate(groups := passes(shape, depths, grouping, memory), 1):
-        needed = sum(bytes_needed(shape, depth, grouping) for depth in group)
+        grouping = choose_grouping(shape, depths, memory, objectives)
+    for number, group in enumerate(groups := passes(shape, depths, grouping, memory, objectives), 1):
+        needed = sum(bytes_needed(shape, depth, grouping, objectives) for depth in group)
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
-        fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries)
+        fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
         validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
         starts = {}
         for depth in group:
@@ -85,7 +87,7 @@ def closed_form(
                 for objective in fit.objectives:
                     fitted.options |= {(objective, each): fit.solve(depth, each, objective) for each in ridges}
             measure(decoder, fitted, boundary, tune_rows, validate)
-            if refit and grouping != "none" and depth < decoder.num_layers - 1:
+            if refit and "attention" in fit.objectives and depth < decoder.num_layers - 1:
                 starts[depth] = fitted  # it has the second pass to come
             else:
                 yield fitted

@@ -105,7 +105,7 @@ class Projection:
     kind: Literal["reuse", "closed_form", "lora", "full"] = "closed_form"
     ridge: list[float] = field(default_factory=lambda: [0.0001, 0.001, 0.01, 0.1, 1.0])
     grouping: Literal["auto", "head", "layer", "none"] = "auto"
-    queries: int = 32
+    queries: int = 24
     refit: bool = True
     memory_gib: float = 8.0
     start: Literal["closed_form", "reuse"] = "closed_form"

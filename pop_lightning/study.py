@@ -75,7 +75,7 @@ class Settings:
     batch_size: int = 16
     temperature: float = 1.0
     ridges: list[float] = field(default_factory=lambda: [0.0001, 0.001, 0.01, 0.1, 1.0])
-    queries: int = 32
+    queries: int = 24
     metric: Literal["agreement", "exact_match"] = "agreement"
     budget: float = 0.01
 
@@ -144,6 +144,7 @@ class _Seed:
                 boundary=self.settings.boundary,
                 ridges=self.settings.ridges,
                 queries=self.settings.queries,
+                objectives=OBJECTIVES,
                 fit_rows=self.loader("fit"),
                 tune_rows=self.loader("tune"),
                 validate=self.validate,
