@@ -41,10 +41,10 @@ class Settings:
     """
 
     base: str | None = None
-    layers: int = 12
-    hidden: int = 512
-    vocabulary: int = 8192
-    batch: int = 4
+    layers: int = 8
+    hidden: int = 256
+    vocabulary: int = 4096
+    batch: int = 2
     prompt: int = 256
     repeats: int = 7
     device: str = "cpu"
