@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from pop_lightning.flops import visible_context
 from pop_lightning.generator import StageAwareGenerator
 
 _PRODUCT_BYTES = 1 << 29  # a long prompt's keys and values of all layers may not fit in memory at once
@@ -77,7 +76,7 @@ def _products(generator: StageAwareGenerator, context: int, batch: int) -> list[
     hidden, width = decoder.config.hidden_size, 2 * decoder.kv_dim
     like = {"dtype": generator.model.dtype, "device": generator.model.device}
     pruned = generator.plan.pruned(decoder.num_layers)
-    for seen, layers in Counter(visible_context(decoder, layer, context) for layer in pruned).items():
+    for seen, layers in Counter(decoder.visible(layer, context) for layer in pruned).items():
         rows = torch.randn(batch * seen, hidden, **like)
         together = max(1, _PRODUCT_BYTES // max(1, len(rows) * width * rows.itemsize))
         for start in range(0, layers, together):

@@ -1,82 +1,482 @@
-"""ClosedFormFit: projections by ridge regression from n(h_d), for several depths in passes of the full model alone.
+"""Closed-form projections: regression from n(h_d) to what the full model caches, in passes of the full model alone.
 
-For depth d and layer l the target is what the full model puts in its cache, y = W_l n(h_l) + b_l, before k_norm and
-RoPE. The fit adds to reuse a correction D of least squares on context tokens:
-sum_t |y_t - P_reuse n_t - D [n_t; 1]|^2 + ridge * mean diagonal of the Gram * |D|^2, so that a large ridge is reuse.
+For depth d and layer l the fit adds to reuse a correction D by least squares on context tokens, with a ridge that pulls
+D to zero, so that a large ridge is reuse. What counts as an error decides how good it is; three objectives share one
+pass, and what is used is picked among them, their ridges and reuse by held-out KL:
+
+- ``plain``: every token alike, ``sum_t |y_t - W' n_t|^2`` with y_t the keys and values before k_norm and RoPE.
+- ``token``: the same, each token weighted by what the pruned layers' queries make of it (one weight per token).
+- ``attention``: what a layer's attention gives out. Values: ``sum_q |sum_t a_qt (v_t - W' n_t)|^2`` over the queries q
+  of boundary and response tokens, with the full model's attention a. Keys: ``sum_t w_t |k_t - W' n_t|^2`` with
+  ``w_t = sum_q a_qt^2 |v_t - o_q|^2``, which is how far, to first order, an error in one logit moves the output o_q.
+
+:class:`ValueRefit` is the second pass: values again, for the attention that the pruned model's own queries pay.
 """
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import lightning
 import torch
 from torch import Tensor
 
 from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.errors import InputError
+from pop_lightning.plan import PruningPlan
+from pop_lightning.prefill import student_logits
 from pop_lightning.projections import KVProjections
+
+OBJECTIVES = ("plain", "token", "attention")
+DEFAULT = ("plain", "attention")  # `token` lies between the two and has won at no depth of the study
+GROUPINGS = ("head", "layer", "none")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a decoder that memory and operations follow from."""
+
+    hidden: int
+    layers: int
+    kv_dim: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Shape":
+        kv_heads = decoder.kv_dim // decoder.head_dim
+        heads = decoder.attention(0).q_proj.out_features // decoder.head_dim
+        return cls(decoder.config.hidden_size, decoder.num_layers, decoder.kv_dim, heads, kv_heads)
+
+    def groups(self, grouping: str) -> int:
+        """How many separate regressions the values of one layer make under ``attention``."""
+        return {"head": self.kv_heads, "layer": 1, "none": 0}[grouping]
+
+
+def collected(grouping: str, objectives: Sequence[str] = DEFAULT) -> tuple[str, ...]:
+    """Which objectives have sums: without groups nothing asks for attention, so ``plain`` alone."""
+    return ("plain",) if grouping == "none" else tuple(objectives)
+
+
+def bytes_needed(shape: Shape, depth: int, grouping: str, objectives: Sequence[str] = DEFAULT) -> int:
+    """Memory of one depth's running sums, in bytes: Grams ``[hidden+1, hidden+1]`` and cross matrices, float64."""
+    width, layers = shape.hidden + 1, max(0, shape.layers - depth - 1)
+    objectives = collected(grouping, objectives)
+    grams = len(set(objectives) - {"attention"}) if layers else 0
+    if "attention" in objectives:
+        grams += layers * (1 + shape.groups(grouping))
+    return 8 * width * (grams * width + len(objectives) * layers * 2 * shape.kv_dim)
+
+
+def choose_grouping(shape: Shape, depths: Sequence[int], limit: int, objectives: Sequence[str] = DEFAULT) -> str:
+    """The finest grouping whose sums for all ``depths`` fit in ``limit`` bytes in one pass, or ``none``."""
+    for grouping in GROUPINGS:
+        if sum(bytes_needed(shape, depth, grouping, objectives) for depth in depths) <= limit:
+            return grouping
+    return "none"
+
+
+def passes(
+    shape: Shape, depths: Sequence[int], grouping: str, limit: int, objectives: Sequence[str] = DEFAULT
+) -> list[list[int]]:
+    """``depths`` in groups that each fit in ``limit`` bytes, in order: one forward pass over the rows per group.
+
+    Raises:
+        InputError: a single depth does not fit.
+    """
+    groups: list[list[int]] = []
+    room = -1
+    for depth in depths:
+        needed = bytes_needed(shape, depth, grouping, objectives)
+        if needed > limit:
+            raise InputError(
+                f"closed form needs {needed / 2**30:.1f} GiB of running sums at depth {depth}, above "
+                f"projection.memory_gib of {limit / 2**30:g}; raise it, or set projection.grouping to a coarser one."
+            )
+        if needed > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(depth)
+        room -= needed
+    return groups
+
+
+def fit_flops(
+    shape: Shape,
+    depths: Sequence[int],
+    context: int,
+    tokens: int,
+    queries: int,
+    grouping: str,
+    objectives: Sequence[str] = DEFAULT,
+) -> int:
+    """Operations (2 per multiply-add) per row that the sums of ``depths`` add to a forward pass.
+
+    Args:
+        context: context tokens of the row, of ``tokens`` in all.
+        queries: boundary and response tokens whose attention is used.
+    """
+    width, outputs, samples = shape.hidden + 1, 2 * shape.kv_dim, shape.heads * queries
+    objectives, head_dim = collected(grouping, objectives), shape.kv_dim // shape.kv_heads
+    fitted = [range(depth + 1, shape.layers) for depth in depths]
+    asked = len({layer for layers in fitted for layer in layers})
+    if objectives == ("plain",):
+        tokens = context
+    total = asked * 2 * tokens * shape.hidden * outputs  # the targets
+    weighted = len(set(objectives) - {"attention"})
+    per_depth, per_pair = weighted * 2 * context * width * width, weighted * 2 * context * width * outputs
+    if objectives != ("plain",):
+        total += asked * 2 * samples * head_dim * (shape.hidden + tokens)  # queries and scores
+    if "token" in objectives:
+        total += asked * 2 * tokens * shape.hidden * outputs  # the targets once more
+    if "attention" in objectives:
+        groups = shape.groups(grouping)
+        # what queries read from all tokens, and from the context for one head or for all; the keys' weights
+        total += asked * 2 * samples * (head_dim * (tokens + context) + shape.kv_dim // groups * context + context)
+        per_pair += 2 * context * width * (width + shape.kv_dim)  # keys
+        per_pair += 2 * samples * width * (context + width + shape.kv_dim // groups)  # values
+    return total + sum(per_depth + len(layers) * per_pair for layers in fitted if layers)
 
 
 class ClosedFormFit(lightning.LightningModule):
-    """Collect the sums of the regression in one ``validate`` pass; then :meth:`solve` gives projections.
+    """Collect the sums of the regressions in one ``validate`` pass; then :meth:`solve` gives projections.
 
-    Sums are kept in float64; products are float32. Memory: per depth one ``[hidden+1, hidden+1]`` Gram, per (depth,
-    layer) one ``[2 kv_dim, hidden+1]`` cross matrix; :meth:`bytes_needed` states it.
+    Sums are kept in float64, products are float32; :func:`bytes_needed` states their memory.
 
     Args:
-        depths: candidate depths, all below L-1 (at L-1 reuse is exact and there is nothing to fit).
+        depths: candidate depths (at L-1 reuse is exact and there is nothing to fit).
         boundary: the last prompt tokens that run in full and so need no projection.
+        grouping: of the ``attention`` objective: ``head`` fits the values of each key-value head for its own queries,
+            ``layer`` all heads of a layer for all of the layer's queries; ``none`` collects ``plain`` alone.
+        queries: how many boundary and response tokens per row are asked, evenly spread.
+        objectives: those to collect sums for, of :data:`OBJECTIVES`.
+
+    Raises:
+        InputError: the base's weights are no plain tensors.
     """
 
-    def __init__(self, decoder: Decoder, depths: list[int], boundary: int = 1):
+    def __init__(
+        self,
+        decoder: Decoder,
+        depths: Sequence[int],
+        boundary: int = 1,
+        *,
+        grouping: str = "head",
+        queries: int = 24,
+        objectives: Sequence[str] = DEFAULT,
+    ):
         super().__init__()
         self.decoder, self.depths, self.boundary = decoder, list(depths), boundary
+        self.groups, self.queries = Shape.of(decoder).groups(grouping), queries
+        self.objectives = collected(grouping, objectives)
         self.base = decoder.model
-        self.reuse = {depth: KVProjections(decoder, depth) for depth in self.depths}
-        self.gram: dict[int, Tensor] = {}
-        self.cross: dict[tuple[int, int], Tensor] = {}
-        self.tokens = 0
+        self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in self.depths}
+        self.sums = _Sums()
 
-    @staticmethod
-    def bytes_needed(decoder: Decoder, depth: int) -> int:
-        """Memory of one depth's running sums, in bytes."""
-        width = decoder.config.hidden_size + 1
-        return 8 * width * (width + 2 * decoder.kv_dim * max(0, decoder.num_layers - depth - 1))
-
+    @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        context = max(0, batch["prompt_length"] - self.boundary)
-        # Causal: what follows the context cannot change it, so the pass stops there.
-        ids, mask = ids[:, :context], mask[:, :context]
-        with self.decoder.tracing(range(min(self.depths), self.decoder.num_layers)) as trace:
-            self.decoder.model(
-                input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False, logits_to_keep=1
-            )
-        real = mask.bool()
-        self.tokens += int(real.sum())
-        hidden = {layer: h[real] for layer, h in trace.hidden.items() if layer < self.decoder.num_layers}
-        normed = {layer: self.decoder.normalise(h) for layer, h in hidden.items()}
-        for depth in self.depths:
-            n = normed[depth].float()
-            n = torch.cat([n, torch.ones_like(n[:, :1])], dim=1)
-            _add(self.gram, depth, n.T @ n)
-            for layer in self.reuse[depth].fitted_layers:
-                projection = self.reuse[depth]
-                residual = projection(layer, hidden[layer], normed[layer]) - projection(
-                    layer, hidden[depth], normed[depth]
-                )
-                _add(self.cross, (depth, layer), residual.float().T @ n)
+        context = batch["prompt_length"] - self.boundary
+        if context <= 0:
+            return
+        # Causal: what follows the context cannot change it, so where nothing is asked the pass stops there.
+        asking = self.objectives != ("plain",)
+        end = batch["input_ids"].shape[1] if asking else context
+        layers = range(min(self.depths) + 1, self.decoder.num_layers)
+        seen = _Full(self.decoder, batch, context, end, range(min(self.depths), self.decoder.num_layers))
+        real = seen.mask[:, :context].bool()
+        fitted = [depth for depth in self.depths if depth + 1 in layers]
+        normed = {depth: _with_one(self.decoder.normalise(seen.hidden(depth)[:, :context])) for depth in fitted}
+        inputs = {depth: n[real] for depth, n in normed.items()}
+        weights = dict.fromkeys(fitted, 0.0)
+        for layer in layers:
+            kv = seen.kv(layer)
+            targets = kv[:, :context][real].float()
+            asked = _Asked(seen, layer, kv, self.queries) if asking else None
+            depths = [depth for depth in fitted if depth < layer]
+            for depth in depths if "plain" in self.objectives else ():
+                self.sums.add_cross(("plain", depth), layer, targets, inputs[depth])
+            for depth in depths if "token" in self.objectives else ():
+                weights[depth] = weights[depth] + asked.token_weights()
+            if "attention" in self.objectives:
+                key_weights, read = asked.key_weights(kv)[real], asked.read(slice(context), self.groups == 1)
+                for depth in depths:
+                    self._add_keys(depth, layer, inputs[depth], targets, key_weights)
+                    _add_values(self.sums, depth, layer, asked, self.groups, normed[depth], read)
+        if "plain" in self.objectives:
+            for depth, n in inputs.items():
+                self.sums.add_gram(("plain", depth), n, n)
+        if "token" in self.objectives:
+            # A token's weight sums over all layers above the depth, so these come last; keys and values are computed
+            # again rather than held for all layers.
+            weighted = {depth: n * weights[depth][real].unsqueeze(-1) for depth, n in inputs.items()}
+            for depth, n in weighted.items():
+                self.sums.add_gram(("token", depth), n, inputs[depth])
+            for layer in layers:
+                targets = seen.kv(layer)[:, :context][real].float()
+                for depth in fitted:
+                    if depth < layer:
+                        self.sums.add_cross(("token", depth), layer, targets, weighted[depth])
+
+    def _add_keys(self, depth: int, layer: int, n: Tensor, targets: Tensor, weights: Tensor) -> None:
+        weighted = n * weights.unsqueeze(-1)
+        self.sums.add_gram(("keys", depth, layer), weighted, n)
+        self.sums.add_cross(("keys", depth, layer), layer, targets[:, : self.decoder.kv_dim], weighted)
+
+    def solve(self, depth: int, ridge: float, objective: str = "plain") -> KVProjections:
+        """Projections of one depth for one objective at one ridge strength; the sums are left as they are.
+
+        ``ridge`` is in units of the Gram's mean diagonal.
+        """
+        maps = {}
+        for layer in self.reuse[depth].fitted_layers:
+            weight, bias = self.reuse[depth].affine(layer)
+            folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()
+            if objective == "attention":
+                kv_dim = self.decoder.kv_dim
+                keys = self.sums.solve(("keys", depth, layer), layer, folded[:kv_dim], ridge)
+                fitted = torch.cat([keys, _solve_values(self.sums, depth, layer, folded[kv_dim:], self.groups, ridge)])
+            else:
+                fitted = self.sums.solve((objective, depth), layer, folded, ridge)
+            maps[layer] = (fitted[:, :-1].to(weight), fitted[:, -1].to(bias))
+        return KVProjections(self.decoder, depth).replace(maps, "closed_form")
+
+
+class ValueRefit(lightning.LightningModule):
+    """The second pass: refit the values for the attention that the pruned model's own queries pay.
+
+    The pruned model's queries and keys differ a little from the full model's, so its attention does too. Keys stay;
+    the values of layer l are fitted so that the pruned model's attention gives out what the full model's did there:
+    ``sum_q |o_q - (what q reads behind the context) - sum_t a'_qt W' n_t|^2`` with the pruned model's a'. One
+    ``validate`` pass over the rows, all layers at once (fitting them one after the other gave the same KL).
+
+    Args:
+        starts: by depth, the projections to start from.
+        boundary, grouping, queries: as for :class:`ClosedFormFit`.
+    """
+
+    def __init__(
+        self,
+        starts: Mapping[int, KVProjections],
+        boundary: int = 1,
+        *,
+        grouping: str = "head",
+        queries: int = 24,
+    ):
+        super().__init__()
+        self.starts, self.boundary, self.queries = dict(starts), boundary, queries
+        self.decoder = next(iter(self.starts.values())).decoder
+        self.groups = Shape.of(self.decoder).groups(grouping)
+        self.base = self.decoder.model
+        self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in self.starts}
+        self.sums = _Sums()
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict, batch_index: int) -> None:
+        decoder, context, end = self.decoder, batch["prompt_length"] - self.boundary, batch["input_ids"].shape[1]
+        if context <= 0:
+            return
+        seen = _Full(decoder, batch, context, end, range(min(self.starts), decoder.num_layers))
+        full = {layer: seen.kv(layer) for layer in range(min(self.starts) + 1, decoder.num_layers)}
+        for depth, start in self.starts.items():
+            with decoder.tracing(range(depth, decoder.num_layers)) as pruned:
+                student_logits(start, PruningPlan(depth, self.boundary), seen.trace, seen.mask, batch["prompt_length"])
+            hidden = seen.hidden(depth)[:, :context]
+            n = decoder.normalise(hidden)
+            for layer in start.fitted_layers:
+                if layer not in pruned.hidden:
+                    continue  # boundary 0 and responses of one token: nothing runs above the depth
+                rows = pruned.hidden[layer]
+                own = decoder.own_kv(layer, rows)
+                kv = torch.cat([start(layer, hidden, n), own], 1)
+                # The last token predicts nothing: it is not rerun, and no query sees it.
+                asked = _Asked(seen, layer, kv, self.queries, rows)
+                every = self.groups == 1
+                wanted = _Asked(seen, layer, full[layer], self.queries).read(every_head=every)
+                wanted = wanted - asked.read(slice(context, None), every)
+                _add_values(self.sums, depth, layer, asked, self.groups, _with_one(n), wanted)
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
-        """Projections of one depth at one ridge strength; the sums are left as they are."""
-        gram = self.gram[depth]
-        regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        layers = self.reuse[depth].fitted_layers
-        maps = {}
-        if len(layers):
-            factor = torch.linalg.cholesky(regular)
-            for layer in layers:
-                correction = torch.cholesky_solve(self.cross[depth, layer].T, factor).T
-                weight, bias = self.reuse[depth].affine(layer)
-                maps[layer] = (weight + correction[:, :-1].to(weight), bias + correction[:, -1].to(bias))
+        """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
+        start, maps = self.starts[depth], {}
+        kv_dim = self.decoder.kv_dim
+        for layer in start.fitted_layers:
+            weight, bias = self.reuse[depth].affine(layer)
+            folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()[kv_dim:]
+            values = _solve_values(self.sums, depth, layer, folded, self.groups, ridge).to(weight)
+            keys, shift = start.affine(layer)
+            maps[layer] = (torch.cat([keys[:kv_dim], values[:, :-1]]), torch.cat([shift[:kv_dim], values[:, -1]]))
         return KVProjections(self.decoder, depth).replace(maps, "closed_form")
+
+
+class _Full:
+    """One full pass: the inputs of the layers, and the queries' places."""
+
+    def __init__(self, decoder: Decoder, batch: dict, context: int, end: int, layers: range):
+        self.decoder, self.context = decoder, context
+        self.mask = batch["attention_mask"][:, :end]
+        with decoder.tracing(layers) as self.trace:
+            decoder.model(
+                input_ids=batch["input_ids"][:, :end],
+                attention_mask=self.mask,
+                position_ids=position_ids(self.mask),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+
+    def hidden(self, layer: int) -> Tensor:
+        return self.trace.hidden[layer]
+
+    def kv(self, layer: int) -> Tensor:
+        return self.decoder.own_kv(layer, self.hidden(layer))
+
+    def tables(self, layer: int) -> tuple[Tensor, Tensor]:
+        return tuple(t.expand(len(self.mask), -1, -1) for t in self.trace.kwargs[layer]["position_embeddings"])
+
+    def columns(self, wanted: int) -> tuple[Tensor, Tensor]:
+        """Up to ``wanted`` asking tokens per row, evenly spread: columns ``[batch, queries]``, and which are real.
+
+        They stand behind the context and before the row's last token, which predicts nothing. A row's choice depends
+        on the row alone, whatever it is batched with.
+        """
+        behind = self.mask[:, self.context :]
+        first = self.context + (behind.cumsum(-1) == 0).sum(-1)  # a prompt within the boundary is padded behind it too
+        count = (behind.sum(-1) - 1).clamp(min=0)
+        taken = count.clamp(max=wanted)
+        steps = torch.arange(int(taken.max()), device=self.mask.device)
+        columns = first[:, None] + steps * count[:, None] // taken.clamp(min=1)[:, None]
+        valid = steps < taken[:, None]
+        return columns.where(valid, first[:, None].clamp(max=self.mask.shape[1] - 1)), valid
+
+
+class _Asked:
+    """What one layer's queries read: attention weights ``[batch, kv_heads, queries per kv head, queries, tokens]``."""
+
+    def __init__(self, seen: _Full, layer: int, kv: Tensor, queries: int, behind: Tensor | None = None):
+        decoder, self.context = seen.decoder, seen.context
+        columns, valid = seen.columns(queries)
+        source, offset = (seen.hidden(layer), 0) if behind is None else (behind, self.context)
+        tables, tokens = seen.tables(layer), kv.shape[1]
+        keys, values = decoder.to_cache(layer, kv, tuple(t[:, :tokens] for t in tables))
+        self.weights = (
+            decoder.attention_weights(
+                layer,
+                _take(source, (columns - offset).clamp(max=source.shape[1] - 1)),
+                tuple(_take(table, columns) for table in tables),
+                columns,
+                keys,
+                seen.mask[:, :tokens],
+            )
+            * valid[:, None, None, :, None]
+        )
+        self.values = values.float()
+        self.normalised = decoder.normalises_keys(layer)
+
+    @property
+    def of_context(self) -> Tensor:
+        return self.weights[..., : self.context]
+
+    def read(self, tokens: slice = slice(None), every_head: bool = False) -> Tensor:
+        """What the attention reads from some of the tokens, before W_O.
+
+        Returns:
+            ``[batch, kv_heads, queries per kv head, queries, head_dim]``: each query head reads its own values; or
+            ``[..., kv_dim]`` under ``every_head``: what it would read from the values of all heads.
+        """
+        if every_head:
+            reads = torch.einsum("bghqt,bktd->bghqkd", self.weights[..., tokens], self.values[:, :, tokens])
+            return reads.flatten(4)
+        return torch.einsum("bghqt,bgtd->bghqd", self.weights[..., tokens], self.values[:, :, tokens])
+
+    def token_weights(self) -> Tensor:
+        """sum of a^2 over the layer's queries, ``[batch, context]``."""
+        return self.of_context.square().sum((1, 2, 3))
+
+    def key_weights(self, kv: Tensor) -> Tensor:
+        """sum_q a_qt^2 |v_t - o_q|^2 over the layer's queries, ``[batch, context]``.
+
+        Where the family normalises keys an error counts relative to its key's length.
+        """
+        values, squared = self.values[:, :, : self.context], self.of_context.square()
+        output = self.read()
+        # |v - o|^2 = |v|^2 - 2 v.o + |o|^2, each summed over the queries before the tokens are looked at.
+        weights = squared.sum((2, 3)) * values.square().sum(-1)
+        weights = weights - 2 * (torch.einsum("bghqt,bghqd->bgtd", squared, output) * values).sum(-1)
+        weights = weights + torch.einsum("bghqt,bghq->bgt", squared, output.square().sum(-1))
+        if self.normalised:
+            keys = kv[:, : self.context].float().unflatten(-1, (2, weights.shape[1], -1))[:, :, 0]
+            weights = weights / keys.square().mean(-1).clamp(min=1e-6).transpose(1, 2)
+        return weights.sum(1).clamp(min=0)
+
+
+def _add_values(
+    sums: "_Sums", depth: int, layer: int, asked: _Asked, groups: int, normed: Tensor, wanted: Tensor
+) -> None:
+    """Add the pooled regressions of one (depth, layer): inputs ``sum_t a_qt n_t``, targets ``wanted``.
+
+    Args:
+        normed: n(h_d) with a one appended, ``[batch, context, hidden + 1]``.
+        wanted: what is to be read from the context, as :meth:`_Asked.read` gives it, for every head where there is one
+            group for all of them.
+    """
+    for group, (weights, targets) in enumerate(
+        zip(asked.of_context.chunk(groups, 1), wanted.chunk(groups, 1), strict=True)
+    ):
+        pooled = torch.einsum("bghqt,btn->bghqn", weights, normed).flatten(0, 3)
+        name = ("values", depth, layer, group)
+        sums.add_gram(name, pooled, pooled)
+        sums.add_cross(name, layer, targets.flatten(0, 3), pooled)
+
+
+def _solve_values(sums: "_Sums", depth: int, layer: int, reuse: Tensor, groups: int, ridge: float) -> Tensor:
+    parts = enumerate(reuse.chunk(groups))
+    return torch.cat([sums.solve(("values", depth, layer, group), layer, part, ridge) for group, part in parts])
+
+
+class _Sums:
+    """Running Gram and cross matrices by name, float64, and the ridge solution toward a prior."""
+
+    def __init__(self):
+        self.gram: dict[tuple, Tensor] = {}
+        self.cross: dict[tuple, Tensor] = {}
+
+    def add_gram(self, name: tuple, left: Tensor, right: Tensor) -> None:
+        _add(self.gram, name, left.T @ right)
+
+    def add_cross(self, name: tuple, layer: int, targets: Tensor, inputs: Tensor) -> None:
+        """Targets ``[tokens, outputs]`` against inputs ``[tokens, hidden + 1]``."""
+        _add(self.cross, (name, layer), targets.T @ inputs)
+
+    def solve(self, name: tuple, layer: int, prior: Tensor, ridge: float) -> Tensor:
+        """argmin over W of sum |y - W x|^2 + ridge * mean diagonal * |W - prior|^2, ``[outputs, hidden + 1]``."""
+        if name not in self.gram:
+            return prior
+        gram, prior = self.gram[name], prior.to(self.gram[name].device)
+        scale = gram.diagonal().mean()
+        if not scale > 0:
+            return prior
+        regular = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        residual = self.cross[name, layer] - prior @ gram
+        return prior + torch.cholesky_solve(residual.T, torch.linalg.cholesky(regular)).T
 
 
 def _add(sums: dict, key, value: Tensor) -> None:
     sums[key] = sums[key] + value.double() if key in sums else value.double()
+
+
+def _with_one(normed: Tensor) -> Tensor:
+    normed = normed.float()
+    return torch.cat([normed, torch.ones_like(normed[..., :1])], -1)
+
+
+def _take(x: Tensor, columns: Tensor) -> Tensor:
+    """``x[b, columns[b]]``: ``[batch, tokens, features]`` to ``[batch, queries, features]``."""
+    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _plain_tensors(projections: KVProjections) -> KVProjections:
+    missing: Iterable[int] = (layer for layer in projections.fitted_layers if str(layer) not in projections.maps)
+    if (layer := next(iter(missing), None)) is not None:
+        raise InputError(
+            f"the weights of layer {layer} are no plain tensors (quantised or offloaded), and closed form starts from "
+            "them; load the base unquantised (model.dtype, model.device_map) or set projection.kind to reuse."
+        )
+    return projections

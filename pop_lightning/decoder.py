@@ -232,6 +232,47 @@ class Decoder:
             keys = k_norm(keys)
         return _rotate(keys, position_embeddings), values
 
+    def normalises_keys(self, layer: int) -> bool:
+        """Whether the family has a k_norm, after which the length of a key no longer matters."""
+        return getattr(self.attention(layer), "k_norm", None) is not None
+
+    def attention_weights(
+        self,
+        layer: int,
+        hidden: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        columns: Tensor,
+        keys: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
+        """How a layer spreads the attention of some rows, recomputed from its q_proj, whatever kernel the model uses.
+
+        Args:
+            hidden: the layer's input at the asking tokens, ``[batch, rows, hidden]``.
+            position_embeddings: their rotary tables, ``[batch, rows, head_dim]`` each.
+            columns: where they stand in the sequence, ``[batch, rows]``: they see that far, and a window back.
+            keys: of the whole sequence, as cached, ``[batch, kv_heads, tokens, head_dim]``.
+            attention_mask: ``[batch, tokens]`` of 1 (token) and 0 (padding).
+
+        Returns:
+            ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32.
+        """
+        attention = self.attention(layer)
+        queries = attention.q_proj(self.layers[layer].input_layernorm(hidden))
+        queries = queries.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if (q_norm := getattr(attention, "q_norm", None)) is not None:
+            queries = q_norm(queries)
+        queries = _rotate(queries, position_embeddings).unflatten(1, (keys.shape[1], -1))
+        scores = torch.einsum("bghqd,bgtd->bghqt", queries, keys).float()
+        scores = scores * getattr(attention, "scaling", self.head_dim**-0.5)
+        if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
+            scores = torch.tanh(scores / cap) * cap
+        tokens = torch.arange(keys.shape[2], device=columns.device)
+        seen = (tokens <= columns[..., None]) & attention_mask[:, None].bool()
+        if (window := self.window(layer)) is not None:
+            seen &= tokens > columns[..., None] - window
+        return scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
+
     def run_layer(self, layer: int, hidden: Tensor, **kwargs) -> Tensor:
         output = self.layers[layer](hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output

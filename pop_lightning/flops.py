@@ -47,7 +47,7 @@ def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFl
         width = decoder.attention(layer).q_proj.out_features
         attention += 4 * width * visible_pairs(first, tokens, decoder.window(layer))
         if first:
-            seen = visible_context(decoder, layer, context)
+            seen = decoder.visible(layer, context)
             projections += 2 * 2 * decoder.kv_dim * decoder.config.hidden_size * seen
     return PrefillFlops(linear, attention, projections, 2 * decoder.head.weight.numel())
 
@@ -64,9 +64,3 @@ def visible_pairs(first: int, tokens: int, window: int | None) -> int:
     growing = min(window, tokens)  # the first ``window`` queries see all that came before
     start = min(first, growing)
     return (growing * (growing + 1) - start * (start + 1)) // 2 + window * (tokens - max(first, growing))
-
-
-def visible_context(decoder: Decoder, layer: int, context: int) -> int:
-    """How many of the last ``context`` tokens a layer can still see once a token follows them."""
-    window = decoder.window(layer)
-    return context if window is None else min(context, window - 1)

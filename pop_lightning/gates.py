@@ -1,4 +1,8 @@
-"""Virtual gates: one scalar per layer, stage and row over both branches of a layer (arXiv 2602.03295, section 3)."""
+"""Virtual gates: one scalar per layer, stage and row over both branches of a layer (arXiv 2602.03295, section 3).
+
+:func:`gated` multiplies by gates of any value; :func:`probed` gives the gradients at one, where scoring needs them and
+where a gate multiplies nothing: dL/dg is the branch's output times its gradient, read off in the backward pass.
+"""
 
 from contextlib import contextmanager
 
@@ -60,3 +64,57 @@ def gated(decoder: Decoder, gates: Tensor, context: int):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def probed(decoder: Decoder, context: int):
+    """The gradients of every gate at one, at the price of one product per branch in the backward pass.
+
+    Args:
+        context: how many tokens at the front are context; boundary and response tokens follow.
+
+    Yields:
+        A list that the backward pass of the one forward pass run inside fills with ``(layer, [batch, 2])`` (prefill,
+        decode), float32, an entry per branch; :func:`gate_gradients` sums it. The model's weights may be frozen.
+    """
+    handles, found = [], []
+
+    def hook(layer: int):
+        def apply(module, args, output):
+            branch = output[0] if isinstance(output, tuple) else output
+            held = branch.detach()
+            branch.register_hook(lambda grad: found.append((layer, _by_stage(held, grad, context))))
+
+        return apply
+
+    try:
+        # A leaf below the first layer, so that gradients reach every branch of a frozen model.
+        handles.append(decoder.layers[0].register_forward_pre_hook(_ask_for_gradients, with_kwargs=True))
+        for layer in range(decoder.num_layers):
+            for branch in decoder.branches(layer):
+                handles.append(branch.register_forward_hook(hook(layer)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gate_gradients(found: list[tuple[int, Tensor]], layers: int) -> Tensor:
+    """``[batch, L, 2]`` from what :func:`probed` collected."""
+    total = torch.zeros(len(found[0][1]), layers, 2, device=found[0][1].device)
+    for layer, gradient in found:
+        total[:, layer] += gradient
+    return total
+
+
+def _ask_for_gradients(module, args, kwargs):
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden.requires_grad:
+        return None
+    hidden = hidden.detach().requires_grad_(True)
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _by_stage(output: Tensor, grad: Tensor, context: int) -> Tensor:
+    per_token = (grad.float() * output.float()).sum(-1)
+    return torch.stack([per_token[:, :context].sum(1), per_token[:, context:].sum(1)], dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pop_lightning.decoder import Decoder, position_ids
-from pop_lightning.gates import gated
+from pop_lightning.gates import gate_gradients, probed
 
 
 class ImportanceScoring(lightning.LightningModule):
@@ -40,49 +40,53 @@ class ImportanceScoring(lightning.LightningModule):
         self.rows = 0
 
     def training_step(self, batch: dict, batch_index: int) -> None:
-        gates = torch.ones(len(batch["input_ids"]), self.decoder.num_layers, 2, device=self.device, requires_grad=True)
-        self.manual_backward(self.loss(batch, gates))
-        self.sums += gates.grad.double().pow(2).sum(0)
-        self.rows += len(gates)
+        with probed(self.decoder, max(0, batch["prompt_length"] - self.boundary)) as found:
+            self.manual_backward(self.loss(batch))
+        self.sums += gate_gradients(found, self.decoder.num_layers).double().pow(2).sum(0)
+        self.rows += len(batch["input_ids"])
 
-    def loss(self, batch: dict, gates: Tensor, targets: Tensor | None = None) -> Tensor:
+    def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""
         ids, mask, prompt = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
-        context = max(0, prompt - self.boundary)
-        with gated(self.decoder, gates, context):
-            logits = self.decoder.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position_ids(mask),
-                use_cache=False,
-                logits_to_keep=ids.shape[1] - prompt + 1,
-            ).logits[:, :-1]
-        logp = logits.float().log_softmax(-1)
+        logits = self.decoder.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+            logits_to_keep=ids.shape[1] - prompt + 1,
+        ).logits[:, :-1]
+        real = mask[:, prompt:].bool()
         if targets is None:
-            targets = sample(logp.detach(), batch["row_seed"], self.seed)
-        picked = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return -(picked * mask[:, prompt:]).sum()
+            targets = sample(logits.detach(), real, batch["row_seed"], self.seed)
+        return torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="sum")
 
     @property
     def scores(self) -> Tensor:
         return self.sums.cpu() / max(self.rows, 1)
 
 
-def sample(logp: Tensor, row_seed: Tensor, seed: int) -> Tensor:
-    """Draw a token from each distribution by inverting its cumulative sum: one uniform number per position.
+def sample(logits: Tensor, real: Tensor, row_seed: Tensor, seed: int) -> Tensor:
+    """Draw a token from each position's distribution by inverting its cumulative sum: one uniform number per position.
 
     Args:
-        logp: ``[batch, response, vocabulary]`` log-probabilities.
+        logits: ``[batch, response, vocabulary]``.
+        real: ``[batch, response]``, True where a token is to be drawn.
         row_seed: ``[batch]``, a hash of each row's content.
 
     Returns:
-        ``[batch, response]`` token ids that depend on (seed, row content, position) alone.
+        ``[batch, response]`` token ids that depend on (seed, row content, position) alone; 0 where not real.
     """
-    batch, positions, vocabulary = logp.shape
-    uniform = torch.empty(batch, positions, 1, dtype=torch.float64)
+    batch, positions, vocabulary = logits.shape
+    uniform = torch.empty(batch, positions, dtype=torch.float64)
     for row in range(batch):
         generator = torch.Generator().manual_seed((int(row_seed[row]) ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1))
-        uniform[row, :, 0] = torch.rand(positions, generator=generator, dtype=torch.float64)
-    cumulative = logp.double().exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform.to(logp.device) * cumulative[..., -1:])
-    return drawn.squeeze(-1).clamp(max=vocabulary - 1)
+        uniform[row] = torch.rand(positions, generator=generator, dtype=torch.float64)
+    uniform = uniform.to(logits.device)
+    targets = torch.zeros_like(real, dtype=torch.long)
+    # A row at a time: float64 sums over a vocabulary are large.
+    for row in range(batch):
+        kept = real[row]
+        cumulative = logits[row][kept].float().softmax(-1).double().cumsum(-1)
+        wanted = uniform[row][kept, None] * cumulative[:, -1:]
+        targets[row, kept] = torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=vocabulary - 1)
+    return targets

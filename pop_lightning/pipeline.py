@@ -21,11 +21,11 @@ import torch
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
-from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.data import CalibrationData, Row, collate
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.fitting import Distillation, closed_form
 from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.importance import ImportanceScoring
@@ -33,7 +33,6 @@ from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, u
 from pop_lightning.models import context_length, load_model, load_tokenizer
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
-from pop_lightning.projection_training import KVProjectionTraining
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
 from pop_lightning.report import print_table, write_report
@@ -193,58 +192,64 @@ class _Run:
         """Projections by (depth, kind): reuse, and the kinds up to the recipe's."""
         kind = self.recipe.projection.kind
         found = {(depth, "reuse"): KVProjections(self.decoder, depth) for depth in depths}
-        if kind != "reuse":
-            found |= {(depth, "closed_form"): each for depth, each in self._closed_form(depths).items()}
-        if kind == "full":
+        trained = kind in ("lora", "full")
+        start = self.recipe.projection.start if trained else kind
+        if start == "closed_form":
+            found |= {(depth, start): each for depth, each in self._closed_form(depths).items()}
+        if trained:
             for depth in depths:
-                found[depth, "full"] = self._train(depth, found[depth, "closed_form"])
+                found[depth, kind] = self._train(depth, found[depth, start])
         return found
 
     def _closed_form(self, depths: list[int]) -> dict[int, KVProjections]:
-        """Fit all depths in one pass, then choose each depth's ridge on the tune split; reuse is one of the choices."""
-        ridges_file = self.state / "ridge.json"
+        """Closed form for every depth, each choice about it made on the tune split; reuse is one of the choices."""
+        ridges_file, settings = self.state / "ridge.json", self.recipe.projection
         if ridges_file.is_file():
             return {depth: self._read_projections(depth, "closed_form") for depth in depths}
-        needed = sum(ClosedFormFit.bytes_needed(self.decoder, depth) for depth in depths)
-        print(f"closed form: {len(depths)} depths, {needed / 2**20:.0f} MiB of running sums")
-        fit = ClosedFormFit(self.decoder, depths, self.recipe.boundary)
-        self._trainer("fitting").validate(fit, self.data.loader("fit"), verbose=False)
         chosen, ridges = {}, {}
-        for depth in depths:
-            options = {f"{ridge:g}": fit.solve(depth, ridge) for ridge in self.recipe.projection.ridge}
-            options["reuse"] = KVProjections(self.decoder, depth).replace({}, "closed_form")
-            plan = PruningPlan(depth, self.recipe.boundary)
-            evaluation = Evaluation(self.decoder, {name: Variant(plan, each) for name, each in options.items()})
-            self._trainer(f"choosing the ridge at depth {depth}").validate(
-                evaluation, self.data.loader("tune"), verbose=False
-            )
-            losses = {name: evaluation.rows(name)["kl"].mean().item() for name in options}
-            best = min(losses, key=losses.get)
-            chosen[depth] = options[best]
-            ridges[depth] = {"chosen": best, "kl": losses}
-            self._write_projections(depth, chosen[depth])
+        for fitted in closed_form(
+            self.decoder,
+            depths,
+            boundary=self.recipe.boundary,
+            ridges=settings.ridge,
+            grouping=settings.grouping,
+            queries=settings.queries,
+            refit=settings.refit,
+            memory=int(settings.memory_gib * 2**30),
+            fit_rows=self.data.loader("fit"),
+            tune_rows=self.data.loader("tune"),
+            validate=lambda what, module, rows: self._trainer(what).validate(module, rows, verbose=False),
+        ):
+            chosen[fitted.depth] = fitted.options[fitted.best()]
+            ridges[fitted.depth] = fitted.summary()
+            self._write_projections(fitted.depth, chosen[fitted.depth])
         _write_json(ridges_file, ridges)
         return chosen
 
     def _train(self, depth: int, start: KVProjections) -> KVProjections:
-        if self._projections_file(depth, "full").is_file():
-            return self._read_projections(depth, "full")
         settings = self.recipe.projection
-        projections = KVProjections.from_state(self.decoder, depth, "closed_form", start.fitted_state())
-        if not len(projections.fitted_layers):  # depth L-1: lossless, nothing to train
-            projections.kind = "full"
-        else:
-            training = KVProjectionTraining(
-                projections,
-                PruningPlan(depth, self.recipe.boundary),
-                temperature=settings.temperature,
-                learning_rate=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                warmup=settings.warmup,
-            )
+        kind = settings.kind
+        if self._projections_file(depth, kind).is_file():
+            return self._read_projections(depth, kind)
+        distillation = Distillation(
+            start,
+            PruningPlan(depth, self.recipe.boundary),
+            lora_arguments=asdict(settings.lora) if kind == "lora" else None,
+            seed=self.recipe.seed,
+            temperature=settings.temperature,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup=settings.warmup,
+            decay=settings.decay,
+            kv_match=settings.kv_match,
+            hidden_match=settings.hidden_match,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        if distillation.module is not None:
             loader = self.data.loader("fit", batch_size=settings.batch_size, shuffle=True)
-            self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1).fit(training, loader)
-            projections = KVProjections.from_state(self.decoder, depth, "full", projections.fitted_state())
+            trainer = self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1)
+            trainer.fit(distillation.module, loader)
+        projections = distillation.finish(self.output / "adapters" / f"depth{depth}")
         self._write_projections(depth, projections)
         return projections
 
@@ -283,8 +288,8 @@ class _Run:
             entry["loss"] = sum(losses) / len(losses)
             entry["bound"] = upper_bound(losses, self.budget.metric, self.budget.confidence)
             if name == "closed_form":
-                strength = ridges[str(depth)]["chosen"]
-                entry["ridge"] = None if strength == "reuse" else float(strength)  # None: reuse did best on tune
+                # No ridge: reuse did best on tune.
+                entry |= {key: ridges[str(depth)][key] for key in ("objective", "ridge")}
             curve.append(entry)
         return {"curve": curve, "sequence": self.budget.sequence, "decisions": self.budget.decisions}
 

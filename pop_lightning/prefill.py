@@ -10,6 +10,7 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -245,7 +246,26 @@ def student_logits(
     *,
     context_visible: bool = True,
 ) -> Tensor:
-    """The pruned model's logits at the loss positions, rerunning only the pruned layers over a recorded full pass.
+    """The pruned model's logits at the loss positions; arguments as for :func:`student_hidden`.
+
+    Returns:
+        ``[batch, response, vocabulary]``: column j predicts response token j (positions t = N..T-1).
+    """
+    hidden = student_hidden(projections, plan, trace, attention_mask, prompt_length, context_visible=context_visible)
+    return projections.decoder.logits(hidden)
+
+
+def student_hidden(
+    projections: KVProjections,
+    plan: PruningPlan,
+    trace: Trace,
+    attention_mask: Tensor,
+    prompt_length: int,
+    *,
+    context_visible: bool = True,
+    checkpoint: bool = False,
+) -> Tensor:
+    """What the pruned model hands to its final norm, rerunning only the pruned layers over a recorded full pass.
 
     Args:
         trace: a full pass over ``[prompt | response]`` with the prompts left-padded and the responses right-padded, so
@@ -253,9 +273,10 @@ def student_logits(
         attention_mask: ``[batch, tokens]``.
         prompt_length: the padded prompts' width.
         context_visible: False hides the context from the pruned layers (the "no KV projection" ablation).
+        checkpoint: keep only each layer's input for the backward pass and run the layer again there.
 
     Returns:
-        ``[batch, response, vocabulary]``: column j predicts response token j (positions t = N..T-1).
+        ``[batch, response, hidden]``: column j leads to response token j (positions t = N..T-1).
     """
     decoder, depth = projections.decoder, plan.depth
     tokens = attention_mask.shape[1] - 1  # the last token predicts nothing
@@ -264,28 +285,34 @@ def student_logits(
     hidden, mask = source[:, context:], attention_mask[:, :tokens]
     if not context_visible:
         mask = torch.cat([torch.zeros_like(mask[:, :context]), mask[:, context:]], dim=1)
+    normed = decoder.normalise(source[:, :context])
+
+    def run(layer: int, hidden: Tensor) -> Tensor:
+        # A cache of its own, so that a layer can be run twice.
+        cache, kwargs = decoder.new_cache(), trace.kwargs[layer]
+        tables = kwargs["position_embeddings"]
+        if context:
+            visible = slice(context - decoder.visible(layer, context), context)
+            kv = projections(layer, source[:, visible], normed[:, visible])
+            cache_context(decoder, layer, kv, tuple(table[:, :context] for table in tables), cache)
+        return decoder.run_layer(
+            layer,
+            hidden,
+            attention_mask=decoder.mask(layer, hidden, mask, cache),
+            position_embeddings=tuple(table[:, context:tokens] for table in tables),
+            position_ids=kwargs["position_ids"][..., context:tokens],
+            past_key_values=cache,
+        )
+
     if hidden.shape[1]:
-        normed = decoder.normalise(source[:, :context])
-        cache = decoder.new_cache()
         for layer in plan.pruned(decoder.num_layers):
-            kwargs = trace.kwargs[layer]
-            tables = kwargs["position_embeddings"]
-            if context:
-                visible = slice(context - decoder.visible(layer, context), context)
-                kv = projections(layer, source[:, visible], normed[:, visible])
-                cache_context(decoder, layer, kv, tuple(table[:, :context] for table in tables), cache)
-            hidden = decoder.run_layer(
-                layer,
-                hidden,
-                attention_mask=decoder.mask(layer, hidden, mask, cache),
-                position_embeddings=tuple(table[:, context:tokens] for table in tables),
-                position_ids=kwargs["position_ids"][..., context:tokens],
-                past_key_values=cache,
-            )
+            if checkpoint:
+                hidden = torch.utils.checkpoint.checkpoint(run, layer, hidden, use_reentrant=False)
+            else:
+                hidden = run(layer, hidden)
     if context == prompt_length:  # boundary 0: the last prompt token stopped at depth d
-        hidden = torch.cat([source[:, context - 1 : context], hidden], dim=1)
-        return decoder.logits(hidden)
-    return decoder.logits(hidden[:, prompt_length - 1 - context :])
+        return torch.cat([source[:, context - 1 : context], hidden], dim=1)
+    return hidden[:, prompt_length - 1 - context :]
 
 
 # --- the attach check -----------------------------------------------------------------------------------------------

@@ -1,43 +1,93 @@
 """KVProjectionTraining: distil the unpruned model into the projections; the base stays frozen.
 
 Teacher and student share everything below the depth, so a step is one full forward without graph and a small forward
-and backward of the pruned layers on boundary and response tokens (``prefill.student_logits``).
+and backward of the pruned layers on boundary and response tokens (``prefill.student_hidden``). Logits are made a chunk
+of positions at a time, in the forward and again in the backward pass, so a large vocabulary costs no memory.
 """
+
+from typing import Literal
 
 import lightning
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
+from transformers import get_scheduler
 
 from pop_lightning.decoder import Decoder, Trace, position_ids
 from pop_lightning.plan import PruningPlan
-from pop_lightning.prefill import student_logits
+from pop_lightning.prefill import student_hidden
 from pop_lightning.projections import KVProjections
+
+CHUNK_LOGITS = 2**26  # logits alive at a time per model: 256 MiB in float32
 
 
 @torch.no_grad()
-def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tensor]:
-    """One full pass: inputs of layers ``first`` and up, and logits at the loss positions ``[batch, response, V]``."""
-    mask, prompt = batch["attention_mask"], batch["prompt_length"]
+def teacher_trace(decoder: Decoder, batch: dict, first: int) -> Trace:
+    """One full pass: the inputs of layers ``first`` and up and, under key L, what goes into the final norm."""
+    mask = batch["attention_mask"]
     with decoder.tracing(range(first, decoder.num_layers)) as trace:
-        logits = decoder.model(
+        decoder.model(
             input_ids=batch["input_ids"],
             attention_mask=mask,
             position_ids=position_ids(mask),
             use_cache=False,
-            logits_to_keep=mask.shape[1] - prompt + 1,
-        ).logits[:, :-1]
-    return trace, logits
+            logits_to_keep=1,
+        )
+    return trace
+
+
+@torch.no_grad()
+def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tensor]:
+    """:func:`teacher_trace`, and the logits at the loss positions ``[batch, response, vocabulary]``."""
+    trace = teacher_trace(decoder, batch, first)
+    return trace, decoder.logits(_at_loss_positions(decoder, trace, batch["prompt_length"]))
+
+
+def chunked_kl(
+    decoder: Decoder, student: Tensor, teacher: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """T^2 KL(teacher || student) at temperature T, mean over positions, from what goes into the final norm.
+
+    Args:
+        student, teacher: ``[positions, hidden]``; no gradient flows into ``teacher``.
+        chunk: positions whose logits are alive at a time; as many as :data:`CHUNK_LOGITS` allows unless given.
+
+    Returns:
+        A scalar, float32. Its backward pass makes each chunk's logits again, unless there is a single chunk.
+    """
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = (decoder.logits(teacher).float() / temperature).log_softmax(-1)
+        found = (decoder.logits(student).float() / temperature).log_softmax(-1)
+        return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
+
+    chunk = chunk or max(1, CHUNK_LOGITS // decoder.config.vocab_size)
+    if len(student) <= chunk:
+        total = divergence(student, teacher)
+    else:
+        total = sum(
+            torch.utils.checkpoint.checkpoint(divergence, *pair, use_reentrant=False)
+            for pair in zip(student.split(chunk), teacher.split(chunk), strict=True)
+        )
+    return temperature**2 * total / len(student)
 
 
 class KVProjectionTraining(lightning.LightningModule):
-    """Train the fitted layers' W', b' of one depth (``full``), starting from what they are.
+    """Train the projections of one depth, starting from what they are.
 
-    Loss: ``T^2 KL(teacher || student)`` averaged over the loss positions t = N..T-1, at temperature T.
+    Loss: ``T^2 KL(teacher || student)`` averaged over the loss positions t = N..T-1, at temperature T, plus
+    ``kv_match`` times the squared error of the context's keys and values (before k_norm and RoPE) and ``hidden_match``
+    times that of the hidden states of boundary and response tokens, each relative to the full model's mean square and
+    averaged over the pruned layers.
 
     Args:
-        projections: where training starts; closed form, as a rule. Changed in place.
+        projections: whose parameters that ask for a gradient are trained: :func:`make_trainable` for all of W', b', or
+            adapters that :mod:`pop_lightning.lora` put in.
         temperature: of the distillation.
-        learning_rate: the peak: reached over the ``warmup`` share of the steps, then a cosine decay to zero.
+        learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
+        decay: its shape.
+        gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -49,16 +99,19 @@ class KVProjectionTraining(lightning.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
+        decay: Literal["cosine", "linear"] = "cosine",
+        kv_match: float = 0.0,
+        hidden_match: float = 0.0,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.plan, self.temperature = plan, temperature
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
+        self.kv_match, self.hidden_match = kv_match, hidden_match
+        self.gradient_checkpointing = gradient_checkpointing
         self.decoder = projections.decoder
         self.base = self.decoder.model
         self.projections = projections
-        projections.replace({layer: projections.affine(layer) for layer in projections.fitted_layers}, "full")
-        for layer in projections.fitted_layers:
-            projections.maps[str(layer)].float().requires_grad_(True)  # masters in float32, whatever the base is
 
     def on_fit_start(self):
         self.base.eval()
@@ -71,20 +124,108 @@ class KVProjectionTraining(lightning.LightningModule):
     def validation_step(self, batch: dict, batch_index: int) -> None:
         self.log("validation_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]))
 
-    def loss(self, batch: dict) -> Tensor:
-        trace, teacher = teacher_pass(self.decoder, batch, self.plan.depth)
-        student = student_logits(self.projections, self.plan, trace, batch["attention_mask"], batch["prompt_length"])
-        mask = batch["attention_mask"][:, batch["prompt_length"] :].bool()
-        teacher_logp = (teacher[mask].float() / self.temperature).log_softmax(-1)
-        student_logp = (student[mask].float() / self.temperature).log_softmax(-1)
-        divergence = torch.nn.functional.kl_div(student_logp, teacher_logp, log_target=True, reduction="batchmean")
-        return self.temperature**2 * divergence
+    def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
+        """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
+        decoder, mask, prompt = self.decoder, batch["attention_mask"], batch["prompt_length"]
+        trace = teacher_trace(decoder, batch, self.plan.depth) if trace is None else trace
+        with decoder.tracing(range(self.plan.depth, decoder.num_layers)) as pruned:
+            student = student_hidden(
+                self.projections, self.plan, trace, mask, prompt, checkpoint=self.gradient_checkpointing
+            )
+        real = mask[:, prompt:].bool()
+        teacher = _at_loss_positions(decoder, trace, prompt)
+        loss = chunked_kl(decoder, student[real], teacher[real], self.temperature)
+        if self.kv_match:
+            loss = loss + self.kv_match * self._kv_error(trace, mask, prompt)
+        if self.hidden_match:
+            loss = loss + self.hidden_match * self._hidden_error(trace, pruned, mask, prompt)
+        return loss
+
+    def _kv_error(self, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
+        context = max(0, prompt - self.plan.boundary)
+        real = mask[:, :context].bool()
+        hidden = trace.hidden[self.plan.depth][:, :context]
+        normed = self.decoder.normalise(hidden)
+        errors = []
+        for layer in self.projections.fitted_layers:
+            with torch.no_grad():
+                wanted = self.decoder.own_kv(layer, trace.hidden[layer][:, :context])[real]
+            errors.append(_relative_error(self.projections(layer, hidden, normed)[real], wanted))
+        return torch.stack(errors).mean()
+
+    def _hidden_error(self, trace: Trace, pruned: Trace, mask: Tensor, prompt: int) -> Tensor:
+        tokens = mask.shape[1] - 1
+        context = max(0, prompt - self.plan.boundary)
+        real = mask[:, context:tokens].bool()
+        errors = [
+            _relative_error(pruned.hidden[layer][real], trace.hidden[layer][:, context:tokens][real])
+            for layer in range(self.plan.depth + 1, self.decoder.num_layers + 1)
+        ]
+        return torch.stack(errors).mean()
 
     def configure_optimizers(self):
+        return _optimizer([self], self.trainer)
+
+    def parameter_group(self) -> dict:
+        """What is trained, as an optimiser's parameter group."""
         parameters = [p for p in self.projections.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.learning_rate, total_steps=steps + 1, pct_start=self.warmup
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"params": parameters, "lr": self.learning_rate, "weight_decay": self.weight_decay}
+
+
+class JointTraining(lightning.LightningModule):
+    """Several trainings on the same batches over one teacher pass: depths, kinds and learning rates side by side.
+
+    Their losses are summed and share no parameter, so each goes as it would alone (short of gradient clipping, which
+    would look at all of them together). Warm-up and decay are those of the first.
+    """
+
+    def __init__(self, trainings: list[KVProjectionTraining]):
+        super().__init__()
+        self.trainings = torch.nn.ModuleList(trainings)
+        self.decoder = trainings[0].decoder
+
+    def on_fit_start(self):
+        self.decoder.model.eval()
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        trace = teacher_trace(self.decoder, batch, min(each.plan.depth for each in self.trainings))
+        return sum(each.loss(batch, trace) for each in self.trainings)
+
+    def configure_optimizers(self):
+        return _optimizer(list(self.trainings), self.trainer)
+
+
+def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer) -> dict:
+    optimizer = torch.optim.AdamW([each.parameter_group() for each in trainings])
+    steps = max(1, int(trainer.estimated_stepping_batches))
+    scheduler = get_scheduler(
+        trainings[0].decay,
+        optimizer,
+        num_warmup_steps=round(trainings[0].warmup * steps),
+        num_training_steps=steps,
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def make_trainable(projections: KVProjections) -> KVProjections:
+    """Every fitted layer's W', b' as float32 masters that ask for gradients (kind ``full``)."""
+    masters(projections, "full")
+    for layer in projections.fitted_layers:
+        projections.maps[str(layer)].requires_grad_(True)
+    return projections
+
+
+def masters(projections: KVProjections, kind: str) -> KVProjections:
+    """Every fitted layer's map as a float32 copy of its own, with a bias, so that training it changes nothing else."""
+    projections.replace({layer: projections.affine(layer) for layer in projections.fitted_layers}, kind)
+    for layer in projections.fitted_layers:
+        projections.maps[str(layer)].float()
+    return projections
+
+
+def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
+    return trace.hidden[decoder.num_layers][:, prompt - 1 : -1]
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found.float() - wanted.float()).square().mean() / wanted.float().square().mean().clamp(min=1e-12)

@@ -1,7 +1,7 @@
 """Where the pruned layers' context keys and values come from: one linear map of n(h_d) per layer, whatever its kind.
 
 Prefill, fitting, training and export all see a :class:`KVProjections`. The first pruned layer reads its true input, so
-its own weights are exact and are never replaced; the kinds differ in the layers after it (DESIGN: reuse, closed form,
+its own weights are exact and are never replaced; the kinds differ in the layers after it (reuse, closed form, LoRA,
 full).
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 
-KINDS = ("reuse", "closed_form", "full")
+KINDS = ("reuse", "closed_form", "lora", "full")
 
 
 @dataclass(frozen=True)

@@ -89,16 +89,36 @@ class Importance:
 
 
 @dataclass
+class Lora:
+    """The low-rank adapters of kind ``lora``, named as peft names them."""
+
+    r: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+
+@dataclass
 class Projection:
     """Where the pruned layers' keys and values come from, and how those maps are fitted."""
 
-    kind: Literal["reuse", "closed_form", "full"] = "closed_form"
-    ridge: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    kind: Literal["reuse", "closed_form", "lora", "full"] = "closed_form"
+    ridge: list[float] = field(default_factory=lambda: [0.0001, 0.001, 0.01, 0.1, 1.0])
+    grouping: Literal["auto", "head", "layer", "none"] = "auto"
+    queries: int = 24
+    refit: bool = True
+    memory_gib: float = 8.0
+    start: Literal["closed_form", "reuse"] = "closed_form"
+    lora: Lora = field(default_factory=Lora)
     steps: int = 100
     learning_rate: float = 1e-3
     temperature: float = 2.0
     warmup: float = 0.1
+    decay: Literal["cosine", "linear"] = "cosine"
     weight_decay: float = 0.0
+    kv_match: float = 0.0
+    hidden_match: float = 0.0
+    gradient_checkpointing: bool = False
     batch_size: int | None = None
 
 
@@ -234,6 +254,10 @@ def _problems(recipe: Recipe) -> list[str]:
         "projection.steps": (projection.steps, 1),
         "projection.batch_size": (projection.batch_size, 1),
         "projection.weight_decay": (projection.weight_decay, 0),
+        "projection.queries": (projection.queries, 1),
+        "projection.kv_match": (projection.kv_match, 0),
+        "projection.hidden_match": (projection.hidden_match, 0),
+        "projection.lora.r": (projection.lora.r, 1),
         "budget.max_drop": (budget.max_drop, 0),
         "budget.min_pruned": (budget.min_pruned, 1),
     }
@@ -243,6 +267,8 @@ def _problems(recipe: Recipe) -> list[str]:
     positive = {
         "projection.learning_rate": projection.learning_rate,
         "projection.temperature": projection.temperature,
+        "projection.memory_gib": projection.memory_gib,
+        "projection.lora.lora_alpha": projection.lora.lora_alpha,
         **{f"data.splits.{name}": share for name, share in splits.items()},
         **{f"projection.ridge[{index}]": ridge for index, ridge in enumerate(projection.ridge)},
     }
@@ -253,6 +279,8 @@ def _problems(recipe: Recipe) -> list[str]:
         problems.append(f"seed must be below 2**32, found {recipe.seed}")
     if not 0 <= projection.warmup <= 1:
         problems.append(f"projection.warmup must be a share of the steps in 0..1, found {projection.warmup}")
+    if not 0 <= projection.lora.lora_dropout < 1:
+        problems.append(f"projection.lora.lora_dropout must lie in 0..1, found {projection.lora.lora_dropout}")
     if budget.metric != "nll_increase" and budget.max_drop > 1:
         problems.append(
             f"budget.max_drop is an absolute fraction, at most 1 for {budget.metric}, found {budget.max_drop}"

@@ -7,7 +7,7 @@ import torch
 from pop_lightning import PruningPlan
 from pop_lightning.data import Row, collate
 from pop_lightning.decoder import Decoder, position_ids
-from pop_lightning.gates import gated
+from pop_lightning.gates import gate_gradients, gated, probed
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
@@ -37,6 +37,11 @@ def score(model, batches, seed=0):
     return module.scores
 
 
+def loss_under_gates(module, batch, gates, targets):
+    with gated(module.decoder, gates, batch["prompt_length"] - module.boundary):
+        return module.loss(batch, targets)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gate_gradients_equal_finite_differences(family):
     model = build(family, dtype=torch.float64)
@@ -44,16 +49,34 @@ def test_gate_gradients_equal_finite_differences(family):
     targets = batch["input_ids"][:, batch["prompt_length"] :]
     gates = torch.ones(2, LAYERS, 2, dtype=torch.float64, requires_grad=True)
     # float32 statistics inside the norms bound how close float64 differences can come
-    module.loss(batch, gates, targets).backward()
+    loss_under_gates(module, batch, gates, targets).backward()
     step = 1e-3
     for row, layer, stage in [(0, 0, 0), (1, 1, 1), (0, 2, 0), (1, 3, 1)]:
         moved = []
         for sign in (1, -1):
             shifted = gates.detach().clone()
             shifted[row, layer, stage] += sign * step
-            moved.append(module.loss(batch, shifted, targets).item())
+            moved.append(loss_under_gates(module, batch, shifted, targets).item())
         difference = (moved[0] - moved[1]) / (2 * step)
         assert gates.grad[row, layer, stage].item() == pytest.approx(difference, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probes_read_the_gradients_of_gates_at_one(family, dtype):
+    module, batch = ImportanceScoring(Decoder(build(family, dtype=dtype))), collate(rows(3), 0)
+    targets, context = batch["input_ids"][:, batch["prompt_length"] :], batch["prompt_length"] - 1
+    gates = torch.ones(3, LAYERS, 2, requires_grad=True)
+    loss_under_gates(module, batch, gates, targets).backward()
+    with probed(module.decoder, context) as found:
+        module.loss(batch, targets).backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    scale = gates.grad.abs().max()
+    torch.testing.assert_close(
+        gate_gradients(found, LAYERS) / scale, gates.grad / scale, rtol=tolerance, atol=tolerance
+    )
+    hooks = [hook for each in module.decoder.model.modules() for hook in (each._forward_hooks, each._forward_pre_hooks)]
+    assert not any(hooks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +115,7 @@ def test_scores_equal_one_row_at_a_time_squares():
     module = ImportanceScoring(Decoder(model))
     squares = torch.zeros(LAYERS, 2, dtype=torch.float64)
     for row in data:
-        gates = torch.ones(1, LAYERS, 2, requires_grad=True)
-        module.loss(collate([row], 0), gates).backward()
+        gates, batch = torch.ones(1, LAYERS, 2, requires_grad=True), collate([row], 0)
+        loss_under_gates(module, batch, gates, None).backward()
         squares += gates.grad[0].double() ** 2
     torch.testing.assert_close(score(model, [collate(data, 0)]), squares / 3, rtol=1e-4, atol=0)

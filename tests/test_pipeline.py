@@ -101,7 +101,7 @@ def test_no_depth_within_the_budget_exits_3_and_exports_nothing(base, data, tmp_
 
 
 def test_every_kind_of_projection_runs(base, data, tmp_path):
-    for kind in ("reuse", "full"):
+    for kind in ("reuse", "lora", "full"):
         output = tmp_path / kind
         changes = {"projection__kind": kind, "projection__steps": 3, "budget__candidates": [2]}
         assert fit.main(arguments(base, data, output, **changes)) == 0

@@ -44,7 +44,7 @@ def test_defaults_are_the_documented_ones(write):
     assert (recipe.model.dtype, recipe.model.attn_implementation) == ("auto", "sdpa")
     assert (recipe.data.max_prompt_tokens, recipe.data.batch_size) == (2048, 8)
     assert recipe.to_dict()["data"]["splits"] == {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
-    assert (recipe.projection.kind, recipe.projection.ridge) == ("closed_form", [0.001, 0.01, 0.1, 1.0])
+    assert (recipe.projection.kind, recipe.projection.ridge) == ("closed_form", [0.0001, 0.001, 0.01, 0.1, 1.0])
     assert (recipe.projection.warmup, recipe.projection.weight_decay) == (0.1, 0.0)
     assert (recipe.budget.metric, recipe.budget.max_drop, recipe.budget.candidates) == ("agreement", 0.01, 8)
     assert (recipe.trainer["accelerator"], recipe.trainer["devices"], recipe.trainer["logger"]) == ("auto", 1, False)
@@ -180,7 +180,7 @@ def test_recipes_that_are_none(write, tmp_path):
         ({"budget": {"max_drop": "much"}}, "budget.max_drop must be a number, found 'much'"),
         ({"data": {"batch_size": 1.5}}, "data.batch_size must be a whole number, found 1.5"),
         ({"data": {"batch_size": None}}, "data.batch_size must be a whole number, found null"),
-        ({"projection": {"kind": "magic"}}, "projection.kind must be one of reuse, closed_form, full, found 'magic'"),
+        ({"projection": {"kind": "m"}}, "projection.kind must be one of reuse, closed_form, lora, full, found 'm'"),
         ({"trainer": {"max_steps": "lots"}}, "trainer.max_steps must be a whole number, found 'lots'"),
         ({"data": {"splits": [1]}}, "data.splits must be a section with keys such as fit, tune, search, verify"),
         ({"model": "x"}, "model must be a section with keys such as base"),
