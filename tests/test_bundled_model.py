@@ -40,9 +40,10 @@ def answer(prompt: str) -> str:
         return max(match.groups(), key=ages.__getitem__)
     if match := re.match(r"Who is the friend of (\w+) \?", asked):
         return friends[match[1]]
-    match = re.match(r"(?:Where does|How old is) (the friend of )?(\w+)", asked)
-    name = friends[match[2]] if match[1] else match[2]
-    return homes[name] if asked.startswith("Where") else str(ages[name])
+    if match := re.match(r"Where does the friend of (\w+) live \?", asked):
+        return f"{friends[match[1]]} in {homes[friends[match[1]]]}"
+    match = re.match(r"(?:Where does|How old is) (\w+)", asked)
+    return homes[match[1]] if asked.startswith("Where") else str(ages[match[1]])
 
 
 def test_rows_depend_on_seed_and_index_only():
