@@ -11,8 +11,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# One thread: the model is tiny, and where the machine is busy a second one only waits.
 demo: $(VENV)/.installed
-	$(BIN)/pop-fit --recipe recipes/tiny.yaml --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/pop-fit --recipe recipes/tiny.yaml --overwrite
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

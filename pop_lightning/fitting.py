@@ -25,12 +25,15 @@ Validate = Callable[[str, lightning.LightningModule, DataLoader], Any]
 Option = tuple[str, float | None]  # objective and ridge; ("reuse", None) fits nothing
 
 
-@dataclass
+@dataclass(eq=False)
 class FittedDepth:
-    """What was fitted for one depth, and the KL to the full model that each option left on the tuning rows."""
+    """What was fitted for one depth, and the KL to the full model that each option left on the tuning rows.
+
+    ``options`` ends with the best of each objective, ``kl`` with every option that was tried.
+    """
 
     depth: int
-    options: dict[Option, KVProjections]
+    options: dict[Option, KVProjections] = field(default_factory=dict)
     kl: dict[Option, float] = field(default_factory=dict)
 
     def best(self, *objectives: str) -> Option:
@@ -69,6 +72,8 @@ def closed_form(
         refit: give the best ``attention`` option of each depth a second pass (:class:`ValueRefit`).
         validate: runs a module over rows, as ``Trainer.validate`` does; the text says what for.
 
+    Memory: ``memory`` bytes of running sums, and as much again of fitted maps that are compared.
+
     Raises:
         InputError: one depth's sums do not fit in ``memory``.
     """
@@ -80,36 +85,60 @@ def closed_form(
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
         validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
-        starts = {}
-        for depth in group:
-            fitted = FittedDepth(depth, {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")})
-            if depth < decoder.num_layers - 1:
-                for objective in fit.objectives:
-                    fitted.options |= {(objective, each): fit.solve(depth, each, objective) for each in ridges}
-            measure(decoder, fitted, boundary, tune_rows, validate)
-            if refit and "attention" in fit.objectives and depth < decoder.num_layers - 1:
-                starts[depth] = fitted  # it has the second pass to come
-            else:
-                yield fitted
+        fitted = [FittedDepth(depth) for depth in group]
+        choices = [(objective, ridge) for objective in fit.objectives for ridge in ridges]
+        for some in _affordable(shape, fitted, len(choices) + 1, memory):
+            for each in some:
+                each.options["reuse", None] = KVProjections(decoder, each.depth).replace({}, "closed_form")
+                if each.depth < decoder.num_layers - 1:
+                    each.options |= {(o, ridge): fit.solve(each.depth, ridge, o) for o, ridge in choices}
+            _measure(decoder, some, boundary, tune_rows, validate)
+        weighted = "attention" in fit.objectives
         del fit  # its sums make room for those of the second pass
-        if starts:
-            best = {depth: each.options[each.best("attention")] for depth, each in starts.items()}
+        again = [each for each in fitted if each.depth < decoder.num_layers - 1]
+        if refit and weighted and again:
+            best = {each.depth: each.options[each.best("attention")] for each in again}
             second = ValueRefit(best, boundary, grouping=grouping, queries=queries)
             validate("closed form, second pass", second, fit_rows)
-            for depth, fitted in starts.items():
-                fitted.options |= {("refit", each): second.solve(depth, each) for each in ridges}
-                measure(decoder, fitted, boundary, tune_rows, validate)
-                yield fitted
+            for some in _affordable(shape, again, len(ridges), memory):
+                for each in some:
+                    each.options |= {("refit", ridge): second.solve(each.depth, ridge) for ridge in ridges}
+                _measure(decoder, some, boundary, tune_rows, validate)
+        yield from fitted
 
 
-def measure(decoder: Decoder, fitted: FittedDepth, boundary: int, rows: DataLoader, validate: Validate) -> None:
-    """Fill in ``fitted.kl`` for the options that have none yet."""
-    new = {option: each for option, each in fitted.options.items() if option not in fitted.kl}
-    names = {str(option): option for option in new}
-    plan = PruningPlan(fitted.depth, boundary)
-    evaluation = Evaluation(decoder, {name: Variant(plan, new[option]) for name, option in names.items()})
-    validate(f"choosing among {len(new)} closed forms at depth {fitted.depth}", evaluation, rows)
-    fitted.kl |= {option: evaluation.rows(name)["kl"].double().mean().item() for name, option in names.items()}
+def _affordable(shape: Shape, fitted: list[FittedDepth], options: int, memory: int) -> Iterator[list[FittedDepth]]:
+    """Depths whose options, float32, fit into ``memory`` bytes together; one depth at least."""
+    some, taken = [], 0
+    for each in fitted:
+        needed = 4 * options * (shape.layers - each.depth) * 2 * shape.kv_dim * (shape.hidden + 1)
+        if some and taken + needed > memory:
+            yield some
+            some, taken = [], 0
+        some.append(each)
+        taken += needed
+    if some:
+        yield some
+
+
+def _measure(decoder: Decoder, fitted: list[FittedDepth], boundary: int, rows: DataLoader, validate: Validate) -> None:
+    """Fill in every ``kl`` that is missing, all depths in one pass; of each objective the best option alone is kept."""
+    variants = {
+        (each, option): Variant(PruningPlan(each.depth, boundary), projections)
+        for each in fitted
+        for option, projections in each.options.items()
+        if option not in each.kl
+    }
+    evaluation = Evaluation(
+        decoder, {f"{each.depth} {option}": variant for (each, option), variant in variants.items()}
+    )
+    depths = ", ".join(str(each.depth) for each in fitted)
+    validate(f"choosing among {len(variants)} closed forms at depths {depths}", evaluation, rows)
+    for each, option in variants:
+        each.kl[option] = evaluation.rows(f"{each.depth} {option}")["kl"].double().mean().item()
+    for each in fitted:
+        kept = {each.best(objective) for objective, _ in each.kl}
+        each.options = {option: projections for option, projections in each.options.items() if option in kept}
 
 
 class Distillation:
