@@ -27,7 +27,10 @@ Option = tuple[str, float | None]  # objective and ridge; ("reuse", None) fits n
 
 @dataclass
 class FittedDepth:
-    """What was fitted for one depth, and the KL to the full model that each option left on the tuning rows."""
+    """What was fitted for one depth, and the KL to the full model that each option left on the tuning rows.
+
+    ``options`` keeps the best of each objective, ``kl`` every figure.
+    """
 
     depth: int
     options: dict[Option, KVProjections]
@@ -75,41 +78,66 @@ def closed_form(
     shape, depths = Shape.of(decoder), list(depths)
     if grouping == "auto":
         grouping = choose_grouping(shape, depths, memory, objectives)
+    chooser = _Chooser(decoder, boundary, tune_rows, validate, memory)
     for number, group in enumerate(groups := passes(shape, depths, grouping, memory, objectives), 1):
         needed = sum(bytes_needed(shape, depth, grouping, objectives) for depth in group)
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
         validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
-        starts = {}
-        for depth in group:
-            fitted = FittedDepth(depth, {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")})
+        found = {depth: FittedDepth(depth, {}) for depth in group}
+        for depth, fitted in found.items():
+            options = {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")}
             if depth < decoder.num_layers - 1:
-                for objective in fit.objectives:
-                    fitted.options |= {(objective, each): fit.solve(depth, each, objective) for each in ridges}
-            measure(decoder, fitted, boundary, tune_rows, validate)
-            if refit and "attention" in fit.objectives and depth < decoder.num_layers - 1:
-                starts[depth] = fitted  # it has the second pass to come
-            else:
-                yield fitted
-        del fit  # its sums make room for those of the second pass
-        if starts:
+                options |= {(name, each): fit.solve(depth, each, name) for name in fit.objectives for each in ridges}
+            chooser.add(fitted, options)
+        chooser.measure()
+        attention = "attention" in fit.objectives
+        del fit, options  # they make room for the second pass
+        starts = {depth: each for depth, each in found.items() if depth < decoder.num_layers - 1}
+        if refit and attention and starts:
             best = {depth: each.options[each.best("attention")] for depth, each in starts.items()}
             second = ValueRefit(best, boundary, grouping=grouping, queries=queries)
             validate("closed form, second pass", second, fit_rows)
             for depth, fitted in starts.items():
-                fitted.options |= {("refit", each): second.solve(depth, each) for each in ridges}
-                measure(decoder, fitted, boundary, tune_rows, validate)
-                yield fitted
+                chooser.add(fitted, {("refit", each): second.solve(depth, each) for each in ridges})
+            chooser.measure()
+            del second
+        yield from found.values()
 
 
-def measure(decoder: Decoder, fitted: FittedDepth, boundary: int, rows: DataLoader, validate: Validate) -> None:
-    """Fill in ``fitted.kl`` for the options that have none yet."""
-    new = {option: each for option, each in fitted.options.items() if option not in fitted.kl}
-    names = {str(option): option for option in new}
-    plan = PruningPlan(fitted.depth, boundary)
-    evaluation = Evaluation(decoder, {name: Variant(plan, new[option]) for name, option in names.items()})
-    validate(f"choosing among {len(new)} closed forms at depth {fitted.depth}", evaluation, rows)
-    fitted.kl |= {option: evaluation.rows(name)["kl"].double().mean().item() for name, option in names.items()}
+class _Chooser:
+    """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
+
+    Options wait until those of another depth would take more than ``memory`` bytes.
+    """
+
+    def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, memory: int):
+        self.decoder, self.boundary, self.rows, self.validate = decoder, boundary, rows, validate
+        self.memory, self.held = memory, 0
+        self.waiting: list[tuple[FittedDepth, dict[Option, KVProjections]]] = []
+
+    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections]) -> None:
+        needed = sum(tensor.nbytes for each in options.values() for tensor in each.parameters())
+        if self.waiting and self.held + needed > self.memory:
+            self.measure()
+        self.waiting.append((fitted, options))
+        self.held += needed
+
+    def measure(self) -> None:
+        variants = {
+            f"{fitted.depth} {option}": Variant(PruningPlan(fitted.depth, self.boundary), each)
+            for fitted, options in self.waiting
+            for option, each in options.items()
+        }
+        evaluation = Evaluation(self.decoder, variants)
+        depths = ", ".join(str(fitted.depth) for fitted, _ in self.waiting)
+        self.validate(f"choosing among {len(variants)} closed forms at depth {depths}", evaluation, self.rows)
+        for fitted, options in self.waiting:
+            for option in options:
+                fitted.kl[option] = evaluation.rows(f"{fitted.depth} {option}")["kl"].double().mean().item()
+            for name in {name for name, _ in options}:
+                fitted.options[fitted.best(name)] = options[fitted.best(name)]
+        self.waiting, self.held = [], 0
 
 
 class Distillation:
