@@ -275,7 +275,11 @@ class ValueRefit(lightning.LightningModule):
         if context <= 0:
             return
         seen = _Full(decoder, batch, context, end, range(min(self.starts), decoder.num_layers))
-        full = {layer: seen.kv(layer) for layer in range(min(self.starts) + 1, decoder.num_layers)}
+        every = self.groups == 1
+        wanted = {
+            layer: _Asked(seen, layer, seen.kv(layer), self.queries).read(every_head=every)
+            for layer in range(min(self.starts) + 1, decoder.num_layers)
+        }
         for depth, start in self.starts.items():
             with decoder.tracing(range(depth, decoder.num_layers)) as pruned:
                 student_logits(start, PruningPlan(depth, self.boundary), seen.trace, seen.mask, batch["prompt_length"])
@@ -289,10 +293,8 @@ class ValueRefit(lightning.LightningModule):
                 kv = torch.cat([start(layer, hidden, n), own], 1)
                 # The last token predicts nothing: it is not rerun, and no query sees it.
                 asked = _Asked(seen, layer, kv, self.queries, rows)
-                every = self.groups == 1
-                wanted = _Asked(seen, layer, full[layer], self.queries).read(every_head=every)
-                wanted = wanted - asked.read(slice(context, None), every)
-                _add_values(self.sums, depth, layer, asked, self.groups, _with_one(n), wanted)
+                rest = wanted[layer] - asked.read(slice(context, None), every)
+                _add_values(self.sums, depth, layer, asked, self.groups, _with_one(n), rest)
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
         """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""

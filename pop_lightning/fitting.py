@@ -25,15 +25,15 @@ Validate = Callable[[str, lightning.LightningModule, DataLoader], Any]
 Option = tuple[str, float | None]  # objective and ridge; ("reuse", None) fits nothing
 
 
-@dataclass(eq=False)
+@dataclass
 class FittedDepth:
     """What was fitted for one depth, and the KL to the full model that each option left on the tuning rows.
 
-    ``options`` ends with the best of each objective, ``kl`` with every option that was tried.
+    ``options`` keeps the best of each objective, ``kl`` every figure.
     """
 
     depth: int
-    options: dict[Option, KVProjections] = field(default_factory=dict)
+    options: dict[Option, KVProjections]
     kl: dict[Option, float] = field(default_factory=dict)
 
     def best(self, *objectives: str) -> Option:
@@ -72,73 +72,72 @@ def closed_form(
         refit: give the best ``attention`` option of each depth a second pass (:class:`ValueRefit`).
         validate: runs a module over rows, as ``Trainer.validate`` does; the text says what for.
 
-    Memory: ``memory`` bytes of running sums, and as much again of fitted maps that are compared.
-
     Raises:
         InputError: one depth's sums do not fit in ``memory``.
     """
     shape, depths = Shape.of(decoder), list(depths)
     if grouping == "auto":
         grouping = choose_grouping(shape, depths, memory, objectives)
+    chooser = _Chooser(decoder, boundary, tune_rows, validate, memory)
     for number, group in enumerate(groups := passes(shape, depths, grouping, memory, objectives), 1):
         needed = sum(bytes_needed(shape, depth, grouping, objectives) for depth in group)
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
         validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
-        fitted = [FittedDepth(depth) for depth in group]
-        choices = [(objective, ridge) for objective in fit.objectives for ridge in ridges]
-        for some in _affordable(shape, fitted, len(choices) + 1, memory):
-            for each in some:
-                each.options["reuse", None] = KVProjections(decoder, each.depth).replace({}, "closed_form")
-                if each.depth < decoder.num_layers - 1:
-                    each.options |= {(o, ridge): fit.solve(each.depth, ridge, o) for o, ridge in choices}
-            _measure(decoder, some, boundary, tune_rows, validate)
-        weighted = "attention" in fit.objectives
-        del fit  # its sums make room for those of the second pass
-        again = [each for each in fitted if each.depth < decoder.num_layers - 1]
-        if refit and weighted and again:
-            best = {each.depth: each.options[each.best("attention")] for each in again}
+        found = {depth: FittedDepth(depth, {}) for depth in group}
+        for depth, fitted in found.items():
+            options = {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")}
+            if depth < decoder.num_layers - 1:
+                options |= {(name, each): fit.solve(depth, each, name) for name in fit.objectives for each in ridges}
+            chooser.add(fitted, options)
+        chooser.measure()
+        attention = "attention" in fit.objectives
+        del fit, options  # they make room for the second pass
+        starts = {depth: each for depth, each in found.items() if depth < decoder.num_layers - 1}
+        if refit and attention and starts:
+            best = {depth: each.options[each.best("attention")] for depth, each in starts.items()}
             second = ValueRefit(best, boundary, grouping=grouping, queries=queries)
             validate("closed form, second pass", second, fit_rows)
-            for some in _affordable(shape, again, len(ridges), memory):
-                for each in some:
-                    each.options |= {("refit", ridge): second.solve(each.depth, ridge) for ridge in ridges}
-                _measure(decoder, some, boundary, tune_rows, validate)
-        yield from fitted
+            for depth, fitted in starts.items():
+                chooser.add(fitted, {("refit", each): second.solve(depth, each) for each in ridges})
+            chooser.measure()
+            del second
+        yield from found.values()
 
 
-def _affordable(shape: Shape, fitted: list[FittedDepth], options: int, memory: int) -> Iterator[list[FittedDepth]]:
-    """Depths whose options, float32, fit into ``memory`` bytes together; one depth at least."""
-    some, taken = [], 0
-    for each in fitted:
-        needed = 4 * options * (shape.layers - each.depth) * 2 * shape.kv_dim * (shape.hidden + 1)
-        if some and taken + needed > memory:
-            yield some
-            some, taken = [], 0
-        some.append(each)
-        taken += needed
-    if some:
-        yield some
+class _Chooser:
+    """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
 
+    Options wait until those of another depth would take more than ``memory`` bytes.
+    """
 
-def _measure(decoder: Decoder, fitted: list[FittedDepth], boundary: int, rows: DataLoader, validate: Validate) -> None:
-    """Fill in every ``kl`` that is missing, all depths in one pass; of each objective the best option alone is kept."""
-    variants = {
-        (each, option): Variant(PruningPlan(each.depth, boundary), projections)
-        for each in fitted
-        for option, projections in each.options.items()
-        if option not in each.kl
-    }
-    evaluation = Evaluation(
-        decoder, {f"{each.depth} {option}": variant for (each, option), variant in variants.items()}
-    )
-    depths = ", ".join(str(each.depth) for each in fitted)
-    validate(f"choosing among {len(variants)} closed forms at depths {depths}", evaluation, rows)
-    for each, option in variants:
-        each.kl[option] = evaluation.rows(f"{each.depth} {option}")["kl"].double().mean().item()
-    for each in fitted:
-        kept = {each.best(objective) for objective, _ in each.kl}
-        each.options = {option: projections for option, projections in each.options.items() if option in kept}
+    def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, memory: int):
+        self.decoder, self.boundary, self.rows, self.validate = decoder, boundary, rows, validate
+        self.memory, self.held = memory, 0
+        self.waiting: list[tuple[FittedDepth, dict[Option, KVProjections]]] = []
+
+    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections]) -> None:
+        needed = sum(tensor.nbytes for each in options.values() for tensor in each.parameters())
+        if self.waiting and self.held + needed > self.memory:
+            self.measure()
+        self.waiting.append((fitted, options))
+        self.held += needed
+
+    def measure(self) -> None:
+        variants = {
+            f"{fitted.depth} {option}": Variant(PruningPlan(fitted.depth, self.boundary), each)
+            for fitted, options in self.waiting
+            for option, each in options.items()
+        }
+        evaluation = Evaluation(self.decoder, variants)
+        depths = ", ".join(str(fitted.depth) for fitted, _ in self.waiting)
+        self.validate(f"choosing among {len(variants)} closed forms at depth {depths}", evaluation, self.rows)
+        for fitted, options in self.waiting:
+            for option in options:
+                fitted.kl[option] = evaluation.rows(f"{fitted.depth} {option}")["kl"].double().mean().item()
+            for name in {name for name, _ in options}:
+                fitted.options[fitted.best(name)] = options[fitted.best(name)]
+        self.waiting, self.held = [], 0
 
 
 class Distillation:

@@ -80,7 +80,7 @@ class Settings:
     budget: float = 0.01
 
 
-Figures = dict[tuple[int, str], dict[str, torch.Tensor]]  # (depth, kind): per-row metrics
+Figures = dict[tuple[int, str], dict[str, torch.Tensor]]  # (depth, kind): per-row metrics, and the rows' seeds
 
 
 def run(settings: Settings) -> dict:
@@ -179,7 +179,8 @@ class _Seed:
             {name: Variant(PruningPlan(key[0], self.settings.boundary), variants[key]) for name, key in names.items()},
         )
         self.validate(f"measuring {len(names)} variants on {split}", evaluation, self.loader(split))
-        return {key: evaluation.rows(name) for name, key in names.items()}
+        seeds = torch.tensor(sorted(row.seed for row in self.splits[split]))  # the order of evaluation.rows
+        return {key: evaluation.rows(name) | {"row": seeds} for name, key in names.items()}
 
     def report(self, depths: list[int], rates: Mapping[str, float]) -> tuple[Figures, dict]:
         """Every kind at every depth on ``verify``, and what closed form chose where."""
@@ -271,43 +272,56 @@ def _table(figures: list[Figures], settings: Settings) -> list[dict]:
     """Per depth and kind: means over all rows of the report seeds, 95% intervals, and the mean of each seed."""
     table = []
     for depth, kind in sorted(figures[0], key=lambda each: -each[0]):  # stable: kinds keep their order
+        measured = [each[depth, kind] for each in figures]
         entry: dict[str, Any] = {"depth": depth, "projection": kind}
         for metric in METRICS:
-            seeds = [each[depth, kind][metric].double().numpy() for each in figures]
-            entry[metric] = _interval(np.mean, np.concatenate(seeds))
-            entry[metric]["seeds"] = [float(seed.mean()) for seed in seeds]
-        loss = np.concatenate([row_loss(each[depth, kind], settings.metric).double().numpy() for each in figures])
-        entry["loss"] = _interval(np.mean, loss)
+            entry[metric] = _mean([(each["row"], each[metric]) for each in measured])
+        entry["loss"] = _mean([(each["row"], row_loss(each, settings.metric)) for each in measured])
         entry["removed"] = _removed(figures, depth, "reuse", kind)
         table.append(entry)
     return table
 
 
-def _interval(statistic, *samples: np.ndarray) -> dict[str, float]:
-    """A statistic of paired rows with its 95% percentile bootstrap interval over the rows."""
-    value = float(statistic(*samples))
-    if all(sample.min() == sample.max() for sample in samples):
-        return {"mean": value, "low": value, "high": value}
-    found = stats.bootstrap(
-        samples,
-        statistic,
-        paired=len(samples) > 1,
-        vectorized=False,
-        n_resamples=1000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return {"mean": value, "low": float(found.low), "high": float(found.high)}
+def _mean(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+    sums, counts = _by_row(seeds)
+    found = _interval(lambda sums, counts, axis=-1: sums.sum(axis) / counts.sum(axis), sums, counts)
+    return found | {"seeds": [values.double().mean().item() for _, values in seeds]}
 
 
 def _removed(figures: list[Figures], depth: int, before: str, after: str) -> dict[str, float] | None:
     """The share of the KL under ``before`` that ``after`` removes; None where there is nothing to remove."""
     first, second = (
-        np.concatenate([each[depth, kind]["kl"].double().numpy() for each in figures]) for kind in (before, after)
+        _by_row([(each[depth, kind]["row"], each[depth, kind]["kl"]) for each in figures])[0]
+        for kind in (before, after)
     )
     if first.mean() < 1e-7:
         return None
-    return _interval(lambda x, y: 1 - y.sum() / x.sum(), first, second)
+    return _interval(lambda first, second, axis=-1: 1 - second.sum(axis) / first.sum(axis), first, second)
+
+
+def _by_row(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """A row's figures summed over the seeds that measured it, and how many did: seen often, it is still one draw."""
+    rows, where = torch.cat([row for row, _ in seeds]).unique(return_inverse=True)
+    values = torch.cat([values.double() for _, values in seeds])
+    sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values)
+    return sums.numpy(), where.bincount().double().numpy()
+
+
+def _interval(statistic, *samples: np.ndarray) -> dict[str, float]:
+    """A statistic of paired rows with its 95% percentile bootstrap interval over the rows."""
+    value = float(statistic(*samples))
+    if len(samples[0]) == 1:
+        return {"mean": value, "low": value, "high": value}
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        n_resamples=2000,
+        batch=100,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return {"mean": value, "low": float(found.low), "high": float(found.high)}
 
 
 def _hypotheses(figures: list[Figures], layers: int, settings: Settings) -> dict:
@@ -400,6 +414,7 @@ def _plot(result: dict, path: Path) -> None:
             depths, [each["low"] for each in kl], [each["high"] for each in kl], color=line.get_color(), alpha=0.15
         )
     axes.set(xlabel=f"depth of {result['layers']}", ylabel="KL to the full model (nats per token)", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -278,6 +278,25 @@ def test_closed_form_does_not_depend_on_how_rows_are_batched(family):
             torch.testing.assert_close(first(layer, None, n), second(layer, None, n), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_bfloat16_base_is_fitted_like_its_float32_copy(objective):
+    batches = [collate(rows(12, seed), 0) for seed in range(4)]
+    half = build("gemma3", dtype=torch.bfloat16)
+    copy = build("gemma3")
+    copy.load_state_dict(half.float().state_dict())
+    half = half.to(torch.bfloat16)
+    solved = []
+    for model in (half, copy):
+        fit = ClosedFormFit(Decoder(model), [1], objectives=OBJECTIVES)
+        trainer().validate(fit, loader(batches), verbose=False)
+        solved.append(fit.solve(1, 0.1, objective))
+    assert solved[0].maps["3"].weight.dtype == torch.bfloat16
+    n = Decoder(copy).normalise(torch.randn(50, COMMON["hidden_size"]))
+    for layer in (2, 3):
+        ours, reference = (each(layer, None, n) for each in solved)
+        assert ((ours - reference).norm() / reference.norm()).item() < 0.03
+
+
 @pytest.mark.parametrize("boundary", [0, 1, 3, 100])
 def test_every_boundary_can_be_fitted(boundary):
     model, batch = build("mistral"), collate(rows(6), 0)

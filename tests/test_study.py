@@ -76,7 +76,18 @@ def test_bad_input_is_one_sentence_and_exit_2(inputs, tmp_path, capsys, changes,
 
 def rows(kl, agreement=1.0):
     kl = torch.tensor(kl)
-    return {"kl": kl, "agreement": torch.full_like(kl, agreement), "exact_match": torch.ones_like(kl)}
+    match = torch.ones_like(kl)
+    return {"kl": kl, "agreement": match * agreement, "exact_match": match, "row": torch.arange(len(kl))}
+
+
+def test_a_row_that_several_seeds_measured_counts_as_one_draw():
+    values = torch.rand(60, generator=torch.Generator().manual_seed(0))
+    once = study._mean([(torch.arange(60), values)])
+    thrice = study._mean([(torch.arange(60), values)] * 3)
+    assert (thrice["mean"], thrice["low"], thrice["high"]) == pytest.approx((once["mean"], once["low"], once["high"]))
+    apart = study._mean([(torch.arange(60) + 60 * seed, values) for seed in range(3)])
+    assert apart["high"] - apart["low"] < 0.75 * (once["high"] - once["low"])
+    assert once["low"] < values.mean().item() < once["high"]
 
 
 def test_shares_depths_and_verdicts_follow_from_the_rows():
