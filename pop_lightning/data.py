@@ -13,16 +13,16 @@ import os
 import statistics
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 
 import lightning
 import torch
 from jinja2 import TemplateError
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -433,6 +433,21 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
     return splits
 
 
+class _TrainingSteps(IterableDataset):
+    """Lists of rows, one per step, from step ``start`` on and without end."""
+
+    def __init__(self, rows: list[Row], batch_size: int, seed: int, start: int):
+        self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        per_epoch = -(-len(self.rows) // self.batch_size)
+        for epoch in count(self.start // per_epoch):
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(_hash63(self.seed, epoch)))
+            first = self.start % per_epoch if epoch == self.start // per_epoch else 0
+            for step in range(first, per_epoch):
+                yield [self.rows[index] for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
+
+
 class CalibrationData(lightning.LightningDataModule):
     """The calibration rows in four disjoint splits: ``fit``, ``tune``, ``search`` and ``verify``.
 
@@ -541,37 +556,40 @@ class CalibrationData(lightning.LightningDataModule):
             raise InputError(f"data.splits has no split {name!r}: expected one of {', '.join(self._splits)}.")
         return list(self._splits[name])
 
-    def loader(
-        self, name: str, limit: int | None = None, batch_size: int | None = None, shuffle: bool = False
-    ) -> DataLoader:
-        """Batches of :func:`collate` over one split, every row once per epoch.
+    def loader(self, name: str, limit: int | None = None) -> DataLoader:
+        """Batches of :func:`collate` over one split, every row once.
 
-        Without ``shuffle`` the longest rows come first: little padding, and what does not fit in memory shows at once.
-        With it the order is drawn from the seed. ``limit`` takes the first rows of :meth:`rows_of`.
+        The longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
+        first rows of :meth:`rows_of`.
 
         Raises:
             InputError: a row's response is still missing.
         """
-        rows = self.rows_of(name)[:limit]
+        rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate)
+
+    def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
+        """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.
+
+        Which rows a step reads follows from the seed and the step's number alone, so that a resumed training goes on
+        with the batches that it would have read.
+        """
+        steps = _TrainingSteps(self._complete("fit"), batch_size or self.batch_size, self.seed, start)
+        return DataLoader(steps, batch_size=None, collate_fn=self._collate)
+
+    def _complete(self, name: str) -> list[Row]:
+        rows = self.rows_of(name)
         missing = next((row for row in rows if row.response_ids is None), None)
         if missing is not None:
             raise InputError(
                 f"{missing.origin} has no response yet: fill_responses generates it, or give "
                 '{"prompt", "response"} rows in data.calibration.'
             )
-        if not shuffle:
-            rows.sort(key=lambda row: (-row.length, row.seed))
-        return DataLoader(
-            rows,
-            batch_size=batch_size or self.batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
-            num_workers=0,
-            collate_fn=partial(collate, pad_token_id=self.pad_token_id),
-        )
+        return rows
 
-    def train_dataloader(self) -> DataLoader:
-        return self.loader("fit", shuffle=True)
+    @property
+    def _collate(self) -> Callable[[list[Row]], dict]:
+        return partial(collate, pad_token_id=self.pad_token_id)
 
     def missing_responses(self) -> bool:
         """Whether any row still waits for the full model's response."""

@@ -145,7 +145,7 @@ class Distillation:
 
     Args:
         lora_arguments: of :func:`pop_lightning.lora.inject`; None trains everything (kind ``full``).
-        seed: of the adapters' first values.
+        seed: of the adapters' first values and dropout.
         training: arguments of :class:`KVProjectionTraining`.
 
     Attributes:
@@ -171,7 +171,7 @@ class Distillation:
         else:
             torch.manual_seed(seed)
             self._adapters = lora.inject(self._projections, **lora_arguments)
-        self.module = KVProjectionTraining(self._projections, plan, **training)
+        self.module = KVProjectionTraining(self._projections, plan, seed=seed, **training)
 
     def finish(self, adapters: Path | None = None) -> KVProjections:
         """The trained projections as an artifact will hold them: adapters merged, in the base's dtype.

@@ -17,6 +17,7 @@ from pathlib import Path
 import lightning
 import safetensors.torch
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
@@ -246,9 +247,19 @@ class _Run:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
         if distillation.module is not None:
-            loader = self.data.loader("fit", batch_size=settings.batch_size, shuffle=True)
-            trainer = self._trainer(f"training depth {depth}", max_steps=settings.steps, max_epochs=-1)
-            trainer.fit(distillation.module, loader)
+            folder = self.output / "checkpoints" / f"{kind}-depth{depth}"
+            keep = ModelCheckpoint(folder, save_last=True, every_n_train_steps=settings.checkpoint_every, save_top_k=0)
+            last = folder / "last.ckpt"
+            start = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+            trainer = self._trainer(
+                f"training depth {depth}" + (f" from step {start}" if start else ""),
+                keep,
+                max_steps=settings.steps,
+                max_epochs=-1,
+                enable_checkpointing=True,
+            )
+            loader = self.data.train_dataloader(settings.batch_size, start)
+            trainer.fit(distillation.module, loader, ckpt_path=last if start else None, weights_only=True)
         projections = distillation.finish(self.output / "adapters" / f"depth{depth}")
         self._write_projections(depth, projections)
         return projections
@@ -380,14 +391,13 @@ class _Run:
     # --- shared ---------------------------------------------------------------------------------------------------
 
     def _trainer(self, what: str, *callbacks: lightning.Callback, **overrides) -> "_Trainer":
-        arguments = self.recipe.trainer_arguments() | overrides
-        arguments = {k: v for k, v in arguments.items() if v is not None}
+        arguments = {k: v for k, v in self.recipe.trainer_arguments().items() if v is not None}
         arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
         arguments |= {
             "enable_checkpointing": False,
             "enable_model_summary": False,
             "default_root_dir": str(self.output),
-        }
+        } | overrides
         print(f"{what} ...", flush=True)
         return _Trainer(lightning.Trainer(**arguments))
 

@@ -85,6 +85,7 @@ class KVProjectionTraining(lightning.LightningModule):
         projections: whose parameters that ask for a gradient are trained: :func:`make_trainable` for all of W', b', or
             adapters that :mod:`pop_lightning.lora` put in.
         temperature: of the distillation.
+        seed: of the adapters' dropout, together with the step's number.
         learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
         decay: its shape.
         gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
@@ -103,9 +104,11 @@ class KVProjectionTraining(lightning.LightningModule):
         kv_match: float = 0.0,
         hidden_match: float = 0.0,
         gradient_checkpointing: bool = False,
+        seed: int = 0,
     ):
         super().__init__()
-        self.plan, self.temperature = plan, temperature
+        self.strict_loading = False  # checkpoints hold what is trained, never the base
+        self.plan, self.temperature, self.seed = plan, temperature, seed
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
@@ -116,7 +119,13 @@ class KVProjectionTraining(lightning.LightningModule):
     def on_fit_start(self):
         self.base.eval()
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: each for name, each in checkpoint["state_dict"].items() if name in trained}
+
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        # Checkpoints hold no state of the random generator: dropout follows from the step, resumed or not.
+        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
         loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True)
         return loss

@@ -120,6 +120,7 @@ class Projection:
     hidden_match: float = 0.0
     gradient_checkpointing: bool = False
     batch_size: int | None = None
+    checkpoint_every: int = 50
 
 
 @dataclass

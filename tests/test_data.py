@@ -1,6 +1,7 @@
 """The data path: every row shape, every error with its place, disjoint splits, batches, cached responses."""
 
 import gzip
+import itertools
 import json
 import random
 
@@ -469,21 +470,26 @@ def test_a_loader_gives_every_row_once_longest_first(tmp_path):
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(seeds) == sorted(row.seed for row in calibration.rows_of("verify"))
     assert [len(batch["row_seed"]) for batch in batches] == [4] * 5
-    limited = next(iter(calibration.loader("verify", limit=3, batch_size=10)))
+    limited = next(iter(calibration.loader("verify", limit=3)))
     assert set(limited["row_seed"].tolist()) == {row.seed for row in calibration.rows_of("verify")[:3]}
 
 
-def test_the_training_order_is_shuffled_by_the_seed(tmp_path):
-    def order(seed):
-        calibration = load(path, seed=seed)
-        loader = calibration.train_dataloader()
-        return [[seed for batch in loader for seed in batch["row_seed"].tolist()] for _ in range(2)]
+def test_training_batches_follow_from_the_seed_and_the_step_alone(tmp_path):
+    def steps(seed, start, count):
+        loader = load(path, seed=seed).train_dataloader(batch_size=4, start=start)
+        return [batch["row_seed"].tolist() for batch in itertools.islice(loader, count)]
 
     path = write(tmp_path / "a.jsonl", pairs(60))
-    first, second = order(0)
-    assert [first, second] == order(0)
-    assert first != second
+    rows = len(load(path).rows_of("fit"))
+    per_epoch = -(-rows // 4)
+    both = steps(0, 0, 2 * per_epoch)
+    first, second = (sum(both[start : start + per_epoch], []) for start in (0, per_epoch))  # noqa: RUF017
     assert sorted(first) == sorted(second)
+    assert len(set(first)) == rows
+    assert first != second
+    assert steps(1, 0, per_epoch) != both[:per_epoch]
+    for start in (1, per_epoch - 1, per_epoch, per_epoch + 2):
+        assert steps(0, start, 3) == both[start : start + 3]
 
 
 # --- responses of the full model --------------------------------------------------------------------------------------

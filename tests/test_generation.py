@@ -1,6 +1,7 @@
 """Every feature of ``generate`` over the pruned prefill: equal to the two-pass reference, or refused by name."""
 
 import copy
+import importlib.util
 import itertools
 import threading
 
@@ -734,12 +735,20 @@ def test_projections_of_other_linear_classes_run_the_layers_own_modules(family, 
     assert torch.equal(ours, reference(ids, mask, **GREEDY))
 
 
+# Each integration of Transformers that is at hand: quanto comes with the test extra, torchao is noisy at every import.
+QUANTISED = {"quanto": lambda: QuantoConfig(weights="int8")}
+if importlib.util.find_spec("torchao"):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    QUANTISED["torchao"] = lambda: TorchAoConfig(Int8WeightOnlyConfig())
+
+
 @pytest.mark.parametrize("kind", ["reuse", "replaced"])
-def test_a_base_quantised_by_torchao(tmp_path, kind):
-    quantization = pytest.importorskip("torchao.quantization")
+@pytest.mark.parametrize("integration", QUANTISED)
+def test_a_quantised_base(tmp_path, kind, integration):
     base("llama").save_pretrained(tmp_path)
-    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    settings = QUANTISED[integration]()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu").eval()
     ids, mask = ragged([LONG, 9])
     generator, reference = generators(model, 1, 4, kind)
     assert set(generator.projections.maps) == ({"2", "3"} if kind == "replaced" else set())
@@ -748,20 +757,7 @@ def test_a_base_quantised_by_torchao(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["reuse", "replaced"])
-def test_a_base_quantised_by_quanto(tmp_path, kind):
-    pytest.importorskip("optimum.quanto")
-    base("llama").save_pretrained(tmp_path)
-    settings = QuantoConfig(weights="int8")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu").eval()
-    ids, mask = ragged([LONG, 9])
-    generator, reference = generators(model, 1, 4, kind)
-    ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(ours, reference(ids, mask, **GREEDY))
-
-
-@pytest.mark.parametrize("kind", ["reuse", "replaced"])
 def test_a_base_whose_layers_wait_on_disk(tmp_path, kind):
-    pytest.importorskip("accelerate")
     base("gemma3").save_pretrained(tmp_path / "base")
     places = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(LAYERS)}
     places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pop_lightning import StageAwareGenerator, pipeline
 from pop_lightning.cli import fit, generate
+from pop_lightning.projection_training import KVProjectionTraining
 
 from families import COMMON
 from workbench import arguments, save_base, save_rows, snapshot
@@ -149,6 +150,41 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_pat
         assert fit.main([*arguments(base, data, output), "--resume"]) == 0
         name = "artifact/kv_projections.safetensors"
         assert snapshot(output)[name] == snapshot(whole)[name]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_training_goes_on_from_its_checkpoint_to_the_same_bytes(base, data, tmp_path, monkeypatch, kind):
+    changes = {
+        "projection__kind": kind,
+        "projection__steps": 7,
+        "projection__checkpoint_every": 2,
+        "projection__lora__lora_dropout": 0.2,
+        "projection__refit": False,
+        "budget__candidates": [1],
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert fit.main(arguments(base, data, whole, **changes)) == 0
+    step, steps = KVProjectionTraining.training_step, []
+
+    def stopping(module, batch, index):
+        if module.global_step == 5:
+            raise KeyboardInterrupt
+        return step(module, batch, index)
+
+    def counting(module, batch, index):
+        steps.append(module.global_step)
+        return step(module, batch, index)
+
+    monkeypatch.setattr(KVProjectionTraining, "training_step", stopping)
+    assert fit.main(arguments(base, data, stopped, **changes)) == 130
+    checkpoint = torch.load(stopped / "checkpoints" / f"{kind}-depth1" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert all(name.startswith("projections.") for name in checkpoint["state_dict"])  # never the base
+    monkeypatch.setattr(KVProjectionTraining, "training_step", counting)
+    assert fit.main([*arguments(base, data, stopped, **changes), "--resume"]) == 0
+    assert steps == [4, 5, 6]
+    name = "artifact/kv_projections.safetensors"
+    assert snapshot(stopped)[name] == snapshot(whole)[name]
 
 
 def _interrupt(*args, **kwargs):
