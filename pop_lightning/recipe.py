@@ -31,7 +31,8 @@ USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_c
 
 Score the layers, fit the KV projections, pick the depth that keeps the accuracy budget, and export an artifact.
 
-  --recipe NAME_OR_PATH  a YAML file, or a recipe that comes with the package (bundled: {bundled})
+  --recipe NAME_OR_PATH  a YAML file, or a recipe that comes with the package:
+                         {bundled}
   --any.key VALUE        one key of the recipe, changed for this run, as in --budget.max_drop 0.02
   --print_config         print every value that would be used, as YAML, and stop
   --resume               go on with the run in `output` where it stopped

@@ -16,12 +16,21 @@ def save_base(folder: Path, family: str = "llama", seed: int = 0, tokenizer: boo
     model = build(family, seed=seed)
     model.save_pretrained(folder)
     if tokenizer:
-        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-        ).save_pretrained(folder)
+        save_tokenizer(folder)
     return folder
+
+
+def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=chat_template,
+    ).save_pretrained(folder)
 
 
 def save_rows(path: Path, rows: int = 80, responses: bool = True, seed: int = 0) -> Path:

@@ -1,0 +1,75 @@
+"""The recipes of full-size models, run whole and offline on their real classes with every size shrunken."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pop_lightning import StageAwareGenerator
+from pop_lightning.cli import fit
+from pop_lightning.shapes import shape
+
+from families import COMMON, WINDOW
+from workbench import WORDS, save_tokenizer
+
+PAPER = ["llama3_1_8b", "gemma3_12b"]
+OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("gemma3_4b", "qwen3_8b", "mistral_7b")]
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}w1 {{ message.content }} w2 "
+    "{% else %}{{ message.content }} <eos> {% endif %}{% endfor %}"
+)
+
+
+def shrunken(name):
+    """The published config with its own choices (norms, windows, biases, tied head) and the tests' sizes."""
+    config = shape(name).make()
+    for key, value in COMMON.items():
+        setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[4:8]  # for Gemma: sliding, global, sliding, sliding
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW
+    return config
+
+
+@pytest.mark.parametrize("name", [*PAPER, *OTHERS])
+def test_a_full_size_recipe_runs_on_its_shrunken_model(name, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrunken(name), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", chat_template=TEMPLATE)
+    rng = random.Random(0)
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(rng.choices(WORDS[6:], k=rng.randint(6, 20)))},
+                {"role": "assistant", "content": " ".join(rng.choices(WORDS[6:], k=3))},
+            ]
+        }
+        for _ in range(60)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    changes = {
+        "model.base": tmp_path / "base",
+        "data.calibration": tmp_path / "chats.jsonl",
+        "data.max_prompt_tokens": 64,
+        "data.max_response_tokens": 8,
+        "output": tmp_path / "run",
+        "budget.max_drop": 0.9,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+    }
+    assert (
+        fit.main(["--recipe", name, *[part for key, value in changes.items() for part in (f"--{key}", f"{value}")]])
+        == 0
+    )
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["layers"] == COMMON["num_hidden_layers"]
+    assert {entry["projection"] for entry in metrics["curve"]} == {"reuse", "closed_form"}
+    generator = StageAwareGenerator.from_artifact(tmp_path / "run" / "artifact")
+    assert next(generator.model.parameters()).dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    inputs = tokenizer.apply_chat_template(chats[0]["messages"][:1], return_tensors="pt", return_dict=True)
+    assert generator.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
