@@ -591,6 +591,13 @@ class CalibrationData(lightning.LightningDataModule):
     def _collate(self) -> Callable[[list[Row]], dict]:
         return partial(collate, pad_token_id=self.pad_token_id)
 
+    @property
+    def digest(self) -> str:
+        """A hash of all rows, the same for every order of them; it changes when responses are filled in."""
+        self.setup()
+        seeds = sorted(row.seed for rows in self._splits.values() for row in rows)
+        return hashlib.sha256(json.dumps(seeds).encode()).hexdigest()
+
     def missing_responses(self) -> bool:
         """Whether any row still waits for the full model's response."""
         self.setup()

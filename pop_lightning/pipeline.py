@@ -114,6 +114,12 @@ class _Run:
             seed=recipe.seed,
         )
         self.data.setup()
+        stored = self._once("state/data.json", lambda: {"digest": self.data.digest})
+        if stored["digest"] != self.data.digest:
+            raise InputError(
+                f"data.calibration {data.calibration!r} holds other rows than when the run in output {self.output} was "
+                "started: resume it with the same rows, or --overwrite it."
+            )
         if self.data.missing_responses():
             made_with = json.dumps([asdict(model), data.max_response_tokens])
             self.data.fill_responses(self._respond, self.state / "responses.json", made_with=made_with)

@@ -138,6 +138,16 @@ def test_an_existing_output_is_refused_resumed_or_replaced(fitted, base, data, t
     assert (tmp_path / "other" / "thesis.tex").read_text() == "precious"
 
 
+def test_a_run_is_not_resumed_on_other_rows(base, tmp_path, monkeypatch, capsys):
+    data, output = save_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "_search", _interrupt)
+        assert fit.main(arguments(base, data, output)) == 130
+    save_rows(data, seed=1)
+    assert fit.main([*arguments(base, data, output), "--resume"]) == 2
+    assert "holds other rows" in capsys.readouterr().err
+
+
 def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     assert fit.main(arguments(base, data, whole)) == 0
