@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pop_lightning.decoder import Decoder, position_ids
 from pop_lightning.fitting import Distillation
 from pop_lightning.gates import gate_gradients, probed
 from pop_lightning.importance import ImportanceScoring
+from pop_lightning.memory import peak_bytes
 from pop_lightning.models import load_model
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projections import KVProjections
@@ -75,7 +75,7 @@ def run(settings: Settings) -> dict[str, dict]:
 def compare(ours: Callable[[], None], plain: Callable[[], None], repeats: int, model) -> dict[str, float]:
     """Run both in turn; medians, the median of the pairs' ratios, and the peak memory of each above what was held."""
     device = model.device
-    peaks = [_peak(each, device) for each in (ours, plain)]  # warm-up as well
+    peaks = [peak_bytes(each, device) for each in (ours, plain)]  # warm-up as well
     pairs = [(_seconds(ours, device), _seconds(plain, device)) for _ in range(repeats)]
     ratios = sorted(first / second for first, second in pairs)
     return {
@@ -169,24 +169,6 @@ def _seconds(once: Callable[[], None], device: torch.device) -> float:
     once()
     _synchronise(device)
     return time.perf_counter() - start
-
-
-def _peak(once: Callable[[], None], device: torch.device) -> int:
-    """Bytes that a second run allocates at its highest, above what was held before it."""
-    once()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        once()
-        return torch.cuda.max_memory_allocated(device) - held
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        once()
-    held = peak = 0
-    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def _synchronise(device: torch.device) -> None:
