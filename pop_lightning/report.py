@@ -150,15 +150,29 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 def advice(metrics: dict[str, Any]) -> str:
-    """What to change where the verify rows are too few to certify the budget; empty where they are enough."""
+    """What to change where the verify rows are too few to show that the budget is kept; empty where they are enough."""
     budget, smallest = metrics["budget"], metrics.get("smallest_certifiable_drop")
     if smallest is None or smallest <= budget["max_drop"]:
-        return ""
+        return _near_miss(metrics)
     found = f"The {count(metrics['rows']['verify'], 'verify row')} can certify no drop below {percent(smallest)}"
     if budget["max_drop"] <= 0:
         return f"{found}, and no number of rows certifies 0; raise budget.max_drop."
     needed = rows_needed(budget["max_drop"], budget["metric"], budget["confidence"])
     return f"{found}; give at least {needed} verify rows, or raise budget.max_drop."
+
+
+def _near_miss(metrics: dict[str, Any]) -> str:
+    """A depth that kept the budget on the verify rows while its bound did not: more rows may show it."""
+    failed = next((each for each in metrics.get("verification") or [] if not each["passed"]), None)
+    budget = metrics["budget"]
+    if metrics["depth"] is not None or failed is None or failed["value"] > budget["max_drop"]:
+        return ""
+    metric = budget["metric"]
+    return (
+        f"Depth {failed['depth']} lost {amount(failed['value'], metric)} on the verify rows, and "
+        f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; give more "
+        "rows, or raise budget.max_drop."
+    )
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -277,3 +277,12 @@ def test_advice_is_given_only_where_rows_are_too_few(metrics):
     assert advice(metrics | {"smallest_certifiable_drop": None}) == ""
     metrics["budget"]["max_drop"] = 0.0
     assert "raise budget.max_drop" in advice(metrics)
+
+
+def test_a_depth_that_its_bound_alone_failed_is_named_with_what_to_do(metrics):
+    near = {"depth": 10, "value": 0.004, "bound": 0.013, "rows": 332, "passed": False}
+    told = advice(metrics | {"depth": None, "verification": [near]})
+    assert "Depth 10 lost 0.40%" in told
+    assert "332 rows" in told
+    assert "1.30%" in told
+    assert advice(metrics | {"depth": None, "verification": [near | {"value": 0.02}]}) == ""
