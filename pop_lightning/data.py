@@ -342,6 +342,8 @@ class _Tokeniser:
                 f"response cannot be told apart (prompt alone: ...{prompt[near]!r}, with the answer: "
                 f'...{full[near]!r}); give {{"prompt", "response"}} rows in data.calibration instead.'
             )
+        # Templates put a line break behind the end token of a turn; decode stops at the token and never writes it.
+        full = prompt + full[len(prompt) :].rstrip()
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
             return prompt_ids, []

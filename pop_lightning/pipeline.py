@@ -73,8 +73,8 @@ class _Run:
         search = self._once("state/search.json", lambda: self._search(projections))
         self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
         metrics = self._verify(projections, search, importance)
-        _write_json(done, metrics)
         write_report(metrics, importance, self.output / "report.html")
+        _write_json(done, metrics)  # last: it says that the run is complete
         print(print_table(metrics))
         print(f"report: {self.output / 'report.html'}")
         if metrics["depth"] is None:
@@ -114,7 +114,13 @@ class _Run:
             seed=recipe.seed,
         )
         self.data.setup()
-        stored = self._once("state/data.json", lambda: {"digest": self.data.digest})
+        base = base_identity(self.model, model.base, model.revision)["fingerprint"]
+        stored = self._once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
+        if stored["base"] != base:
+            raise InputError(
+                f"model.base {model.base!r} has other weights than when the run in output {self.output} was started: "
+                "resume it with the same base, or --overwrite it."
+            )
         if stored["digest"] != self.data.digest:
             raise InputError(
                 f"data.calibration {data.calibration!r} holds other rows than when the run in output {self.output} was "
@@ -182,6 +188,10 @@ class _Run:
             odd = [depth for depth in wanted if not 1 <= depth <= layers]
             if odd:
                 raise InputError(f"budget.candidates must lie in 1..{layers} for this model, found {odd[0]}.")
+            if min(wanted) == layers:
+                raise InputError(
+                    f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one."
+                )
             return sorted({depth for depth in wanted if depth < layers}, reverse=True)
         if wanted >= len(every):
             return every
@@ -264,7 +274,8 @@ class _Run:
                 max_epochs=-1,
                 enable_checkpointing=True,
             )
-            loader = self.data.train_dataloader(settings.batch_size, start)
+            batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
+            loader = self.data.train_dataloader(settings.batch_size, batches)
             trainer.fit(distillation.module, loader, ckpt_path=last if start else None, weights_only=True)
         projections = distillation.finish(self.output / "adapters" / f"depth{depth}")
         self._write_projections(depth, projections)
@@ -445,7 +456,7 @@ def _open_output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     stored = output / "recipe.yaml"
     if output.is_dir() and any(output.iterdir()):
         if overwrite:
-            if not stored.is_file():
+            if not (stored.is_file() and (output / "state").is_dir()):
                 raise InputError(f"output {output} holds files that are no pop-fit run; --overwrite would delete them.")
             shutil.rmtree(output)
         elif not resume:

@@ -257,6 +257,7 @@ def _problems(recipe: Recipe) -> list[str]:
         "projection.batch_size": (projection.batch_size, 1),
         "projection.weight_decay": (projection.weight_decay, 0),
         "projection.queries": (projection.queries, 1),
+        "projection.checkpoint_every": (projection.checkpoint_every, 1),
         "projection.kv_match": (projection.kv_match, 0),
         "projection.hidden_match": (projection.hidden_match, 0),
         "projection.lora.r": (projection.lora.r, 1),

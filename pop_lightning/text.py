@@ -1,5 +1,6 @@
 """From text to text with a loaded artifact: what ``pop-generate`` does, callable from Python as well."""
 
+import itertools
 import json
 import os
 import time
@@ -100,7 +101,9 @@ def generate_file(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        temporary.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+        )
         os.replace(temporary, output)
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}).") from error
@@ -135,8 +138,9 @@ def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[li
             pad_token_id=tokenizer.pad_token_id,
         )
     tokens = output[:, batch["prompt_length"] :].tolist()
-    end = tokenizer.eos_token_id
-    return [row[: row.index(end)] if end in row else row for row in tokens]
+    ends = generator.model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in tokens]
 
 
 def _result(tokenizer, row: Row, ids: dict[str, list[int]]) -> dict:

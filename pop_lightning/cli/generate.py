@@ -101,6 +101,10 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     if (arguments.data is None) != (arguments.output is None):
         raise InputError("--data and --output go together; found only one of them.")
+    if arguments.data is not None and arguments.full:
+        raise InputError("--full goes with --prompt; with --data, --compare runs the unpruned model as well.")
+    if arguments.prompt is not None and arguments.compare:
+        raise InputError("--compare goes with --data; with --prompt, --full runs the unpruned model.")
     for name in ("max_new_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
