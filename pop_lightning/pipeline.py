@@ -50,7 +50,14 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
     """
     _quiet()
     output = _open_output(recipe, resume, overwrite)
-    return _Run(recipe, output).run()
+    try:
+        return _Run(recipe, output).run()
+    except InputError:
+        # Nothing was measured: the corrected command must not find a run in its way.
+        found = {path.relative_to(output).as_posix() for path in output.rglob("*")}
+        if found <= {"recipe.yaml", "state", "state/data.json"}:
+            shutil.rmtree(output)
+        raise
 
 
 class _Run:

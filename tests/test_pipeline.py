@@ -241,6 +241,8 @@ def test_bad_input_is_one_sentence_and_exit_2(base, data, tmp_path, capsys):
         assert "Traceback" not in message
         assert message.strip().splitlines()[-1].startswith("pop-fit: error: ")
         assert not (output / "artifact").exists()
+        # Candidates are looked at after scoring, whose result is kept; any other start leaves no folder behind.
+        assert not output.is_dir() or (output / "importance.json").is_file()
 
 
 def test_an_output_that_is_not_writable_is_refused(base, data, tmp_path, monkeypatch, capsys):
