@@ -7,7 +7,7 @@ verify split, which it sees once, it tests them in a fixed sequence. It measures
 import lightning
 
 from pop_lightning.errors import InputError
-from pop_lightning.metrics import Verdict, fixed_sequence, row_loss, upper_bound
+from pop_lightning.metrics import Verdict, fixed_sequence, row_loss
 
 
 class AccuracyBudget(lightning.Callback):
@@ -56,12 +56,11 @@ class AccuracyBudget(lightning.Callback):
         self._stage = None
 
     def _search(self, losses: dict[int, list[float]], layers: int) -> None:
-        """Keep the depths, shallowest pruning first, down to the deepest whose mean on the search split fits."""
+        """Keep the depths whose mean on the search split fits, shallowest pruning first."""
         means = {depth: sum(values) / len(values) for depth, values in losses.items()}
         worthwhile = sorted((d for d in means if layers - d >= self.min_pruned), reverse=True)
         fitting = [depth for depth in worthwhile if means[depth] <= self.max_drop]
-        deepest = min(fitting, default=None)
-        self.sequence = [] if deepest is None else [depth for depth in fitting if depth >= deepest]
+        self.sequence = fitting
         for depth in sorted(means, reverse=True):
             verdict = "within" if means[depth] <= self.max_drop else "above"
             self.decisions.append(
@@ -89,6 +88,3 @@ class AccuracyBudget(lightning.Callback):
     @property
     def _unit(self) -> str:
         return "nats per response token" if self.metric == "nll_increase" else f"{self.metric} (fraction)"
-
-    def search_bound(self, losses: list[float]) -> float:
-        return upper_bound(losses, self.metric, self.confidence)

@@ -35,7 +35,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
 
 _WARMUP = 2
-_GEMM_BYTES = 1 << 29  # of one product's output: a long prompt's keys and values of all layers at once may not fit
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ class StageAwareGenerator:
         if base is None or isinstance(base, (str, Path)):
             name = artifact.config["base"]["id"] if base is None else str(base)
             revision = artifact.config["base"].get("revision") if base is None else load.pop("revision", None)
-            tokenizer = load_tokenizer(name, revision=revision, required=False)
+            trusted = load.get("trust_remote_code", False)
+            tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted, required=False)
             base = load_model(name, revision=revision, **load)
         check_base(artifact, base)
         decoder = Decoder(base)

@@ -1,8 +1,7 @@
 """Loading a base model and its tokenizer: from the hub, a folder, or the bundled checkpoints."""
 
-from pathlib import Path
-
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pop_lightning.data import resolve_bundled
@@ -13,7 +12,7 @@ def load_model(
     name: str,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     device_map=None,
@@ -28,12 +27,12 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             device_map=device_map,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
             f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
             f"was expected): {_first_sentence(error)}"
@@ -66,10 +65,6 @@ def load_tokenizer(
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence the model was made for, in tokens, or None where its config names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def is_local(name: str) -> bool:
-    return Path(resolve_bundled(name)).exists()
 
 
 def _first_sentence(error: Exception) -> str:

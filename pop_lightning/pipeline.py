@@ -18,6 +18,7 @@ import lightning
 import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
@@ -52,11 +53,13 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
     output = _open_output(recipe, resume, overwrite)
     try:
         return _Run(recipe, output).run()
-    except InputError:
-        # Nothing was measured: the corrected command must not find a run in its way.
+    except (InputError, KeyboardInterrupt):
+        # Nothing was measured: the corrected command must not find a run in its way, nor miss the one it replaces.
         found = {path.relative_to(output).as_posix() for path in output.rglob("*")}
         if found <= {"recipe.yaml", "state", "state/data.json"}:
             shutil.rmtree(output)
+            if _aside(output).is_dir():
+                os.rename(_aside(output), output)
         raise
 
 
@@ -74,6 +77,7 @@ class _Run:
             print(print_table(metrics))
             return EXPORTED if metrics["depth"] is not None else NOTHING_QUALIFIES
         self._load()
+        shutil.rmtree(_aside(self.output), ignore_errors=True)
         importance = self._once("importance.json", self._score)
         depths = self._candidates(importance)
         projections = self._fit_projections(depths)
@@ -94,6 +98,7 @@ class _Run:
     def _load(self) -> None:
         recipe = self.recipe
         model, data = recipe.model, recipe.data
+        self.device = self._check_trainer()
         lightning.seed_everything(recipe.seed, verbose=False)
         self.tokenizer = load_tokenizer(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
@@ -106,6 +111,7 @@ class _Run:
             trust_remote_code=model.trust_remote_code,
             device_map=model.device_map,
         )
+        self._place()
         self.decoder = Decoder(self.model)
         check_decoder(self.decoder)
         self.data = CalibrationData(
@@ -133,11 +139,18 @@ class _Run:
                 f"data.calibration {data.calibration!r} holds other rows than when the run in output {self.output} was "
                 "started: resume it with the same rows, or --overwrite it."
             )
+        self._check_rows()  # before hours of generation
         if self.data.missing_responses():
             made_with = json.dumps([asdict(model), data.max_response_tokens])
             self.data.fill_responses(self._respond, self.state / "responses.json", made_with=made_with)
         print(f"data: {self.data.report}")
         self._check_rows()
+
+    def _place(self, *projections: KVProjections) -> None:
+        """Put the base where the trainer runs; after each stage Lightning leaves it on the CPU."""
+        if self.recipe.model.device_map is None:
+            for each in (self.model, *projections):
+                each.to(self.device)
 
     def _respond(self, rows: list[Row]) -> list[tuple[int, ...]]:
         batch = collate(rows, self.data.pad_token_id)
@@ -170,7 +183,9 @@ class _Run:
     def _score(self) -> dict:
         scoring = ImportanceScoring(self.decoder, self.recipe.boundary, self.recipe.seed)
         loader = self.data.loader("fit", limit=self.recipe.importance.rows)
-        self._trainer("scoring layers", max_epochs=1).fit(scoring, loader)
+        # Scoring steps no optimiser: what belongs to training is refused there by Lightning.
+        alone = {"max_epochs": 1, "accumulate_grad_batches": 1, "gradient_clip_val": None}
+        self._trainer("scoring layers", **alone).fit(scoring, loader)
         prefill, decode = scoring.scores.T.tolist()
         return {
             "layers": self.decoder.num_layers,
@@ -200,12 +215,17 @@ class _Run:
                     f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one."
                 )
             return sorted({depth for depth in wanted if depth < layers}, reverse=True)
+        every = [depth for depth in every if layers - depth >= self.recipe.budget.min_pruned]
+        if not every:
+            raise InputError(
+                f"budget.min_pruned {self.recipe.budget.min_pruned} leaves no depth of a model of {layers} layers."
+            )
         if wanted >= len(every):
             return every
         removed = torch.tensor([sum(importance["prefill"][depth:]) for depth in every], dtype=torch.float64)
         # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
         level = removed.clamp(min=1e-30).log()
-        level = (level - level[1]).clamp(min=0) / (level[-1] - level[1]).clamp(min=1e-12)
+        level = (level - level[0]).clamp(min=0) / (level[-1] - level[0]).clamp(min=1e-12)
         level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
         chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, wanted).tolist()}
         return [every[index] for index in sorted(chosen)]
@@ -349,6 +369,7 @@ class _Run:
         plan = PruningPlan(deepest, recipe.boundary)
         tokens = int(self.data.report.prompt_tokens["median"])
         full, pruned = (prefill_flops(self.decoder, each, tokens) for each in (PruningPlan(layers), plan))
+        self._place(projections[deepest, kind])
         generator = StageAwareGenerator(self.model, plan, projections[deepest, kind])
         return {
             "format": 1,
@@ -423,13 +444,42 @@ class _Run:
             "default_root_dir": str(self.output),
         } | overrides
         print(f"{what} ...", flush=True)
-        return _Trainer(lightning.Trainer(**arguments))
+        return _Trainer(_lightning_trainer(arguments))
+
+    def _check_trainer(self) -> torch.device:
+        """The device that the recipe's trainer asks for, before anything is loaded.
+
+        Raises:
+            InputError: there is no such device, more than one, or a key that would cut the rows of a stage.
+        """
+        given = self.recipe.trainer
+        for key in ("limit_train_batches", "limit_val_batches", "fast_dev_run", "max_steps", "max_epochs", "max_time"):
+            if given.get(key) not in (None, False, -1):
+                raise InputError(
+                    f"trainer.{key} is {given[key]!r}, which would cut the rows or steps of every stage: leave it out; "
+                    "data.limit and projection.steps are the keys for that."
+                )
+        trainer = _lightning_trainer(self.recipe.trainer_arguments())
+        if trainer.world_size != 1:
+            raise InputError(
+                f"trainer.devices {given.get('devices')!r} asks for {trainer.world_size} processes, and pop-fit runs "
+                "in one: set trainer.devices to 1."
+            )
+        return trainer.strategy.root_device
 
     def _once(self, name: str, compute: Callable[[], dict]) -> dict:
         path = self.output / name
         if not path.is_file():
             _write_json(path, compute())
         return json.loads(path.read_text())
+
+
+def _lightning_trainer(arguments: dict) -> lightning.Trainer:
+    try:
+        return lightning.Trainer(**{key: value for key, value in arguments.items() if value is not None})
+    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"the trainer section does not fit this machine: {first}") from error
 
 
 class _Trainer:
@@ -465,7 +515,11 @@ def _open_output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
         if overwrite:
             if not (stored.is_file() and (output / "state").is_dir()):
                 raise InputError(f"output {output} holds files that are no pop-fit run; --overwrite would delete them.")
-            shutil.rmtree(output)
+            try:
+                shutil.rmtree(_aside(output), ignore_errors=True)
+                os.rename(output, _aside(output))
+            except OSError as error:
+                raise InputError(f"output {output} cannot be replaced ({error.strerror}).") from error
         elif not resume:
             raise InputError(f"output {output} exists already; give --resume, --overwrite or another --output.")
         elif not stored.is_file() or stored.read_text(encoding="utf-8") != recipe.to_yaml():
@@ -482,6 +536,11 @@ def _open_output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
             f"output {output} cannot be written ({error.strerror}); choose another with --output."
         ) from error
     return output
+
+
+def _aside(output: Path) -> Path:
+    """Where a run that ``--overwrite`` replaces waits until the new one's input was found good."""
+    return output.absolute().with_name(f".{output.absolute().name}.replaced")
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:

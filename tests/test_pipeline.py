@@ -111,6 +111,14 @@ def test_every_kind_of_projection_runs(base, data, tmp_path):
         StageAwareGenerator.from_artifact(output / "artifact")
 
 
+def test_keys_of_training_reach_the_training_alone(base, data, tmp_path):
+    changes = {"projection__kind": "full", "projection__steps": 2, "budget__candidates": 1}
+    changes |= {"trainer__gradient_clip_val": 1.0, "trainer__accumulate_grad_batches": 2}
+    assert fit.main(arguments(base, data, tmp_path / "run", **changes)) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["depth"] == LAYERS - 2  # one candidate, and one that is worth an artifact
+
+
 def test_prompts_without_responses_are_answered_by_the_full_model_once(base, tmp_path):
     data = save_rows(tmp_path / "prompts.jsonl", responses=False)
     output = tmp_path / "run"
@@ -132,6 +140,10 @@ def test_an_existing_output_is_refused_resumed_or_replaced(fitted, base, data, t
     assert fit.main([*command, "--resume", "--seed", "1"]) == 2
     assert "another recipe" in capsys.readouterr().err
     assert fit.main([*command, "--overwrite"]) == 0
+    before = snapshot(output)
+    assert fit.main([*command, "--overwrite", "--model.base", "nowhere/at-all/here"]) == 2
+    assert snapshot(output) == before  # a start that fails costs nothing
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("precious")
     assert fit.main([*arguments(base, data, tmp_path / "other"), "--overwrite"]) == 2
@@ -212,6 +224,9 @@ def test_ctrl_c_inside_lightning_exits_130_and_leaves_nothing_half_written(base,
 
 def test_bad_input_is_one_sentence_and_exit_2(base, data, tmp_path, capsys):
     no_tokenizer = save_base(tmp_path / "bare", tokenizer=False)
+    truncated = save_base(tmp_path / "truncated")
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
     few = save_rows(tmp_path / "few.jsonl", rows=30)
@@ -230,6 +245,11 @@ def test_bad_input_is_one_sentence_and_exit_2(base, data, tmp_path, capsys):
         ({"data__calibration": chat}, "chat template"),
         ({"data__calibration": few, "budget__metric": "agreement", "budget__max_drop": 0.01}, "299"),
         ({"budget__candidates": [9]}, "1..4"),
+        ({"model__base": truncated}, "model.base"),
+        ({"trainer__accelerator": "tpu"}, "trainer section"),
+        ({"trainer__devices": 2}, "trainer.devices"),
+        ({"trainer__limit_val_batches": 0.1}, "trainer.limit_val_batches"),
+        ({"budget__candidates": 2, "budget__min_pruned": 9}, "budget.min_pruned"),
         ({"output": tmp_path / "file"}, "is a file"),
         ({"output": tmp_path / "file" / "run"}, "output"),
     ]

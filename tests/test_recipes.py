@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import fit
@@ -31,6 +31,11 @@ def shrunken(name):
         config.layer_types = config.layer_types[4:8]  # for Gemma: sliding, global, sliding, sliding
     if getattr(config, "sliding_window", None):
         config.sliding_window = WINDOW
+    if name.startswith("gemma3"):  # the checkpoint of that name holds a vision tower as well
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        tokens = {"boi_token_index": 90, "eoi_token_index": 91, "image_token_index": 92, "mm_tokens_per_image": 4}
+        return Gemma3Config(text_config=config.to_dict(), vision_config=vision, **tokens)
     return config
 
 
