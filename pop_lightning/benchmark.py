@@ -357,13 +357,13 @@ def _alternate(
 def _lap(steps: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, list[float]]:
     """Wall time of all steps, and of each; on a GPU a step's share is read from events, with no wait between steps."""
     kept = []  # results live until the clock has stopped: a prefill's cache and logits are what it is run for
-    _synchronise(device)
+    synchronise(device)
     marks = [_mark(device)]
     start = time.perf_counter()
     for step in steps:
         kept.append(step())
         marks.append(_mark(device))
-    _synchronise(device)
+    synchronise(device)
     total = 1000 * (time.perf_counter() - start)
     return total, [_between(before, after) for before, after in pairwise(marks)]
 
@@ -380,7 +380,7 @@ def _between(before, after) -> float:
     return 1000 * (after - before) if isinstance(before, float) else before.elapsed_time(after)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

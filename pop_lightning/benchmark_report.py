@@ -3,8 +3,6 @@
 Reads the plain data that ``benchmark.run`` returns; nothing is measured here.
 """
 
-import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from pop_lightning.errors import InputError
+from pop_lightning.files import write_json, write_whole
 from pop_lightning.report import text_table
 
 JSON, PLOT = "benchmark.json", "benchmark.png"
@@ -99,11 +98,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
     Each appears whole or not at all, and replaces that of an earlier run.
     """
-    text, plot = folder / f"{JSON}.tmp", folder / f"{PLOT}.tmp"
-    text.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(text, folder / JSON)
-    figure(result).savefig(plot, format="png", dpi=150)
-    os.replace(plot, folder / PLOT)
+    write_json(folder / JSON, result)
+    write_whole(folder / PLOT, lambda path: figure(result).savefig(path, dpi=150))
 
 
 def figure(result: dict[str, Any]) -> Figure:

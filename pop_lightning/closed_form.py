@@ -20,10 +20,11 @@ import lightning
 import torch
 from torch import Tensor
 
-from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_logits
+from pop_lightning.projection_training import teacher_trace
 from pop_lightning.projections import KVProjections
 
 OBJECTIVES = ("plain", "token", "attention")
@@ -181,7 +182,7 @@ class ClosedFormFit(lightning.LightningModule):
         asking = self.objectives != ("plain",)
         end = batch["input_ids"].shape[1] if asking else context
         layers = range(min(self.depths) + 1, self.decoder.num_layers)
-        seen = _Full(self.decoder, batch, context, end, range(min(self.depths), self.decoder.num_layers))
+        seen = _Full(self.decoder, batch, context, end, min(self.depths))
         real = seen.mask[:, :context].bool()
         fitted = [depth for depth in self.depths if depth + 1 in layers]
         normed = {depth: _with_one(self.decoder.normalise(seen.hidden(depth)[:, :context])) for depth in fitted}
@@ -274,7 +275,7 @@ class ValueRefit(lightning.LightningModule):
         decoder, context, end = self.decoder, batch["prompt_length"] - self.boundary, batch["input_ids"].shape[1]
         if context <= 0:
             return
-        seen = _Full(decoder, batch, context, end, range(min(self.starts), decoder.num_layers))
+        seen = _Full(decoder, batch, context, end, min(self.starts))
         every = self.groups == 1
         wanted = {
             layer: _Asked(seen, layer, seen.kv(layer), self.queries).read(every_head=every)
@@ -312,17 +313,11 @@ class ValueRefit(lightning.LightningModule):
 class _Full:
     """One full pass: the inputs of the layers, and the queries' places."""
 
-    def __init__(self, decoder: Decoder, batch: dict, context: int, end: int, layers: range):
+    def __init__(self, decoder: Decoder, batch: dict, context: int, end: int, first: int):
         self.decoder, self.context = decoder, context
         self.mask = batch["attention_mask"][:, :end]
-        with decoder.tracing(layers) as self.trace:
-            decoder.model(
-                input_ids=batch["input_ids"][:, :end],
-                attention_mask=self.mask,
-                position_ids=position_ids(self.mask),
-                use_cache=False,
-                logits_to_keep=1,
-            )
+        rows = {"input_ids": batch["input_ids"][:, :end], "attention_mask": self.mask}
+        self.trace = teacher_trace(decoder, rows, first)
 
     def hidden(self, layer: int) -> Tensor:
         return self.trace.hidden[layer]

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import importlib.resources
 import json
-import os
 import statistics
 import zlib
 from collections import Counter
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.errors import InputError
+from pop_lightning.files import write_json
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
@@ -721,6 +721,4 @@ def _read_cache(cache: Path, stamp: dict) -> dict[str, list[int]]:
 
 def _write_cache(cache: Path, content: dict) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, cache)
+    write_json(cache, content)

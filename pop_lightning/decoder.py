@@ -3,7 +3,7 @@
 Everything above it (projections, prefill, gates, training) sees a :class:`Decoder`: its layers, the unweighted norm and
 the key/value map of one layer, masks, and where a layer's branches meet the residual stream. A family is supported when
 its layers have the parts named in :meth:`Decoder._parts` and the attach check in ``prefill.py`` holds; nothing here
-asks for a family by name, so :data:`TESTED_FAMILIES` is a statement of what the tests run, not a gate.
+asks for a family by name.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLa
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from pop_lightning.errors import InputError
-
-TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -283,6 +281,21 @@ class Decoder:
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def response_logits(self, batch: dict) -> Tensor:
+        """One plain pass over :func:`pop_lightning.data.collate`'s batch: logits at the loss positions t = N..T-1.
+
+        Returns:
+            ``[batch, response, vocabulary]``: column j predicts response token j.
+        """
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+            logits_to_keep=ids.shape[1] - batch["prompt_length"] + 1,
+        ).logits[:, :-1]
 
     # --- masks ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ The pipeline and the study both fit through this file; it decides what is fitted
 come from and what becomes of the result.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +140,20 @@ class _Chooser:
             for name in {name for name, _ in options}:
                 fitted.options[fitted.best(name)] = options[fitted.best(name)]
         self.waiting, self.held = [], 0
+
+
+def quiet_lightning() -> None:
+    """Lightning's advice that does not apply: the base is in eval mode on purpose, loaders need no workers."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",
+        ".*returned `None`, this fit will run with no optimizer.*",
+        ".*no `val_dataloader`.*",
+        ".*isinstance.treespec.*",
+        ".*tensorboardX.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 class Distillation:

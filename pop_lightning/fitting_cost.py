@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.benchmark import synchronise
+from pop_lightning.decoder import Decoder
 from pop_lightning.fitting import Distillation
 from pop_lightning.gates import gate_gradients, probed
 from pop_lightning.importance import ImportanceScoring
@@ -148,15 +149,9 @@ def _fine_tuning_step(decoder: Decoder, batch: dict) -> Callable[[], None]:
 
 
 def _plain_loss(decoder: Decoder, batch: dict) -> Tensor:
-    ids, mask, prompt = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
-    logits = decoder.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=False,
-        logits_to_keep=ids.shape[1] - prompt + 1,
-    ).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, prompt:].flatten())
+    logits = decoder.response_logits(batch)
+    targets = batch["input_ids"][:, batch["prompt_length"] :]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -164,16 +159,11 @@ def _plain_loss(decoder: Decoder, batch: dict) -> Tensor:
 
 def _seconds(once: Callable[[], None], device: torch.device) -> float:
     gc.collect()
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     once()
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _model(settings: Settings):

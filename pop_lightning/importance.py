@@ -8,7 +8,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.decoder import Decoder
 from pop_lightning.gates import gate_gradients, probed
 
 
@@ -47,15 +47,8 @@ class ImportanceScoring(lightning.LightningModule):
 
     def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""
-        ids, mask, prompt = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
-        logits = self.decoder.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-            logits_to_keep=ids.shape[1] - prompt + 1,
-        ).logits[:, :-1]
-        real = mask[:, prompt:].bool()
+        logits = self.decoder.response_logits(batch)
+        real = batch["attention_mask"][:, batch["prompt_length"] :].bool()
         if targets is None:
             targets = sample(logits.detach(), real, batch["row_seed"], self.seed)
         return torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="sum")

@@ -62,6 +62,12 @@ def load_tokenizer(
     return tokenizer
 
 
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a generated response."""
+    ends = model.generation_config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence the model was made for, in tokens, or None where its config names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -8,7 +8,6 @@ decide; this file says what follows from their decisions.
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -27,12 +26,13 @@ from pop_lightning.data import CalibrationData, Row, collate
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
-from pop_lightning.fitting import Distillation, closed_form
+from pop_lightning.files import write_json, write_whole
+from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
 from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, upper_bound
-from pop_lightning.models import context_length, load_model, load_tokenizer
+from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projections import KVProjections
@@ -49,7 +49,7 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
         InputError: recipe, data, base or output folder do not fit.
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
-    _quiet()
+    quiet_lightning()
     output = _open_output(recipe, resume, overwrite)
     try:
         return _Run(recipe, output).run()
@@ -85,7 +85,7 @@ class _Run:
         self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
         metrics = self._verify(projections, search, importance)
         write_report(metrics, importance, self.output / "report.html")
-        _write_json(done, metrics)  # last: it says that the run is complete
+        write_json(done, metrics)  # last: it says that the run is complete
         print(print_table(metrics))
         print(f"report: {self.output / 'report.html'}")
         if metrics["depth"] is None:
@@ -127,7 +127,8 @@ class _Run:
             seed=recipe.seed,
         )
         self.data.setup()
-        base = base_identity(self.model, model.base, model.revision)["fingerprint"]
+        self.base = base_identity(self.model, model.base, model.revision)
+        base = self.base["fingerprint"]
         stored = self._once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
         if stored["base"] != base:
             raise InputError(
@@ -162,8 +163,7 @@ class _Run:
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
         )[:, prompt:].tolist()
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends = end_tokens(self.model)
         return [_until_end(tokens, ends) for tokens in output]
 
     def _check_rows(self) -> None:
@@ -267,7 +267,7 @@ class _Run:
             chosen[fitted.depth] = fitted.options[fitted.best()]
             ridges[fitted.depth] = fitted.summary()
             self._write_projections(fitted.depth, chosen[fitted.depth])
-        _write_json(ridges_file, ridges)
+        write_json(ridges_file, ridges)
         return chosen
 
     def _train(self, depth: int, start: KVProjections) -> KVProjections:
@@ -313,9 +313,7 @@ class _Run:
 
     def _write_projections(self, depth: int, projections: KVProjections) -> None:
         path = self._projections_file(depth, projections.kind)
-        temporary = path.with_name(path.name + ".tmp")
-        safetensors.torch.save_file(projections.fitted_state(), temporary)
-        os.replace(temporary, path)
+        write_whole(path, lambda temporary: safetensors.torch.save_file(projections.fitted_state(), temporary))
 
     def _read_projections(self, depth: int, kind: str) -> KVProjections:
         state = safetensors.torch.load_file(self._projections_file(depth, kind))
@@ -358,8 +356,7 @@ class _Run:
                 for depth in self.budget.sequence
             }
             evaluation = Evaluation(self.decoder, variants)
-            base = base_identity(self.model, recipe.model.base, recipe.model.revision)
-            export = ExportArtifact(self.output / "artifact", self.budget, base, recipe.to_dict(), measured)
+            export = ExportArtifact(self.output / "artifact", self.budget, self.base, recipe.to_dict(), measured)
             self.budget.watch("verify", {depth: str(depth) for depth in self.budget.sequence})
             self._trainer("verifying", self.budget, export).validate(
                 evaluation, self.data.loader("verify"), verbose=False
@@ -436,7 +433,7 @@ class _Run:
     # --- shared ---------------------------------------------------------------------------------------------------
 
     def _trainer(self, what: str, *callbacks: lightning.Callback, **overrides) -> "_Trainer":
-        arguments = {k: v for k, v in self.recipe.trainer_arguments().items() if v is not None}
+        arguments = self.recipe.trainer_arguments()
         arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
         arguments |= {
             "enable_checkpointing": False,
@@ -470,7 +467,7 @@ class _Run:
     def _once(self, name: str, compute: Callable[[], dict]) -> dict:
         path = self.output / name
         if not path.is_file():
-            _write_json(path, compute())
+            write_json(path, compute())
         return json.loads(path.read_text())
 
 
@@ -528,9 +525,7 @@ def _open_output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
             )
     try:
         (output / "state").mkdir(parents=True, exist_ok=True)
-        temporary = output / "recipe.yaml.tmp"
-        recipe.save(temporary)
-        os.replace(temporary, stored)
+        write_whole(stored, recipe.save)
     except OSError as error:
         raise InputError(
             f"output {output} cannot be written ({error.strerror}); choose another with --output."
@@ -551,27 +546,5 @@ def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
-
-
 def _read_json(path: Path, default: dict) -> dict:
     return json.loads(path.read_text()) if path.is_file() else default
-
-
-def _quiet() -> None:
-    """Lightning's advice that does not apply: the base is in eval mode on purpose, loaders need no workers."""
-    import logging
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*in eval mode at the start of training.*",
-        ".*returned `None`, this fit will run with no optimizer.*",
-        ".*no `val_dataloader`.*",
-        ".*isinstance.treespec.*",
-        ".*tensorboardX.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

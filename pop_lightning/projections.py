@@ -68,11 +68,6 @@ class KVProjections(nn.Module):
         """The layers whose maps can differ from reuse: all pruned ones but the first, which sees its true input."""
         return range(self.depth + 1, self.decoder.num_layers)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the maps: what pruning holds beside the base's own weights."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.maps.parameters())
-
     def forward(self, layer: int, hidden: Tensor, normed: Tensor | None = None) -> Tensor:
         """Keys and values of ``layer`` for context tokens.
 

@@ -225,15 +225,6 @@ def bundled_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def check(recipe: Recipe) -> None:
-    """Ranges, and what is required.
-
-    Raises:
-        InputError: naming every key that does not fit.
-    """
-    _raise(_problems(recipe))
-
-
 def _problems(recipe: Recipe) -> list[str]:
     model, data, projection, budget = recipe.model, recipe.data, recipe.projection, recipe.budget
     splits, problems = asdict(data.splits), []

@@ -5,7 +5,6 @@ decided here; a figure that is missing (no benchmark, no comparison) leaves its 
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -20,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
+from pop_lightning.files import write_text
 from pop_lightning.metrics import rows_needed
 
 DASH = "–"
@@ -76,14 +76,7 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
         KeyError: a key of `metrics` is missing.
         OSError: the page cannot be written.
     """
-    page = _render(metrics, importance)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(Path(path), _render(metrics, importance))
 
 
 def print_table(metrics: dict[str, Any]) -> str:

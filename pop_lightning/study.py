@@ -7,9 +7,6 @@ depths: on the tuning seeds alone, by the KL they leave on ``search``. It stands
 fitting and evaluation.
 """
 
-import json
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +24,8 @@ from pop_lightning.data import CalibrationData, Row, collate, read_examples, spl
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
-from pop_lightning.fitting import Distillation, FittedDepth, closed_form
+from pop_lightning.files import write_json, write_text, write_whole
+from pop_lightning.fitting import Distillation, FittedDepth, closed_form, quiet_lightning
 from pop_lightning.metrics import row_loss
 from pop_lightning.models import context_length, load_model, load_tokenizer
 from pop_lightning.plan import PruningPlan
@@ -89,7 +87,7 @@ def run(settings: Settings) -> dict:
     Raises:
         InputError: base, rows or settings do not fit.
     """
-    _quiet()
+    quiet_lightning()
     decoder = Decoder(load_model(settings.base))
     check_decoder(decoder)
     tokenizer = load_tokenizer(settings.base)
@@ -394,11 +392,11 @@ def _show(figure: dict, digits: int) -> str:
 def _save(result: dict, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "study.json").write_text(json.dumps(result, indent=1))
-        (output / "study.md").write_text(render(result))
+        write_json(output / "study.json", result)
+        write_text(output / "study.md", render(result))
+        write_whole(output / "study.png", lambda path: _plot(result, path))
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}); choose another.") from error
-    _plot(result, output / "study.png")
 
 
 def _plot(result: dict, path: Path) -> None:
@@ -432,12 +430,6 @@ def _trainer(**arguments) -> lightning.Trainer:
         enable_progress_bar=False,
         **arguments,
     )
-
-
-def _quiet() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*no `val_dataloader`.*"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,8 +14,9 @@ from transformers import TextIteratorStreamer
 
 from pop_lightning.data import CalibrationData, Row, collate
 from pop_lightning.errors import InputError
+from pop_lightning.files import write_text
 from pop_lightning.generator import StageAwareGenerator
-from pop_lightning.models import context_length
+from pop_lightning.models import context_length, end_tokens
 
 
 def stream(
@@ -100,11 +100,7 @@ def generate_file(
     records = [results[place] for place in range(len(rows))]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-        )
-        os.replace(temporary, output)
+        write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}).") from error
     names = ("exact_match", "full_exact_match", "same_text", "agreement")
@@ -138,8 +134,7 @@ def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[li
             pad_token_id=tokenizer.pad_token_id,
         )
     tokens = output[:, batch["prompt_length"] :].tolist()
-    ends = generator.model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ends = {tokenizer.eos_token_id} | end_tokens(generator.model)
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in tokens]
 
 
