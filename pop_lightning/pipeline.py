@@ -1,32 +1,26 @@
 """The stages of ``pop-fit`` in order: load, score, fit projections, search, verify and export, report.
 
-Each stage leaves one complete file in the output folder (``state/`` for what only a resumed run reads), written under
-a temporary name and renamed, so that a run can be killed anywhere and resumed. The modules and callbacks measure and
-decide; this file says what follows from their decisions.
+The modules and callbacks measure and decide; this file says what follows from their decisions. What a stage leaves
+behind is kept by ``run_folder.py``, so that a run can be killed anywhere and resumed.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 
 import lightning
-import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
 from pop_lightning.data import CalibrationData, Row, collate
 from pop_lightning.decoder import Decoder
+from pop_lightning.depths import candidates
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
-from pop_lightning.files import write_json, write_whole
+from pop_lightning.files import write_json
 from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
 from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
@@ -38,6 +32,8 @@ from pop_lightning.prefill import check_decoder
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
 from pop_lightning.report import print_table, write_report
+from pop_lightning.run_folder import RunFolder
+from pop_lightning.trainers import Trainers
 
 EXPORTED, NOTHING_QUALIFIES = 0, 3
 
@@ -50,47 +46,37 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
     quiet_lightning()
-    output = _open_output(recipe, resume, overwrite)
-    try:
-        return _Run(recipe, output).run()
-    except (InputError, KeyboardInterrupt):
-        # Nothing was measured: the corrected command must not find a run in its way, nor miss the one it replaces.
-        found = {path.relative_to(output).as_posix() for path in output.rglob("*")}
-        if found <= {"recipe.yaml", "state", "state/data.json"}:
-            shutil.rmtree(output)
-            if _aside(output).is_dir():
-                os.rename(_aside(output), output)
-        raise
+    folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
+    with folder.undone_on_bad_input():
+        return _Run(recipe, folder).run()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path):
-        self.recipe, self.output, self.state = recipe, output, output / "state"
+    def __init__(self, recipe: Recipe, folder: RunFolder):
+        self.recipe, self.folder = recipe, folder
         self.budget = AccuracyBudget(
             recipe.budget.metric, recipe.budget.max_drop, recipe.budget.confidence, recipe.budget.min_pruned
         )
 
     def run(self) -> int:
-        done = self.output / "metrics.json"
-        if done.is_file():
-            metrics = json.loads(done.read_text())
+        if metrics := self.folder.read("metrics.json"):
             print(print_table(metrics))
             return EXPORTED if metrics["depth"] is not None else NOTHING_QUALIFIES
         self._load()
-        shutil.rmtree(_aside(self.output), ignore_errors=True)
-        importance = self._once("importance.json", self._score)
-        depths = self._candidates(importance)
+        self.folder.settle()
+        importance = self.folder.once("importance.json", self._score)
+        depths = candidates(self.recipe.budget, importance["prefill"])
         projections = self._fit_projections(depths)
-        search = self._once("state/search.json", lambda: self._search(projections))
+        search = self.folder.once("state/search.json", lambda: self._search(projections))
         self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
         metrics = self._verify(projections, search, importance)
-        write_report(metrics, importance, self.output / "report.html")
-        write_json(done, metrics)  # last: it says that the run is complete
+        write_report(metrics, importance, self.folder / "report.html")
+        write_json(self.folder / "metrics.json", metrics)  # last: it says that the run is complete
         print(print_table(metrics))
-        print(f"report: {self.output / 'report.html'}")
+        print(f"report: {self.folder / 'report.html'}")
         if metrics["depth"] is None:
             return NOTHING_QUALIFIES
-        print(f"artifact: {self.output / 'artifact'}")
+        print(f"artifact: {self.folder / 'artifact'}")
         return EXPORTED
 
     # --- load -----------------------------------------------------------------------------------------------------
@@ -98,7 +84,7 @@ class _Run:
     def _load(self) -> None:
         recipe = self.recipe
         model, data = recipe.model, recipe.data
-        self.device = self._check_trainer()
+        self.trainers = Trainers(recipe, self.folder.root)
         lightning.seed_everything(recipe.seed, verbose=False)
         self.tokenizer = load_tokenizer(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
@@ -129,21 +115,21 @@ class _Run:
         self.data.setup()
         self.base = base_identity(self.model, model.base, model.revision)
         base = self.base["fingerprint"]
-        stored = self._once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
+        stored = self.folder.once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
         if stored["base"] != base:
             raise InputError(
-                f"model.base {model.base!r} has other weights than when the run in output {self.output} was started: "
+                f"model.base {model.base!r} has other weights than when the run in output {self.folder} was started: "
                 "resume it with the same base, or --overwrite it."
             )
         if stored["digest"] != self.data.digest:
             raise InputError(
-                f"data.calibration {data.calibration!r} holds other rows than when the run in output {self.output} was "
+                f"data.calibration {data.calibration!r} holds other rows than when the run in output {self.folder} was "
                 "started: resume it with the same rows, or --overwrite it."
             )
         self._check_rows()  # before hours of generation
         if self.data.missing_responses():
             made_with = json.dumps([asdict(model), data.max_response_tokens])
-            self.data.fill_responses(self._respond, self.state / "responses.json", made_with=made_with)
+            self.data.fill_responses(self._respond, self.folder.state / "responses.json", made_with=made_with)
         print(f"data: {self.data.report}")
         self._check_rows()
 
@@ -151,7 +137,7 @@ class _Run:
         """Put the base where the trainer runs; after each stage Lightning leaves it on the CPU."""
         if self.recipe.model.device_map is None:
             for each in (self.model, *projections):
-                each.to(self.device)
+                each.to(self.trainers.device)
 
     def _respond(self, rows: list[Row]) -> list[tuple[int, ...]]:
         batch = collate(rows, self.data.pad_token_id)
@@ -185,7 +171,7 @@ class _Run:
         loader = self.data.loader("fit", limit=self.recipe.importance.rows)
         # Scoring steps no optimiser: what belongs to training is refused there by Lightning.
         alone = {"max_epochs": 1, "accumulate_grad_batches": 1, "gradient_clip_val": None}
-        self._trainer("scoring layers", **alone).fit(scoring, loader)
+        self.trainers.make("scoring layers", **alone).fit(scoring, loader)
         prefill, decode = scoring.scores.T.tolist()
         return {
             "layers": self.decoder.num_layers,
@@ -195,40 +181,6 @@ class _Run:
             "prefill": prefill,
             "decode": decode,
         }
-
-    def _candidates(self, importance: dict) -> list[int]:
-        """Depths to measure, shallowest pruning first.
-
-        A number picks depths at even steps of the logarithm of what is removed, the summed prefill importance of the
-        layers above: where importance rises fast, candidates are dense.
-        """
-        wanted, layers = self.recipe.budget.candidates, self.decoder.num_layers
-        every = list(range(layers - 1, 0, -1))
-        if wanted == "all":
-            return every
-        if isinstance(wanted, list):
-            odd = [depth for depth in wanted if not 1 <= depth <= layers]
-            if odd:
-                raise InputError(f"budget.candidates must lie in 1..{layers} for this model, found {odd[0]}.")
-            if min(wanted) == layers:
-                raise InputError(
-                    f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one."
-                )
-            return sorted({depth for depth in wanted if depth < layers}, reverse=True)
-        every = [depth for depth in every if layers - depth >= self.recipe.budget.min_pruned]
-        if not every:
-            raise InputError(
-                f"budget.min_pruned {self.recipe.budget.min_pruned} leaves no depth of a model of {layers} layers."
-            )
-        if wanted >= len(every):
-            return every
-        removed = torch.tensor([sum(importance["prefill"][depth:]) for depth in every], dtype=torch.float64)
-        # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
-        level = removed.clamp(min=1e-30).log()
-        level = (level - level[0]).clamp(min=0) / (level[-1] - level[0]).clamp(min=1e-12)
-        level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
-        chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, wanted).tolist()}
-        return [every[index] for index in sorted(chosen)]
 
     # --- fit projections ------------------------------------------------------------------------------------------
 
@@ -247,9 +199,9 @@ class _Run:
 
     def _closed_form(self, depths: list[int]) -> dict[int, KVProjections]:
         """Closed form for every depth, each choice about it made on the tune split; reuse is one of the choices."""
-        ridges_file, settings = self.state / "ridge.json", self.recipe.projection
-        if ridges_file.is_file():
-            return {depth: self._read_projections(depth, "closed_form") for depth in depths}
+        settings = self.recipe.projection
+        if self.folder.read("state/ridge.json"):
+            return {depth: self.folder.read_projections(self.decoder, depth, "closed_form") for depth in depths}
         chosen, ridges = {}, {}
         for fitted in closed_form(
             self.decoder,
@@ -262,19 +214,19 @@ class _Run:
             memory=int(settings.memory_gib * 2**30),
             fit_rows=self.data.loader("fit"),
             tune_rows=self.data.loader("tune"),
-            validate=lambda what, module, rows: self._trainer(what).validate(module, rows, verbose=False),
+            validate=lambda what, module, rows: self.trainers.make(what).validate(module, rows, verbose=False),
         ):
             chosen[fitted.depth] = fitted.options[fitted.best()]
             ridges[fitted.depth] = fitted.summary()
-            self._write_projections(fitted.depth, chosen[fitted.depth])
-        write_json(ridges_file, ridges)
+            self.folder.write_projections(chosen[fitted.depth])
+        write_json(self.folder / "state/ridge.json", ridges)
         return chosen
 
     def _train(self, depth: int, start: KVProjections) -> KVProjections:
         settings = self.recipe.projection
         kind = settings.kind
-        if self._projections_file(depth, kind).is_file():
-            return self._read_projections(depth, kind)
+        if self.folder.has_projections(depth, kind):
+            return self.folder.read_projections(self.decoder, depth, kind)
         distillation = Distillation(
             start,
             PruningPlan(depth, self.recipe.boundary),
@@ -290,11 +242,11 @@ class _Run:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
         if distillation.module is not None:
-            folder = self.output / "checkpoints" / f"{kind}-depth{depth}"
+            folder = self.folder / "checkpoints" / f"{kind}-depth{depth}"
             keep = ModelCheckpoint(folder, save_last=True, every_n_train_steps=settings.checkpoint_every, save_top_k=0)
             last = folder / "last.ckpt"
             start = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
-            trainer = self._trainer(
+            trainer = self.trainers.make(
                 f"training depth {depth}" + (f" from step {start}" if start else ""),
                 keep,
                 max_steps=settings.steps,
@@ -304,20 +256,9 @@ class _Run:
             batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
             loader = self.data.train_dataloader(settings.batch_size, batches)
             trainer.fit(distillation.module, loader, ckpt_path=last if start else None, weights_only=True)
-        projections = distillation.finish(self.output / "adapters" / f"depth{depth}")
-        self._write_projections(depth, projections)
+        projections = distillation.finish(self.folder / "adapters" / f"depth{depth}")
+        self.folder.write_projections(projections)
         return projections
-
-    def _projections_file(self, depth: int, kind: str) -> Path:
-        return self.state / f"{kind}-depth{depth}.safetensors"
-
-    def _write_projections(self, depth: int, projections: KVProjections) -> None:
-        path = self._projections_file(depth, projections.kind)
-        write_whole(path, lambda temporary: safetensors.torch.save_file(projections.fitted_state(), temporary))
-
-    def _read_projections(self, depth: int, kind: str) -> KVProjections:
-        state = safetensors.torch.load_file(self._projections_file(depth, kind))
-        return KVProjections.from_state(self.decoder, depth, kind, state)
 
     # --- search and verify ----------------------------------------------------------------------------------------
 
@@ -330,8 +271,8 @@ class _Run:
         }
         evaluation = Evaluation(self.decoder, variants)
         self.budget.watch("search", {depth: f"{depth} {kind}" for depth, name in projections if name == kind})
-        self._trainer("searching", self.budget).validate(evaluation, self.data.loader("search"), verbose=False)
-        ridges = _read_json(self.state / "ridge.json", {})
+        self.trainers.make("searching", self.budget).validate(evaluation, self.data.loader("search"), verbose=False)
+        ridges = self.folder.read("state/ridge.json")
         curve = []
         for depth, name in sorted(projections, key=lambda each: -each[0]):
             rows = evaluation.rows(f"{depth} {name}")
@@ -356,9 +297,9 @@ class _Run:
                 for depth in self.budget.sequence
             }
             evaluation = Evaluation(self.decoder, variants)
-            export = ExportArtifact(self.output / "artifact", self.budget, self.base, recipe.to_dict(), measured)
+            export = ExportArtifact(self.folder / "artifact", self.budget, self.base, recipe.to_dict(), measured)
             self.budget.watch("verify", {depth: str(depth) for depth in self.budget.sequence})
-            self._trainer("verifying", self.budget, export).validate(
+            self.trainers.make("verifying", self.budget, export).validate(
                 evaluation, self.data.loader("verify"), verbose=False
             )
         depth = self.budget.depth
@@ -420,7 +361,7 @@ class _Run:
             "no KV projection": ("the pruned layers see no context", Variant(plan, reuse, context_visible=False)),
         }
         evaluation = Evaluation(self.decoder, {name: variant for name, (_, variant) in table.items()})
-        self._trainer("comparing").validate(evaluation, self.data.loader("search"), verbose=False)
+        self.trainers.make("comparing").validate(evaluation, self.data.loader("search"), verbose=False)
         rows = []
         for name, (what, variant) in table.items():
             means = {key: value.mean().item() for key, value in evaluation.rows(name).items()}
@@ -430,113 +371,6 @@ class _Run:
             rows[-1] |= {key: means[key] for key in ("exact_match", "agreement", "kl")}
         return rows
 
-    # --- shared ---------------------------------------------------------------------------------------------------
-
-    def _trainer(self, what: str, *callbacks: lightning.Callback, **overrides) -> "_Trainer":
-        arguments = self.recipe.trainer_arguments()
-        arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
-        arguments |= {
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "default_root_dir": str(self.output),
-        } | overrides
-        print(f"{what} ...", flush=True)
-        return _Trainer(_lightning_trainer(arguments))
-
-    def _check_trainer(self) -> torch.device:
-        """The device that the recipe's trainer asks for, before anything is loaded.
-
-        Raises:
-            InputError: there is no such device, more than one, or a key that would cut the rows of a stage.
-        """
-        given = self.recipe.trainer
-        for key in ("limit_train_batches", "limit_val_batches", "fast_dev_run", "max_steps", "max_epochs", "max_time"):
-            if given.get(key) not in (None, False, -1):
-                raise InputError(
-                    f"trainer.{key} is {given[key]!r}, which would cut the rows or steps of every stage: leave it out; "
-                    "data.limit and projection.steps are the keys for that."
-                )
-        trainer = _lightning_trainer(self.recipe.trainer_arguments())
-        if trainer.world_size != 1:
-            raise InputError(
-                f"trainer.devices {given.get('devices')!r} asks for {trainer.world_size} processes, and pop-fit runs "
-                "in one: set trainer.devices to 1."
-            )
-        return trainer.strategy.root_device
-
-    def _once(self, name: str, compute: Callable[[], dict]) -> dict:
-        path = self.output / name
-        if not path.is_file():
-            write_json(path, compute())
-        return json.loads(path.read_text())
-
-
-def _lightning_trainer(arguments: dict) -> lightning.Trainer:
-    try:
-        return lightning.Trainer(**{key: value for key, value in arguments.items() if value is not None})
-    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"the trainer section does not fit this machine: {first}") from error
-
-
-class _Trainer:
-    """A Lightning trainer whose interrupts stay interrupts: Lightning itself turns Ctrl-C into exit code 1."""
-
-    def __init__(self, trainer: lightning.Trainer):
-        self._trainer = trainer
-
-    def fit(self, *args, **kwargs):
-        return self._call(self._trainer.fit, *args, **kwargs)
-
-    def validate(self, *args, **kwargs):
-        return self._call(self._trainer.validate, *args, **kwargs)
-
-    def _call(self, method, *args, **kwargs):
-        try:
-            result = method(*args, **kwargs)
-        except SystemExit as stop:
-            if self._trainer.interrupted:
-                raise KeyboardInterrupt from stop
-            raise
-        if self._trainer.interrupted:
-            raise KeyboardInterrupt
-        return result
-
-
-def _open_output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
-    output = Path(recipe.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {output} is a file; name a folder.")
-    stored = output / "recipe.yaml"
-    if output.is_dir() and any(output.iterdir()):
-        if overwrite:
-            if not (stored.is_file() and (output / "state").is_dir()):
-                raise InputError(f"output {output} holds files that are no pop-fit run; --overwrite would delete them.")
-            try:
-                shutil.rmtree(_aside(output), ignore_errors=True)
-                os.rename(output, _aside(output))
-            except OSError as error:
-                raise InputError(f"output {output} cannot be replaced ({error.strerror}).") from error
-        elif not resume:
-            raise InputError(f"output {output} exists already; give --resume, --overwrite or another --output.")
-        elif not stored.is_file() or stored.read_text(encoding="utf-8") != recipe.to_yaml():
-            raise InputError(
-                f"output {output} was started with another recipe; resume it with its own or --overwrite it."
-            )
-    try:
-        (output / "state").mkdir(parents=True, exist_ok=True)
-        write_whole(stored, recipe.save)
-    except OSError as error:
-        raise InputError(
-            f"output {output} cannot be written ({error.strerror}); choose another with --output."
-        ) from error
-    return output
-
-
-def _aside(output: Path) -> Path:
-    """Where a run that ``--overwrite`` replaces waits until the new one's input was found good."""
-    return output.absolute().with_name(f".{output.absolute().name}.replaced")
-
 
 def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:
     """A generated response up to and with its end token; what generate pads behind it goes."""
@@ -544,7 +378,3 @@ def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:
         if token in ends:
             return tuple(tokens[: index + 1])
     return tuple(tokens)
-
-
-def _read_json(path: Path, default: dict) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else default

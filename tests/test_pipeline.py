@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import lightning
 import pytest
@@ -269,7 +270,7 @@ def test_an_output_that_is_not_writable_is_refused(base, data, tmp_path, monkeyp
     def refuse(*args, **kwargs):  # root may write into any folder, so the refusal is made by hand
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(pipeline.Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     assert fit.main(arguments(base, data, tmp_path / "locked" / "run")) == 2
     assert "cannot be written (Permission denied)" in capsys.readouterr().err
 

@@ -1,0 +1,122 @@
+"""The output folder of one ``pop-fit`` run: opening it, and the state that a resumed run finds in it.
+
+The pipeline asks here for whatever a stage left behind. Each stage leaves one complete file (``state/`` for what only a
+resumed run reads), so that a run can be killed anywhere and resumed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+
+from pop_lightning.decoder import Decoder
+from pop_lightning.errors import InputError
+from pop_lightning.files import write_json, write_whole
+from pop_lightning.projections import KVProjections
+from pop_lightning.recipe import Recipe
+
+
+class RunFolder:
+    """Open ``recipe.output``: new, resumed or replaced. What ``overwrite`` replaces waits aside for :meth:`settle`.
+
+    Raises:
+        InputError: the folder holds something else, another run, or cannot be written.
+    """
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False):
+        self.root = Path(recipe.output)
+        self.state = self.root / "state"
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"output {self.root} is a file; name a folder.")
+        stored = self.root / "recipe.yaml"
+        if self.root.is_dir() and any(self.root.iterdir()):
+            if overwrite:
+                self._set_aside()
+            elif not resume:
+                raise InputError(f"output {self.root} exists already; give --resume, --overwrite or another --output.")
+            elif not stored.is_file() or stored.read_text(encoding="utf-8") != recipe.to_yaml():
+                raise InputError(
+                    f"output {self.root} was started with another recipe; resume it with its own or --overwrite it."
+                )
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            write_whole(stored, recipe.save)
+        except OSError as error:
+            raise InputError(
+                f"output {self.root} cannot be written ({error.strerror}); choose another with --output."
+            ) from error
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
+    @property
+    def _aside(self) -> Path:
+        """Where a run that ``--overwrite`` replaces waits until the new one's input was found good."""
+        return self.root.absolute().with_name(f".{self.root.absolute().name}.replaced")
+
+    def _set_aside(self) -> None:
+        if not ((self.root / "recipe.yaml").is_file() and self.state.is_dir()):
+            raise InputError(f"output {self.root} holds files that are no pop-fit run; --overwrite would delete them.")
+        try:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            os.rename(self.root, self._aside)
+        except OSError as error:
+            raise InputError(f"output {self.root} cannot be replaced ({error.strerror}).") from error
+
+    def settle(self) -> None:
+        """The input was found good: what this run replaces can go."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    @contextmanager
+    def undone_on_bad_input(self):
+        """Where nothing was measured, a failure leaves no folder in the way of the corrected command.
+
+        The run that this one was to replace comes back.
+        """
+        try:
+            yield
+        except (InputError, KeyboardInterrupt):
+            found = {path.relative_to(self.root).as_posix() for path in self.root.rglob("*")}
+            if found <= {"recipe.yaml", "state", "state/data.json"}:
+                shutil.rmtree(self.root)
+                if self._aside.is_dir():
+                    os.rename(self._aside, self.root)
+            raise
+
+    # --- what stages leave behind -----------------------------------------------------------------------------------
+
+    def once(self, name: str, compute: Callable[[], dict]) -> dict:
+        """What the JSON file ``name`` holds; ``compute`` makes it where the stage has not ended yet."""
+        path = self.root / name
+        if not path.is_file():
+            write_json(path, compute())
+        return json.loads(path.read_text())
+
+    def read(self, name: str) -> dict:
+        """What the JSON file ``name`` holds; empty where there is none."""
+        path = self.root / name
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def has_projections(self, depth: int, kind: str) -> bool:
+        return self._projections(depth, kind).is_file()
+
+    def write_projections(self, projections: KVProjections) -> None:
+        state, path = projections.fitted_state(), self._projections(projections.depth, projections.kind)
+        write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary))
+
+    def read_projections(self, decoder: Decoder, depth: int, kind: str) -> KVProjections:
+        return KVProjections.from_state(
+            decoder, depth, kind, safetensors.torch.load_file(self._projections(depth, kind))
+        )
+
+    def _projections(self, depth: int, kind: str) -> Path:
+        return self.state / f"{kind}-depth{depth}.safetensors"
