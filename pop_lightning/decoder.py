@@ -291,7 +291,7 @@ class Decoder:
 
     def _find_body(self, model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
         for module in model.modules():
-            norm = _part(module, ("norm", "final_layernorm", "embedding_norm", "norm_f"))
+            norm = _part(module, ("norm", "final_layernorm", "final_norm", "embedding_norm", "norm_f"))
             if isinstance(getattr(module, "layers", None), nn.ModuleList) and norm is not None:
                 return module, getattr(module, norm)
         raise InputError(f"{self.name} is not supported: no decoder with `layers` and a final `norm` was found in it.")
@@ -673,6 +673,6 @@ def _rotate_halves(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
-    """RoPE on neighbouring features as complex numbers, in float32; ``turns`` is complex ``[batch, tokens, dim / 2]``."""
+    """RoPE on neighbouring features as complex numbers, in float32; ``turns`` complex, ``[batch, tokens, dim / 2]``."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).type_as(x)

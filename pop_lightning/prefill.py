@@ -130,7 +130,7 @@ class _Run:
         self.decoder, self.projections, self.plan = prefill.decoder, prefill.projections, prefill.plan
         self.prompt_length, self.context_end = prompt_length, context_end
         self.seen = seen  # tokens read so far: counted here, because a static cache knows it on the device alone
-        self.keep = 0
+        self.keep = self.logits = 0
         self.context: ContextProjector | None = None
         self.last: Tensor | None = None
         self.handles: list = []
@@ -142,6 +142,8 @@ class _Run:
                 self.decoder.layers[layer], lambda args, kwargs, hook=hook, layer=layer: hook(layer, args, kwargs)
             )
         self._hook(self.decoder.norm, self.finish)
+        self._hook(self.decoder.model, self.start)
+        self._hook(self.decoder.head, self.head)
 
     def _hook(self, module, act):
         thread = threading.get_ident()
@@ -155,6 +157,11 @@ class _Run:
     def release(self):
         while self.handles:
             self.handles.pop().remove()
+
+    def start(self, args: tuple, kwargs: dict):
+        """Before the forward: how many rows of logits are wanted (0 for all)."""
+        wanted = kwargs.get("logits_to_keep")
+        self.logits = wanted if isinstance(wanted, int) else 0
 
     def split(self, layer: int, args: tuple, kwargs: dict):
         """At the first pruned layer: keep the context aside, pass the boundary tokens on."""
@@ -181,9 +188,7 @@ class _Run:
         kwargs = self.decoder.arguments(layer, args, kwargs)
         hidden, cache = kwargs.pop("hidden_states"), kwargs["past_key_values"]
         rows, context = hidden.shape[1], self.context.length
-        cache_context(
-            self.decoder, layer, self.context.take(layer), kwargs.get("position_embeddings"), context, cache
-        )
+        cache_context(self.decoder, layer, self.context.take(layer), kwargs.get("position_embeddings"), context, cache)
         kwargs = of_tokens(kwargs, slice(-rows, None))
         if self.keep:
             mask = kwargs.get("attention_mask")
@@ -194,15 +199,22 @@ class _Run:
         return (hidden,), kwargs
 
     def finish(self, args: tuple, kwargs: dict):
-        """Before the final norm: where the last prompt token was context, its h_d takes its place; then hooks go."""
+        """Before the final norm: where the last prompt token was context, its h_d takes its place."""
         hidden = args[0]
         if self.last is not None:
             last = self.last.to(hidden.device)
             hidden = torch.cat([last, hidden], dim=1) if self.keep else last
         self.context = self.last = None
+        return (hidden, *args[1:]), kwargs
+
+    def head(self, args: tuple, kwargs: dict):
+        """Before the head: only rows whose logits are wanted go in; where the prompt has been read, hooks go.
+
+        A model that finds fewer rows than tokens may take them for the wanted ones (Gemma 4).
+        """
         if self.seen >= self.prompt_length:
             self.release()
-        return (hidden, *args[1:]), kwargs
+        return (args[0][:, -self.logits :], *args[1:]), kwargs
 
 
 class _Compiler:
@@ -328,6 +340,10 @@ def check_decoder(decoder: Decoder) -> None:
     """
     if decoder.model in _checked:
         return
+    if "flash" in decoder.config._attn_implementation and any(parts.chunked for parts in decoder.parts.values()):
+        raise InputError(
+            f"{decoder.name} attends in chunks, which flash attention cannot; load it with attn_implementation='sdpa'."
+        )
     window = max((decoder.window(layer) or 0 for layer in range(decoder.num_layers)), default=0)
     length = min(max(16, window + 8), getattr(decoder.config, "max_position_embeddings", 1 << 20))
     generator = torch.Generator().manual_seed(0)
