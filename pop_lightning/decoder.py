@@ -54,7 +54,9 @@ class Trace:
 # Rotary tables as a layer gets them: cos and sin ``[batch, tokens, rotary dim]``, or one complex tensor (Llama 4).
 Tables = tuple[Tensor, Tensor] | Tensor
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
-RECURRENT = ("linear_attn", "mamba", "conv", "mixer", "temporal_block")  # what such a part is called in a layer
+# What a part that keeps a state is called in a layer, and what such layers are called in ``layer_types``.
+RECURRENT = ("linear_attn", "mamba", "conv", "mixer", "temporal_block")
+RECURRENT_KINDS = ("linear_attention", "mamba", "mamba2", "conv", "hybrid", "hybrid_sliding", "recurrent")
 FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe")
 # What a layer is told of each of its tokens, and along which dimension of it the tokens lie.
 PER_TOKEN = {"position_embeddings": 1, "position_ids": -1, "per_layer_input": 1}
@@ -138,26 +140,10 @@ def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> Layer
         kind: the layer's entry in the config's ``layer_types``, where it has them.
         window: of the layer's cache.
     """
-    if (part := _part(block, RECURRENT)) is not None or (kind is not None and kind not in KINDS):
-        return f"it is a recurrent layer ({part or kind}): its cache holds a state, not keys and values of each token"
-    attention = getattr(block, "self_attn", None)
-    if any(hasattr(attention, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa", "kv_proj_with_mqa")):
-        return "it has multi-head latent attention (MLA), whose keys and values are expanded from a compressed latent"
-    if getattr(attention, "is_kv_shared_layer", False):
-        return "it shares the keys and values of an earlier layer and has none of its own"
-    if hasattr(block, "altup"):
-        return "it carries several residual streams (AltUp), of which no single one gives its keys and values"
-    missing = [name for name in ("input_layernorm", "self_attn") if getattr(block, name, None) is None]
-    if _part(block, FEED_FORWARD) is None:
-        missing.append("mlp")
-    if not missing and not hasattr(attention, "head_dim"):
-        missing.append("self_attn.head_dim")
-    rows = _query_key_value_rows(attention) if not missing else None
-    if not missing and rows is None:
-        missing += ["self_attn.k_proj", "self_attn.v_proj"]
-    if missing:
-        return f"it has no {', '.join(missing)}"
-    queries, keys, values = rows
+    if (reason := _refusal(block, kind)) is not None:
+        return reason
+    attention = block.self_attn
+    queries, keys, values = _query_key_value_rows(attention)
     after = getattr(attention, "qk_norm", None)  # one norm for both, behind RoPE (Llama 4)
     return LayerParts(
         norm=block.input_layernorm,
@@ -176,6 +162,34 @@ def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> Layer
     )
 
 
+def _refusal(block: nn.Module, kind: str | None) -> str | None:
+    """Why a layer cannot be pruned, as the rest of a sentence about it."""
+    attention = getattr(block, "self_attn", None)
+    if (part := _part(block, RECURRENT)) is not None or kind in RECURRENT_KINDS:
+        return f"it is a recurrent layer ({part or kind}): its cache holds a state, not keys and values of each token"
+    if any(hasattr(attention, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa")):
+        return "it has multi-head latent attention (MLA), whose keys and values are expanded from a compressed latent"
+    if getattr(attention, "is_kv_shared_layer", False):
+        return "it shares the keys and values of an earlier layer and has none of its own"
+    if hasattr(block, "altup"):
+        return "it carries several residual streams (AltUp), of which no single one gives its keys and values"
+    if kind is not None and kind not in KINDS:
+        return f"its kind is {kind}, of which only {', '.join(KINDS)} are known"
+    missing = [name for name in ("input_layernorm", "self_attn") if getattr(block, name, None) is None]
+    missing += [] if _part(block, FEED_FORWARD) else ["mlp"]
+    if not missing:
+        missing += [] if hasattr(block.input_layernorm, "weight") else ["weight in its input_layernorm"]
+        missing += [] if hasattr(attention, "head_dim") else ["self_attn.head_dim"]
+    if not missing and _query_key_value_rows(attention) is None:
+        missing = ["self_attn.k_proj", "self_attn.v_proj"]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    width = getattr(getattr(attention, "k_norm", None), "weight", torch.empty(0)).numel()  # 0 where it is sharded
+    if width not in (0, attention.head_dim):
+        return "it normalises the keys of all heads together, not each head"
+    return None
+
+
 def _query_key_value_rows(attention: nn.Module) -> tuple[Rows, Rows, Rows] | None:
     fused = getattr(attention, "qkv_proj", None)  # queries, keys and values stacked in this order (Phi-3)
     if fused is not None and hasattr(attention, "num_key_value_heads"):
@@ -185,7 +199,7 @@ def _query_key_value_rows(attention: nn.Module) -> tuple[Rows, Rows, Rows] | Non
     linears = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     if linears[2] is None and getattr(attention, "use_alternative_attention", False):
         linears[2] = linears[1]  # the values are the keys before their norm and RoPE (Gemma 4's global layers)
-    if None in linears:
+    if not all(hasattr(linear, "out_features") for linear in linears):
         return None
     return tuple(Rows(linear, 0, linear.out_features) for linear in linears)
 
@@ -292,7 +306,7 @@ class Decoder:
     def _find_body(self, model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
         for module in model.modules():
             norm = _part(module, ("norm", "final_layernorm", "final_norm", "embedding_norm", "norm_f"))
-            if isinstance(getattr(module, "layers", None), nn.ModuleList) and norm is not None:
+            if isinstance(getattr(module, "layers", None), nn.ModuleList) and norm and hasattr(module, "config"):
                 return module, getattr(module, norm)
         raise InputError(f"{self.name} is not supported: no decoder with `layers` and a final `norm` was found in it.")
 
@@ -374,7 +388,7 @@ class Decoder:
             InputError: a layer is built otherwise.
         """
         block = self.layers[layer]
-        if hasattr(block, "pre_feedforward_layernorm"):
+        if hasattr(block, "post_feedforward_layernorm"):
             ends = ["post_attention_layernorm", "post_feedforward_layernorm"]
         elif hasattr(block, "post_self_attn_layernorm"):
             ends = ["post_self_attn_layernorm", "post_mlp_layernorm"]

@@ -13,11 +13,13 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device_map=None,
 ) -> PreTrainedModel:
     """A causal language model in eval mode; ``name`` is a hub id, a folder, or ``bundled:NAME``.
+
+    ``attn_implementation`` is Transformers' own choice unless given (sdpa where the family has it).
 
     Raises:
         InputError: nothing loadable stands under that name.
@@ -33,6 +35,11 @@ def load_model(
             device_map=device_map,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if attn_implementation is not None and "attn_implementation" in str(error):
+            raise InputError(
+                f"model.base {name!r} does not run with model.attn_implementation {attn_implementation!r}: set it to "
+                f"'eager' ({_first_sentence(error)})"
+            ) from error
         raise InputError(
             f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
             f"was expected): {_first_sentence(error)}"

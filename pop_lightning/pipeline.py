@@ -203,7 +203,7 @@ class _Run:
         layers above: where importance rises fast, candidates are dense.
         """
         wanted, layers = self.recipe.budget.candidates, self.decoder.num_layers
-        every = list(range(layers - 1, 0, -1))
+        every = list(range(layers - 1, self.decoder.first_depth - 1, -1))
         if wanted == "all":
             return every
         if isinstance(wanted, list):
@@ -214,11 +214,13 @@ class _Run:
                 raise InputError(
                     f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one."
                 )
+            self.decoder.check_depth(min(wanted))
             return sorted({depth for depth in wanted if depth < layers}, reverse=True)
         every = [depth for depth in every if layers - depth >= self.recipe.budget.min_pruned]
         if not every:
             raise InputError(
-                f"budget.min_pruned {self.recipe.budget.min_pruned} leaves no depth of a model of {layers} layers."
+                f"budget.min_pruned {self.recipe.budget.min_pruned} leaves no depth of a model of {layers} layers, "
+                f"whose smallest depth is {self.decoder.first_depth}."
             )
         if wanted >= len(every):
             return every

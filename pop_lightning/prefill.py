@@ -351,54 +351,64 @@ def check_decoder(decoder: Decoder) -> None:
     training = decoder.model.training
     decoder.model.eval()
     try:
-        cache = decoder.new_cache()
-        with decoder.tracing() as trace:
-            plain = decoder.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        for layer in range(decoder.first_depth, decoder.num_layers):
-            reuse = decoder.reuse_map(layer)
-            hidden = trace.hidden[layer]
-            if reuse is None:
-                kv = decoder.own_kv(layer, hidden)
-            else:
-                weight = reuse.weight.to(hidden.dtype)
-                bias = None if reuse.bias is None else reuse.bias.to(hidden.dtype)
-                kv = torch.nn.functional.linear(decoder.normalise(hidden), weight, bias)
-            keys, values = decoder.to_cache(layer, kv, trace.kwargs[layer].get("position_embeddings"))
-            held = cache.layers[layer].keys.shape[-2]
-            for name, ours, theirs in (
-                ("keys", keys, cache.layers[layer].keys),
-                ("values", values, cache.layers[layer].values),
-            ):
-                error = _relative(ours[:, :, -held:], theirs)
-                if not error <= _tolerance(theirs.dtype):
-                    raise InputError(
-                        f"{decoder.name} is not supported: projecting the true input of layer {layer} "
-                        f"({type(decoder.layers[layer]).__name__}) does not give its cached {name} "
-                        f"(relative error {error:.1e})."
-                    )
-        depth = decoder.num_layers - 1
-        error = _relative(decoder.logits(trace.hidden[depth + 1][:, -1:]), plain)
-        if not error <= _tolerance(plain.dtype):
-            raise InputError(
-                f"{decoder.name} is not supported: the final norm and head over its last layer's output do not give "
-                f"its logits (relative error {error:.1e})."
-            )
-        if depth >= 1:
-            plan = PruningPlan(depth)
-            prefill = StageAwarePrefill(KVProjections(decoder, depth), plan)
-            with prefill.attached(length):
-                pruned = decoder.model(
-                    input_ids=ids, past_key_values=decoder.new_cache(), use_cache=True, logits_to_keep=1
-                ).logits
-            worst = _relative(pruned, plain)
-            if not worst <= _tolerance(plain.dtype):
-                raise InputError(
-                    f"{decoder.name} is not supported: with only its last layer pruned, which loses nothing, its "
-                    f"logits move by {worst:.1e} (relative)."
-                )
+        _compare_with_plain(decoder, ids)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{decoder.name} is not supported: pruning its last layer fails with: {reason}.") from error
     finally:
         decoder.model.train(training)
     _checked.add(decoder.model)
+
+
+def _compare_with_plain(decoder: Decoder, ids: Tensor) -> None:
+    """The three facts of :func:`check_decoder` on the tokens ``ids`` ``[1, tokens]``."""
+    cache = decoder.new_cache()
+    with decoder.tracing() as trace:
+        plain = decoder.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    for layer in range(decoder.first_depth, decoder.num_layers):
+        reuse = decoder.reuse_map(layer)
+        hidden = trace.hidden[layer]
+        if reuse is None:
+            kv = decoder.own_kv(layer, hidden)
+        else:
+            weight = reuse.weight.to(hidden.dtype)
+            bias = None if reuse.bias is None else reuse.bias.to(hidden.dtype)
+            kv = torch.nn.functional.linear(decoder.normalise(hidden), weight, bias)
+        keys, values = decoder.to_cache(layer, kv, trace.kwargs[layer].get("position_embeddings"))
+        held = cache.layers[layer].keys.shape[-2]
+        for name, ours, theirs in (
+            ("keys", keys, cache.layers[layer].keys),
+            ("values", values, cache.layers[layer].values),
+        ):
+            error = _relative(ours[:, :, -held:], theirs)
+            if not error <= _tolerance(theirs.dtype):
+                raise InputError(
+                    f"{decoder.name} is not supported: projecting the true input of layer {layer} "
+                    f"({type(decoder.layers[layer]).__name__}) does not give its cached {name} "
+                    f"(relative error {error:.1e})."
+                )
+    depth = decoder.num_layers - 1
+    error = _relative(decoder.logits(trace.hidden[depth + 1][:, -1:]), plain)
+    if not error <= _tolerance(plain.dtype):
+        raise InputError(
+            f"{decoder.name} is not supported: the final norm and head over its last layer's output do not give "
+            f"its logits (relative error {error:.1e})."
+        )
+    if depth >= 1:
+        plan = PruningPlan(depth)
+        prefill = StageAwarePrefill(KVProjections(decoder, depth), plan)
+        with prefill.attached(ids.shape[1]):
+            pruned = decoder.model(
+                input_ids=ids, past_key_values=decoder.new_cache(), use_cache=True, logits_to_keep=1
+            ).logits
+        worst = _relative(pruned, plain)
+        if not worst <= _tolerance(plain.dtype):
+            raise InputError(
+                f"{decoder.name} is not supported: with only its last layer pruned, which loses nothing, its "
+                f"logits move by {worst:.1e} (relative)."
+            )
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

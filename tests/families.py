@@ -78,7 +78,14 @@ FAMILIES = {
 }  # fmt: skip
 # `make test` runs these through everything; of the others it runs the exactness matrix's pairs and a few more.
 QUICK = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-EVERY = [family if family in QUICK else pytest.param(family, marks=pytest.mark.full) for family in FAMILIES]
+
+
+def marked(families, quick=QUICK):
+    """``families`` for ``parametrize``, those that are not quick under the mark ``full``."""
+    return [family if family in quick else pytest.param(family, marks=pytest.mark.full) for family in families]
+
+
+EVERY = marked(FAMILIES)
 
 
 # Soft-capped scores are nothing that sdpa computes; Transformers refuses it for Gemma 2.
