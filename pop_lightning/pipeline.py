@@ -65,7 +65,7 @@ class _Run:
         self._load()
         self.folder.settle()
         importance = self.folder.once("importance.json", self._score)
-        depths = candidates(self.recipe.budget, importance["prefill"])
+        depths = candidates(self.recipe.budget, importance["prefill"], self.decoder)
         projections = self._fit_projections(depths)
         search = self.folder.once("state/search.json", lambda: self._search(projections))
         self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
