@@ -120,6 +120,7 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> list[Row
         max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
         max_response_tokens=max_new_tokens,
         context=context,
+        end_tokens=end_tokens(generator.model),
     ).read_rows()
 
 
