@@ -27,7 +27,7 @@ from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.files import write_json, write_text, write_whole
 from pop_lightning.fitting import Distillation, FittedDepth, closed_form, quiet_lightning
 from pop_lightning.metrics import row_loss
-from pop_lightning.models import context_length, load_model, load_tokenizer
+from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projection_training import JointTraining
@@ -91,7 +91,7 @@ def run(settings: Settings) -> dict:
     decoder = Decoder(load_model(settings.base))
     check_decoder(decoder)
     tokenizer = load_tokenizer(settings.base)
-    rows = _rows(settings, tokenizer, context_length(decoder.model))
+    rows = _rows(settings, tokenizer, decoder.model)
     last = decoder.num_layers - 1
     depths = sorted(range(1, last + 1) if settings.depths == "all" else settings.depths, reverse=True)
     if not depths or not all(1 <= depth <= last for depth in depths):
@@ -238,9 +238,15 @@ def _tune(settings: Settings, decoder: Decoder, rows: list[Row], depths: list[in
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(settings: Settings, tokenizer, context: int | None) -> list[Row]:
+def _rows(settings: Settings, tokenizer, model) -> list[Row]:
     if settings.running_text is None:
-        data = CalibrationData(settings.calibration, tokenizer, context=context, limit=settings.limit)
+        data = CalibrationData(
+            settings.calibration,
+            tokenizer,
+            context=context_length(model),
+            end_tokens=end_tokens(model),
+            limit=settings.limit,
+        )
         rows = data.read_rows()
         if any(row.response_ids is None for row in rows):
             raise InputError("the study needs rows with responses; rows with a prompt alone go through pop-fit.")

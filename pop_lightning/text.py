@@ -164,6 +164,7 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> tuple[li
         max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
         max_response_tokens=max_new_tokens,
         context=context,
+        end_tokens=end_tokens(generator.model),
     )
     with _named_as_flags():
         rows = reader.read_rows(keep_duplicates=True)
