@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from pop_lightning.cli import run
+from pop_lightning.cli import importing, run
 from pop_lightning.errors import InputError
 
 
@@ -74,7 +74,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name in ("compare", "full"):
         if getattr(arguments, name):
             raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
-    from pop_lightning import benchmark, benchmark_report
+    with importing():
+        from pop_lightning import benchmark, benchmark_report
 
     given, folder = vars(arguments), None
     if arguments.output is not None:
@@ -112,9 +113,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
-    from pop_lightning import StageAwareGenerator
-    from pop_lightning.models import check_dtype, choose_device
-    from pop_lightning.text import check_files, check_prompt, generate_file, stream
+    with importing():
+        from pop_lightning import StageAwareGenerator
+        from pop_lightning.models import check_dtype, choose_device
+        from pop_lightning.text import check_files, check_prompt, generate_file, stream
 
     check_dtype(arguments.dtype)
     device = choose_device(arguments.device)
