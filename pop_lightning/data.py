@@ -27,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.errors import InputError
 from pop_lightning.files import write_json
+from pop_lightning.images import KEYS as IMAGE_KEYS
+from pop_lightning.images import RowImage, VisionProcessor
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
@@ -46,17 +48,29 @@ _DUPLICATE = "duplicate"
 class Row:
     """One tokenised row; ``response_ids`` is None until the full model has generated it.
 
-    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``.
+    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` the prompt's ids hold a
+    token for every feature; they are opened when a batch wants their tensors.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...] | None
     origin: str
+    images: tuple[RowImage, ...] = ()
+
+    @property
+    def prompt(self) -> tuple:
+        """What the model is asked: token ids, and the images' digests where there are any."""
+        return (self.prompt_ids, *(image.digest for image in self.images))
+
+    @property
+    def content(self) -> tuple:
+        """What makes two rows the same row."""
+        return (self.prompt, self.response_ids)
 
     @property
     def seed(self) -> int:
-        """A 63-bit hash of the token ids: the same on every machine, in every process and for every file order."""
-        return _hash63(self.prompt_ids, self.response_ids)
+        """A 63-bit hash of the content: the same on every machine, in every process and for every file order."""
+        return _hash63(*self.prompt, self.response_ids)
 
     @property
     def length(self) -> int:
@@ -225,18 +239,57 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
             f"expected {SHAPES}."
         )
     name = path.name or source
+    images = "images" in dataset.column_names
+    if images:
+        undecoded = dataset.select_columns(["images"])
+        undecoded = undecoded.cast_column("images", _undecoded(undecoded.features["images"]))
+    examples = []
     # Other columns may be images or audio, which are decoded when a row is read.
-    return [
-        (_shape(dict(example), f"data.calibration {source!r} row {number}"), f"{name} row {number}")
-        for number, example in enumerate(dataset.select_columns(known))
-    ]
+    for number, example in enumerate(dataset.select_columns(known)):
+        lazy = {"images": partial(_cells, undecoded, number)} if images else {}
+        shaped = _shape(dict(example) | lazy, f"data.calibration {source!r} row {number}")
+        examples.append((shaped, f"{name} row {number}"))
+    return examples
+
+
+def _undecoded(feature):
+    """A feature of `datasets` whose images come as the bytes they are stored as."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, list):
+        return [_undecoded(each) for each in feature]
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else type(feature)(_undecoded(inner))
+
+
+def _cells(dataset, row: int) -> list[Callable]:
+    """A dataset row's images, each to be read when it is wanted."""
+    found = dataset[row]["images"]
+    count = len(found) if isinstance(found, list) else int(found is not None)
+    return [partial(_cell, dataset, row, index) for index in range(count)]
+
+
+def _cell(dataset, row: int, index: int):
+    found = dataset[row]["images"]
+    return found[index] if isinstance(found, list) else found
 
 
 def _shape(example: dict, where: str) -> dict:
-    """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table."""
+    """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
+
+    Images are kept apart from the text: under ``parts`` what each image part of the messages names (None where it
+    names nothing), under ``images`` those that stand in a list beside the text, or a call that gives that list.
+    """
     found = {key: value for key, value in example.items() if value is not None}
+    images = found.get("images") or None
+    if not (images is None or isinstance(images, list) or callable(images)):
+        raise InputError(f'{where} has "images" of type {type(images).__name__}: a list was expected.')
+    beside = {} if images is None else {"images": images}
     if "messages" in found:
-        return {"messages": _messages(found["messages"], where)}
+        messages, parts = _messages(found["messages"], where)
+        return {"messages": messages} | ({"parts": parts} if parts else {}) | beside
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
@@ -244,10 +297,11 @@ def _shape(example: dict, where: str) -> dict:
     for key in keys:
         if not isinstance(found[key], str):
             raise InputError(f"{where} has a {key!r} of type {type(found[key]).__name__}: a string was expected.")
-    return {key: found[key] for key in keys}
+    return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
 
 
-def _messages(messages, where: str) -> list[dict]:
+def _messages(messages, where: str) -> tuple[list[dict], list]:
+    """The messages as a chat template takes them, and what their image parts name, in order."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
@@ -255,15 +309,36 @@ def _messages(messages, where: str) -> list[dict]:
     if not messages or messages[-1]["role"] != "assistant":
         last = repr(messages[-1]["role"]) if messages else "missing"
         raise InputError(f"{where}: the role of the last message is {last}, 'assistant' was expected (the response).")
+    clean, images = [], []
     for message in messages:
         content = message.get("content")
         parts = [{"type": "text"}] if isinstance(content, str) or content is None else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise InputError(f'{where} has a message whose "content" is neither a string nor a list of parts.')
-        others = sorted({str(part.get("type")) for part in parts} - {"text"})
+        others = sorted({str(part.get("type")) for part in parts} - {"text", "image", "image_url"})
         if others:  # the tokenizer alone would drop them without a word
-            raise InputError(f"{where} has message parts of type {', '.join(others)}: only text is supported.")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+            raise InputError(f"{where} has message parts of type {', '.join(others)}: text and image are supported.")
+        found = [part for part in parts if part["type"] != "text"]
+        if found and message is messages[-1]:
+            raise InputError(f"{where} has an image in its last message, the response: only prompts may hold images.")
+        images += map(_named_image, found)
+        clean.append({key: value for key, value in message.items() if value is not None})
+        if isinstance(content, list):
+            clean[-1]["content"] = [
+                {key: value for key, value in part.items() if value is not None}
+                if part["type"] == "text"
+                else {"type": "image"}
+                for part in parts
+            ]
+    return clean, images
+
+
+def _named_image(part: dict):
+    """What an image part names, or None; OpenAI's ``image_url`` parts are taken as Transformers takes them."""
+    address = part.get("image_url")
+    if part["type"] == "image_url":
+        return {"url": address.get("url") if isinstance(address, dict) else address}
+    return part if any(part.get(key) is not None for key in IMAGE_KEYS) else None
 
 
 # --- tokenising -------------------------------------------------------------------------------------------------------
@@ -271,20 +346,60 @@ def _messages(messages, where: str) -> list[dict]:
 
 @dataclass(frozen=True)
 class _Tokeniser:
-    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None."""
+    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
+
+    ``folder`` is where relative image paths start, ``vision`` is None where the model reads text alone.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     max_prompt: int
     max_response: int
     context: int | None
+    vision: VisionProcessor | None = None
+    folder: Path | None = None
+    allow_urls: bool = False
 
     def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
+        row, reason, truncated = self._row(example, origin)
+        if row is not None and self.vision is not None:
+            # Image tokens that no image stands behind would be given another's features.
+            text = (*(() if row.images else row.prompt_ids), *(row.response_ids or ()))
+            stray = next((token for token in self.vision.tokens if token in text), None)
+            if stray is not None:
+                raise InputError(
+                    f"{origin} has the image token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with no "
+                    "image behind it: take it out, or give the row's images."
+                )
+        return row, reason, truncated
+
+    def images(self, example: dict, origin: str) -> tuple[RowImage, ...]:
+        """The example's images in the order of its text; each file is read once for its hash, and not kept."""
+        listed, parts = example.get("images") or [], example.get("parts")
+        listed = listed() if callable(listed) else listed
+        bare = len(listed) if parts is None and "messages" not in example else (parts or []).count(None)
+        if bare != len(listed):
+            raise InputError(
+                f'{origin} has {bare} image parts that name no image, and {len(listed)} entries in "images": expected '
+                "one entry for each."
+            )
+        if parts is not None:
+            rest = iter(listed)
+            listed = [next(rest) if part is None else part for part in parts]
+        return tuple(
+            RowImage.of(given, f"{origin}, image {number}", folder=self.folder, allow_urls=self.allow_urls)
+            for number, given in enumerate(listed, start=1)
+        )
+
+    def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
         if "text" in example:
             return self._text(example["text"], origin)
+        images = self.images(example, origin)
+        if images:
+            self._check_vision(origin)
         if "messages" in example:
-            prompt, response = self._chat(example["messages"], origin)
+            prompt, response = self._chat(example["messages"], origin, images)
         else:
-            prompt = self._with_specials(example["prompt"])
+            prompt = self._with_specials(example["prompt"], images, origin)
             response = self._response(example["response"]) if "response" in example else None
         if not prompt:
             return None, _EMPTY_PROMPT, False
@@ -298,17 +413,31 @@ class _Tokeniser:
             return None, _LONG_ROW, False
         truncated = response is not None and len(response) > self.max_response
         response = None if response is None else tuple(response[: self.max_response])
-        return Row(tuple(prompt), response, origin), None, truncated
+        return Row(tuple(prompt), response, origin, images), None, truncated
+
+    def _check_vision(self, origin: str) -> None:
+        if self.vision is None:
+            raise InputError(
+                f"{origin} has images, and the model reads text alone: change model.base to a model that reads images, "
+                "or take the row out of data.calibration."
+            )
+        try:
+            _ = self.vision.processor
+        except InputError as error:
+            raise InputError(f"{origin} has images, but {error}") from error
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _with_specials(self, text: str) -> list[int]:
+    def _with_specials(self, text: str, images: tuple[RowImage, ...] = (), origin: str = "") -> list[int]:
         """Token ids with the tokenizer's own bos and the like, without an eos at the end; [] for a blank text."""
         bare = self._ids(text) if text.strip() else []
         if not bare:
             return []
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if images:
+            ids = self.vision.encode(text, images, origin, special=True)
+        else:
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         # An eos that the text itself ends on stays: it is part of what the user wrote.
         return ids[:-1] if eos is not None and ids[-1] == eos and bare[-1] != eos else ids
@@ -318,17 +447,21 @@ class _Tokeniser:
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
 
-    def _chat(self, messages: list[dict], origin: str) -> tuple[list[int], list[int]]:
+    def _chat(
+        self, messages: list[dict], origin: str, images: tuple[RowImage, ...] = ()
+    ) -> tuple[list[int], list[int]]:
         if len(messages) == 1:
             return [], []
-        if not self.tokenizer.chat_template:
+        template = self.vision.chat_template if images else self.tokenizer.chat_template
+        if not template:
             raise InputError(
                 f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
                 '{"prompt", "response"} rows in data.calibration.'
             )
         try:
-            prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-            full = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            render = partial(self.tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+            prompt = render(messages[:-1], add_generation_prompt=True)
+            full = render(messages)
         except (TemplateError, ValueError, TypeError) as error:
             raise InputError(
                 f"{origin} cannot be rendered by the tokenizer's chat template ({error}): change that row's "
@@ -346,11 +479,14 @@ class _Tokeniser:
         full = prompt + full[len(prompt) :].rstrip()
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
-            return prompt_ids, []
-        if full_ids[: len(prompt_ids)] == prompt_ids:
-            return prompt_ids, full_ids[len(prompt_ids) :]
-        # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
-        return prompt_ids, self._ids(full[len(prompt) :])
+            response_ids = []
+        elif full_ids[: len(prompt_ids)] == prompt_ids:
+            response_ids = full_ids[len(prompt_ids) :]
+        else:
+            # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
+            response_ids = self._ids(full[len(prompt) :])
+        # An image's placeholder is a token of its own: expanding it moves no split.
+        return self.vision.encode(prompt, images, origin, special=False) if images else prompt_ids, response_ids
 
     def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, bool]:
         ids = self._with_specials(text)
@@ -377,7 +513,7 @@ def _hash63(*parts) -> int:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
+def collate(rows: Sequence[Row], pad_token_id: int, vision: VisionProcessor | None = None) -> dict:
     """A batch in which every row's response starts at the same column.
 
     Prompts are padded on the left to the longest prompt P, responses on the right; a missing response is empty, so
@@ -385,7 +521,8 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
 
     Returns:
         ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed``, long
-        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses.
+        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the rows ``vision``: the
+        tensors of all of them, in order, by the names that the model's forward gives them.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
@@ -395,12 +532,15 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
         span = slice(prompt_length - len(row.prompt_ids), prompt_length + len(row.response_ids or ()))
         input_ids[index, span] = torch.tensor(row.prompt_ids + (row.response_ids or ()), dtype=torch.long)
         attention_mask[index, span] = 1
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "prompt_length": prompt_length,
         "row_seed": torch.tensor([row.seed for row in rows], dtype=torch.long),
     }
+    if any(row.images for row in rows):
+        batch["vision"] = vision.tensors([row.images for row in rows])
+    return batch
 
 
 def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Row]]:
@@ -413,9 +553,9 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
     Raises:
         InputError: there are fewer distinct prompts than splits.
     """
-    key = {row.prompt_ids: _hash63(seed, row.prompt_ids) for row in rows}
-    ordered = sorted(rows, key=lambda row: (key[row.prompt_ids], row.prompt_ids, row.seed))
-    groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt_ids)]
+    key = {row.prompt: _hash63(seed, *row.prompt) for row in rows}
+    ordered = sorted(rows, key=lambda row: (key[row.prompt], row.prompt, row.seed))
+    groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt)]
     if len(groups) < len(fractions):
         raise InputError(
             f"found {len(rows)} usable rows with {len(groups)} distinct prompts, expected at least {len(fractions)}, "
@@ -464,6 +604,8 @@ class CalibrationData(lightning.LightningDataModule):
         batch_size: rows per batch.
         splits: the fraction of the rows for each of the four splits; they sum to 1.
         seed: another seed, other splits.
+        vision: the base's processor; None for a model that reads text alone, where a row with images is refused.
+        allow_urls: fetch images that rows name by URL.
 
     Raises:
         InputError: a setting does not fit; from :meth:`setup`, the data does not.
@@ -482,6 +624,8 @@ class CalibrationData(lightning.LightningDataModule):
         batch_size: int = 8,
         splits: Mapping[str, float] = SPLITS,
         seed: int = 0,
+        vision: VisionProcessor | None = None,
+        allow_urls: bool = False,
     ):
         super().__init__()
         _check_counts(
@@ -500,7 +644,17 @@ class CalibrationData(lightning.LightningDataModule):
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
         self.report: DataReport | None = None
-        self._tokenise = _Tokeniser(tokenizer, max_prompt_tokens, max_response_tokens, context)
+        path = Path(resolve_bundled(self.calibration))
+        self.vision = vision
+        self._tokenise = _Tokeniser(
+            tokenizer,
+            max_prompt_tokens,
+            max_response_tokens,
+            context,
+            vision=vision,
+            folder=path.parent if path.is_file() else None,
+            allow_urls=allow_urls,
+        )
         self._splits: dict[str, list[Row]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -519,7 +673,7 @@ class CalibrationData(lightning.LightningDataModule):
         examples = list(enumerate(read_examples(self.calibration, self.split)))
         if self.limit is not None:
             # A sample by content, not the head of the file, which is often sorted by topic or difficulty.
-            examples.sort(key=lambda item: _hash63(self.seed, json.dumps(item[1][0], sort_keys=True)))
+            examples.sort(key=lambda item: self._order(*item[1]))
         rows: list[Row] = []
         seen: set[tuple] = set()
         unusable: Counter[str] = Counter()
@@ -529,13 +683,13 @@ class CalibrationData(lightning.LightningDataModule):
             if len(rows) == self.limit:
                 break
             row, reason, cut = self._tokenise(example, origin)
-            if row is not None and not keep_duplicates and (row.prompt_ids, row.response_ids) in seen:
+            if row is not None and not keep_duplicates and row.content in seen:
                 row, reason = None, _DUPLICATE
             if row is None:
                 unusable[reason] += 1
                 first[reason] = min(first.get(reason, (position, origin)), (position, origin))
                 continue
-            seen.add((row.prompt_ids, row.response_ids))
+            seen.add(row.content)
             rows.append(row)
             truncated += cut
         self.report = _report(
@@ -549,6 +703,12 @@ class CalibrationData(lightning.LightningDataModule):
             )
         return rows
 
+    def _order(self, example: dict, origin: str) -> tuple:
+        """Where an example stands in the order that ``limit`` samples by: what is written, then what images hold."""
+        written = json.dumps(example, sort_keys=True, default=lambda unwritten: None)
+        key = _hash63(self.seed, written)
+        return (key, _ByImages(partial(self._tokenise.images, example, origin)))
+
     def rows_of(self, name: str) -> list[Row]:
         """The rows of one split, in the order of their hash.
 
@@ -561,7 +721,7 @@ class CalibrationData(lightning.LightningDataModule):
         return list(self._splits[name])
 
     def loader(self, name: str, limit: int | None = None) -> DataLoader:
-        """Batches of :func:`collate` over one split, every row once.
+        """Batches of :meth:`batch` over one split, every row once.
 
         The longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
         first rows of :meth:`rows_of`.
@@ -570,7 +730,7 @@ class CalibrationData(lightning.LightningDataModule):
             InputError: a row's response is still missing.
         """
         rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate)
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.batch)
 
     def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
         """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.
@@ -579,7 +739,7 @@ class CalibrationData(lightning.LightningDataModule):
         with the batches that it would have read.
         """
         steps = _TrainingSteps(self._complete("fit"), batch_size or self.batch_size, self.seed, start)
-        return DataLoader(steps, batch_size=None, collate_fn=self._collate)
+        return DataLoader(steps, batch_size=None, collate_fn=self.batch)
 
     def _complete(self, name: str) -> list[Row]:
         rows = self.rows_of(name)
@@ -591,9 +751,13 @@ class CalibrationData(lightning.LightningDataModule):
             )
         return rows
 
-    @property
-    def _collate(self) -> Callable[[list[Row]], dict]:
-        return partial(collate, pad_token_id=self.pad_token_id)
+    def batch(self, rows: Sequence[Row]) -> dict:
+        """:func:`collate` of some rows; their images are read and prepared here.
+
+        Raises:
+            InputError: an image can no longer be read.
+        """
+        return collate(rows, self.pad_token_id, self.vision)
 
     @property
     def digest(self) -> str:
@@ -657,15 +821,14 @@ class CalibrationData(lightning.LightningDataModule):
                     ids = responses[str(row.seed)]
                     truncated += len(ids) > self.max_response_tokens
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
-                content = (row.prompt_ids, row.response_ids)
-                reason = _DUPLICATE if content in seen else None if row.response_ids else _EMPTY_RESPONSE
+                reason = _DUPLICATE if row.content in seen else None if row.response_ids else _EMPTY_RESPONSE
                 if reason:
                     unusable[reason] += 1
                     first.setdefault(reason, row.origin)
                     continue
-                seen.add(content)
+                seen.add(row.content)
                 splits[name].append(row)
-            splits[name].sort(key=lambda row: (_hash63(self.seed, row.prompt_ids), row.seed))
+            splits[name].sort(key=lambda row: (_hash63(self.seed, *row.prompt), row.seed))
         self.report = _report([row for rows in splits.values() for row in rows], dict(unusable), first, truncated)
         empty = [name for name, rows in splits.items() if not rows]
         if empty:
@@ -674,6 +837,16 @@ class CalibrationData(lightning.LightningDataModule):
                 f"{self.report._unusable()}; give more rows or data.splits with larger fractions there."
             )
         self._splits = splits
+
+
+@dataclass(eq=False)
+class _ByImages:
+    """Sorts by the images' digests, and reads them only where two examples are written alike."""
+
+    images: Callable[[], tuple[RowImage, ...]]
+
+    def __lt__(self, other: "_ByImages") -> bool:
+        return [image.digest for image in self.images()] < [image.digest for image in other.images()]
 
 
 def _check_counts(counts: dict[str, int]) -> None:

@@ -330,6 +330,12 @@ class Decoder:
         return getattr(self.model.config, "image_token_id", None)
 
     @property
+    def vision_tokens(self) -> tuple[int, ...]:
+        """The tokens that stand for features of images and of videos; none where the model reads text alone."""
+        tokens = (self.image_token, getattr(self.model.config, "video_token_id", None))
+        return tuple(token for token in tokens if token is not None)
+
+    @property
     def smallest_depth(self) -> int:
         """The smallest depth that can be pruned to: the model adds DeepStack features of the images to the outputs of
         its first layers (https://arxiv.org/abs/2406.04334), one layer for each, and every token has to pass those."""
@@ -408,7 +414,7 @@ class Decoder:
 
     def _all_of(self, types: Tensor, grids: Mapping[str, Tensor]) -> bool:
         """Whether the grids describe every image and frame that these tokens hold, and not the last ones alone."""
-        merged = self.model.config.vision_config.spatial_merge_size ** 2
+        merged = self.model.config.vision_config.spatial_merge_size**2
         return int((types > 0).sum()) == sum(int(grid.prod(-1).sum()) // merged for grid in grids.values())
 
     def rotary_shift(self, positions: Tensor, attention_mask: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from pop_lightning.errors import InputError
 from pop_lightning.recipe import Budget
 
 
-def candidates(budget: Budget, prefill_importance: Sequence[float]) -> list[int]:
+def candidates(budget: Budget, prefill_importance: Sequence[float], smallest: int = 1) -> list[int]:
     """Depths to measure, shallowest pruning first.
 
     A number picks depths at even steps of the logarithm of what is removed, the summed prefill importance of the
@@ -16,18 +16,20 @@ def candidates(budget: Budget, prefill_importance: Sequence[float]) -> list[int]
 
     Args:
         prefill_importance: one value per layer.
+        smallest: the smallest depth that the model allows (``Decoder.smallest_depth``).
 
     Raises:
         InputError: ``budget.candidates`` or ``budget.min_pruned`` does not fit a model of so many layers.
     """
     wanted, layers = budget.candidates, len(prefill_importance)
-    every = list(range(layers - 1, 0, -1))
+    every = list(range(layers - 1, smallest - 1, -1))
     if wanted == "all":
         return every
     if isinstance(wanted, list):
-        odd = [depth for depth in wanted if not 1 <= depth <= layers]
+        odd = [depth for depth in wanted if not smallest <= depth <= layers]
         if odd:
-            raise InputError(f"budget.candidates must lie in 1..{layers} for this model, found {odd[0]}.")
+            why = "" if smallest == 1 else f" (to its first {smallest} layers the model adds image features)"
+            raise InputError(f"budget.candidates must lie in {smallest}..{layers} for this model{why}, found {odd[0]}.")
         if min(wanted) == layers:
             raise InputError(f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one.")
         return sorted({depth for depth in wanted if depth < layers}, reverse=True)

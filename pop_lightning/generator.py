@@ -31,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
+from pop_lightning.images import VisionProcessor
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import StageAwarePrefill, check_decoder
 from pop_lightning.projections import KVProjections
@@ -46,14 +47,19 @@ class StageAwareGenerator:
         model: a Transformers causal language model.
         plan: depth and boundary.
         projections: key/value projections for the pruned layers; the layers' own (reuse) unless given.
-        tokenizer: kept for callers that want it; generation takes token ids.
+        tokenizer, vision: kept for callers that want them; generation takes token ids and image tensors.
 
     Raises:
         InputError: the plan does not fit the model, or the model is of an unsupported build (named, with the reason).
     """
 
     def __init__(
-        self, model: PreTrainedModel, plan: PruningPlan, projections: KVProjections | None = None, tokenizer=None
+        self,
+        model: PreTrainedModel,
+        plan: PruningPlan,
+        projections: KVProjections | None = None,
+        tokenizer=None,
+        vision: VisionProcessor | None = None,
     ):
         decoder = projections.decoder if projections is not None else Decoder(model)
         plan.check(decoder.num_layers, decoder.smallest_depth)
@@ -62,7 +68,7 @@ class StageAwareGenerator:
         check_decoder(decoder)
         self.model = model
         self.plan = plan
-        self.tokenizer = tokenizer
+        self.tokenizer, self.vision = tokenizer, vision
         self.decoder = decoder
         self.projections = projections if projections is not None else KVProjections(decoder, plan.depth)
         self.projections.stack()  # now, so that the first prefill pays neither its time nor its memory
@@ -86,10 +92,10 @@ class StageAwareGenerator:
             InputError: the artifact is damaged, or was made for another base.
         """
         from pop_lightning.artifact import check_base, read_artifact
-        from pop_lightning.models import load_model, load_tokenizer
+        from pop_lightning.models import load_model, load_tokenizer, vision_processor
 
         artifact = read_artifact(path)
-        tokenizer = None
+        tokenizer = name = None
         if base is None or isinstance(base, (str, Path)):
             name = artifact.config["base"]["id"] if base is None else str(base)
             revision = artifact.config["base"].get("revision") if base is None else load.pop("revision", None)
@@ -99,7 +105,10 @@ class StageAwareGenerator:
         check_base(artifact, base)
         decoder = Decoder(base)
         projections = KVProjections.from_state(decoder, artifact.plan.depth, artifact.kind, artifact.state)
-        return cls(base, artifact.plan, projections, tokenizer)
+        vision = None
+        if name is not None:
+            vision = vision_processor(decoder.vision_tokens, name, revision=revision, trust_remote_code=trusted)
+        return cls(base, artifact.plan, projections, tokenizer, vision)
 
     def to(self, *args, **kwargs) -> "StageAwareGenerator":
         """Move or cast the model, as ``model.to`` does, and its projections with it; returns self."""
