@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count, groupby
+from itertools import chain, count, groupby, zip_longest
 from pathlib import Path
 
 import lightning
@@ -198,7 +198,10 @@ def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
             raise InputError(f"{where} is not JSON ({error.msg}): expected one object per line, {SHAPES}.") from error
         if not isinstance(example, dict):
             raise InputError(f"{where} is a JSON {type(example).__name__}, not an object: expected {SHAPES}.")
-        examples.append((_shape(example, where), f"{path.name} line {number}"))
+        shaped = _shape(example, where)
+        if shaped.keys() & {"parts", "images"}:
+            shaped["folder"] = path.parent  # relative paths of images start here
+        examples.append((shaped, f"{path.name} line {number}"))
     return examples
 
 
@@ -348,7 +351,7 @@ def _named_image(part: dict):
 class _Tokeniser:
     """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
 
-    ``folder`` is where relative image paths start, ``vision`` is None where the model reads text alone.
+    ``vision`` is None where the model reads text alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -356,7 +359,6 @@ class _Tokeniser:
     max_response: int
     context: int | None
     vision: VisionProcessor | None = None
-    folder: Path | None = None
     allow_urls: bool = False
 
     def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
@@ -386,7 +388,9 @@ class _Tokeniser:
             rest = iter(listed)
             listed = [next(rest) if part is None else part for part in parts]
         return tuple(
-            RowImage.of(given, f"{origin}, image {number}", folder=self.folder, allow_urls=self.allow_urls)
+            RowImage.of(
+                given, f"{origin}, image {number}", folder=example.get("folder"), allow_urls=self.allow_urls
+            )
             for number, given in enumerate(listed, start=1)
         )
 
@@ -594,13 +598,13 @@ class CalibrationData(lightning.LightningDataModule):
     """The calibration rows in four disjoint splits: ``fit``, ``tune``, ``search`` and ``verify``.
 
     Args:
-        calibration: what :func:`read_examples` reads.
+        calibration: what :func:`read_examples` reads, or several of these.
         tokenizer: the base model's.
         split: the split of a dataset that has several.
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
         max_response_tokens: longer responses are cut.
         context: the longest sequence of the model in tokens, None for no limit.
-        limit: use this many rows, drawn by their content.
+        limit: use this many rows, drawn by their content; of several sources as many of each, where they have them.
         batch_size: rows per batch.
         splits: the fraction of the rows for each of the four splits; they sum to 1.
         seed: another seed, other splits.
@@ -613,7 +617,7 @@ class CalibrationData(lightning.LightningDataModule):
 
     def __init__(
         self,
-        calibration: str | Path,
+        calibration: str | Path | Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase,
         *,
         split: str | None = None,
@@ -636,7 +640,9 @@ class CalibrationData(lightning.LightningDataModule):
                 "data.batch_size": batch_size,
             }
         )
-        self.calibration, self.split, self.limit = str(calibration), split, limit
+        sources = [calibration] if isinstance(calibration, (str, Path)) else calibration
+        self.sources = [str(source) for source in sources]
+        self.calibration, self.split, self.limit = ", ".join(self.sources), split, limit
         self.batch_size, self.seed = batch_size, seed
         self.fractions = _check_fractions(splits)
         self.max_response_tokens, self.context = max_response_tokens, context
@@ -644,7 +650,6 @@ class CalibrationData(lightning.LightningDataModule):
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
         self.report: DataReport | None = None
-        path = Path(resolve_bundled(self.calibration))
         self.vision = vision
         self._tokenise = _Tokeniser(
             tokenizer,
@@ -652,7 +657,6 @@ class CalibrationData(lightning.LightningDataModule):
             max_response_tokens,
             context,
             vision=vision,
-            folder=path.parent if path.is_file() else None,
             allow_urls=allow_urls,
         )
         self._splits: dict[str, list[Row]] = {}
@@ -670,16 +674,19 @@ class CalibrationData(lightning.LightningDataModule):
         Raises:
             InputError: nothing usable.
         """
-        examples = list(enumerate(read_examples(self.calibration, self.split)))
+        number = count()
+        sources = [[(next(number), each) for each in read_examples(source, self.split)] for source in self.sources]
         if self.limit is not None:
             # A sample by content, not the head of the file, which is often sorted by topic or difficulty.
-            examples.sort(key=lambda item: self._order(*item[1]))
+            for source in sources:
+                source.sort(key=lambda item: self._order(*item[1]))
+            sources = [filter(None, chain(*zip_longest(*sources)))]
         rows: list[Row] = []
         seen: set[tuple] = set()
         unusable: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
         truncated = 0
-        for position, (example, origin) in examples:
+        for position, (example, origin) in chain(*sources):
             if len(rows) == self.limit:
                 break
             row, reason, cut = self._tokenise(example, origin)
