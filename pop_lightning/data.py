@@ -388,9 +388,7 @@ class _Tokeniser:
             rest = iter(listed)
             listed = [next(rest) if part is None else part for part in parts]
         return tuple(
-            RowImage.of(
-                given, f"{origin}, image {number}", folder=example.get("folder"), allow_urls=self.allow_urls
-            )
+            RowImage.of(given, f"{origin}, image {number}", folder=example.get("folder"), allow_urls=self.allow_urls)
             for number, given in enumerate(listed, start=1)
         )
 

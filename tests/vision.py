@@ -1,15 +1,26 @@
-"""Tiny random models that read images, prompts with images for them, and the slow plain references."""
+"""Tiny random models that read images, prompts with images, the slow plain references, and bases saved in folders."""
 
+import json
+import random
 from contextlib import contextmanager
 
 import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from families import COMMON, SLIDING, WINDOW
@@ -180,9 +191,34 @@ def mapped(model, maps, layer, hidden):
     return (normed.to(hidden.dtype) @ weight.T + bias).chunk(2, dim=-1)
 
 
+def context_pass(model, batch, depth, context, maps=()):
+    """The first of two plain passes: the context with its images alone, then its keys and values above ``depth``
+    replaced. Returns the context's h_d and the cache."""
+    body, place = model.model.language_model, positions(model, batch)[..., :context]
+    head = batch | {name: batch[name][:, :context] for name in ("input_ids", "attention_mask")}
+    with recorded(body.layers[depth]) as seen:
+        cache = model(
+            input_ids=head["input_ids"],
+            attention_mask=head["attention_mask"],
+            position_ids=place,
+            use_cache=True,
+            **images(family_of(model), head),
+        ).past_key_values
+    for layer in range(depth, len(body.layers)):
+        if layer in maps:
+            new = to_heads(model, layer, *mapped(model, maps, layer, seen[0]), place)
+        else:
+            new = own_kv(model, layer, seen[0], place)
+        for name, tensor in zip(("keys", "values"), new, strict=True):
+            held = getattr(cache.layers[layer], name).shape[-2]  # a sliding layer keeps the last ones
+            setattr(cache.layers[layer], name, tensor[:, :, -held:])
+    return seen[0], cache
+
+
 def two_pass(model, batch, depth, boundary, maps=()):
-    """The pruned prefill in two plain passes: the context with its images alone, its keys and values above ``depth``
-    replaced; then the boundary tokens, which are text. Returns the last token's logits and the cache."""
+    """The pruned prefill in two plain passes: :func:`context_pass`, then the boundary tokens, which are text.
+
+    Returns the last token's logits and the cache."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     context, place = max(0, ids.shape[1] - boundary), positions(model, batch)
     body = model.model.language_model
@@ -191,24 +227,7 @@ def two_pass(model, batch, depth, boundary, maps=()):
             input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True, **images(family_of(model), batch)
         )
         return output.logits[:, -1:], output.past_key_values
-    head = batch | {"input_ids": ids[:, :context], "attention_mask": mask[:, :context]}
-    with recorded(body.layers[depth]) as seen:
-        cache = model(
-            input_ids=head["input_ids"],
-            attention_mask=head["attention_mask"],
-            position_ids=place[..., :context],
-            use_cache=True,
-            **images(family_of(model), head),
-        ).past_key_values
-    hidden = seen[0]
-    for layer in range(depth, len(body.layers)):
-        if layer in maps:
-            new = to_heads(model, layer, *mapped(model, maps, layer, hidden), place[..., :context])
-        else:
-            new = own_kv(model, layer, hidden, place[..., :context])
-        for name, tensor in zip(("keys", "values"), new, strict=True):
-            held = getattr(cache.layers[layer], name).shape[-2]  # a sliding layer keeps the last ones
-            setattr(cache.layers[layer], name, tensor[:, :, -held:])
+    hidden, cache = context_pass(model, batch, depth, context, maps)
     if boundary == 0:
         return model.lm_head(body.norm(hidden[:, -1:])), cache
     second = model(
@@ -284,3 +303,93 @@ def greedy(model, logits, cache, batch, steps):
         output = model(input_ids=token, attention_mask=mask, position_ids=last, past_key_values=cache, use_cache=True)
         logits, cache = output.logits, output.past_key_values
     return torch.cat(tokens, dim=1)
+
+
+# --- a base in a folder ---------------------------------------------------------------------------------------------
+
+SPECIAL = {
+    "gemma3": ["<start_of_image>", "<image_soft_token>", "<end_of_image>", "<unused>"],
+    "qwen3_vl": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"],
+}
+PLACEHOLDER = {"gemma3": "<start_of_image>", "qwen3_vl": "<|vision_start|> <|image_pad|> <|vision_end|>"}
+
+
+class ImagesOnlyQwen3VLProcessor(Qwen3VLProcessor):
+    """Qwen3-VL's processor without its part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token, self.video_token = SPECIAL["qwen3_vl"][1], SPECIAL["qwen3_vl"][3]
+        self.image_token_id, self.video_token_id = IMAGE, VIDEO
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+AutoProcessor.register(Qwen3VLConfig, ImagesOnlyQwen3VLProcessor, exist_ok=True)
+
+
+def template(family):
+    """A chat template with image parts, as the real ones have them."""
+    return (
+        "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}"
+        "{% if m.content is string %}{{ m.content }} {% else %}{% for p in m.content %}"
+        "{{ '" + PLACEHOLDER[family] + " ' if p.type == 'image' else p.text + ' ' }}{% endfor %}{% endif %}"
+        "{{ '<eos> ' if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+    )
+
+
+def processor(family):
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *[f"w{i}" for i in range(WORDS - 4)], *SPECIAL[family]]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    extra = {"boi_token": words[OPEN], "image_token": words[IMAGE], "eoi_token": words[CLOSE]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[family],
+        chat_template=template(family),
+        **({"extra_special_tokens": extra} if family == "gemma3" else {}),
+    )
+    if family == "gemma3":
+        pixels = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+        return Gemma3Processor(pixels, tokenizer, chat_template=template(family), image_seq_length=4)
+    pixels = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=512)
+    return ImagesOnlyQwen3VLProcessor(pixels, tokenizer, chat_template=template(family))
+
+
+def save_base(folder, family, model=None):
+    (build(family) if model is None else model).save_pretrained(folder)
+    processor(family).save_pretrained(folder)
+    return folder
+
+
+def save_pictures(folder, count=6, seed=0):
+    """Small pictures of several sizes; their file names."""
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for number in range(count):
+        height, width = (int(torch.randint(9, 30, (1,), generator=generator)) for _ in range(2))
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        names.append(f"{number}.png")
+        Image.fromarray(pixels.numpy()).save(folder / names[-1])
+    return names
+
+
+def save_rows(path, rows=60, seed=0):
+    """Chats, every third one of text alone, the others with one or two images (``pictures/``) in their first turn."""
+    names = save_pictures(path.parent / "pictures", seed=seed)
+    rng = random.Random(seed)
+    lines = []
+    for number in range(rows):
+        said = [" ".join(f"w{rng.randrange(3, 80)}" for _ in range(rng.randint(2, 12))) for _ in range(2)]
+        parts = [{"type": "image", "path": f"pictures/{rng.choice(names)}"} for _ in range(number % 3)]
+        parts.insert(rng.randint(0, len(parts)), {"type": "text", "text": said[0]})
+        answer = " ".join(f"w{rng.randrange(3, 80)}" for _ in range(rng.randint(1, 4)))
+        messages = [{"role": "user", "content": parts if number % 3 else said[0]}]
+        if number % 4 == 1:  # two turns, the images in the first
+            messages += [{"role": "assistant", "content": said[1]}, {"role": "user", "content": said[0]}]
+        lines.append(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
