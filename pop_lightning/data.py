@@ -42,6 +42,7 @@ _LONG_PROMPT = "prompt longer than data.max_prompt_tokens"
 _LONG_ROW = "longer than the model's context"
 _SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 _DUPLICATE = "duplicate"
+_IMAGE_RESPONSE = "response with an image token"
 
 
 @dataclass(frozen=True)
@@ -827,6 +828,8 @@ class CalibrationData(lightning.LightningDataModule):
                     truncated += len(ids) > self.max_response_tokens
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
                 reason = _DUPLICATE if row.content in seen else None if row.response_ids else _EMPTY_RESPONSE
+                if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
+                    reason = _IMAGE_RESPONSE  # a pass over the row would look for an image behind it
                 if reason:
                     unusable[reason] += 1
                     first.setdefault(reason, row.origin)
