@@ -407,7 +407,8 @@ def model_card(
     ]
     data = recipe.get("data", {}).get("calibration") if isinstance(recipe.get("data"), dict) else None
     if data:
-        head.append(f"- Calibration data: `{data}`")
+        sources = [data] if isinstance(data, str) else data
+        head.append(f"- Calibration data: {', '.join(f'`{source}`' for source in sources)}")
     load = [
         "",
         "## Load",

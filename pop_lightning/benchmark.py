@@ -154,14 +154,17 @@ def _plans(target, depths: Sequence[int] | None, boundary: int | None) -> list[P
         if depths is not None or boundary is not None:
             raise InputError("the artifact says depth and boundary; drop --depths and --boundary, or take --base.")
         return [target.plan]
-    layers = Decoder(target).num_layers
+    decoder = Decoder(target)
+    layers, smallest = decoder.num_layers, decoder.smallest_depth
     plans = [
         PruningPlan(depth, 1 if boundary is None else boundary)
         for depth in ([a_third_pruned(layers)] if depths is None else depths)
     ]
     for plan in plans:
-        if plan.depth > layers:
-            raise InputError(f"--depths must lie in 1..{layers} for this model of {layers} layers, found {plan.depth}.")
+        if not smallest <= plan.depth <= layers:
+            raise InputError(
+                f"--depths must lie in {smallest}..{layers} for this model of {layers} layers, found {plan.depth}."
+            )
     if not plans:
         raise InputError("--depths must name at least one depth, found none.")
     return plans

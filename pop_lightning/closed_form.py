@@ -182,9 +182,10 @@ class ClosedFormFit(lightning.LightningModule):
         context = batch["prompt_length"] - self.boundary
         if context <= 0:
             return
-        # Causal: what follows the context cannot change it, so where nothing is asked the pass stops there.
+        # Causal: what follows the context cannot change it, so where nothing is asked the pass stops there. An image
+        # is read whole, wherever the context ends.
         asking = self.objectives != ("plain",)
-        end = batch["input_ids"].shape[1] if asking else context
+        end = batch["input_ids"].shape[1] if asking or batch.get("vision") else context
         layers = range(min(self.depths) + 1, self.decoder.num_layers)
         seen = _Full(self.decoder, batch, context, end, min(self.depths))
         real = seen.mask[:, :context].bool()
@@ -322,7 +323,7 @@ class _Full:
     def __init__(self, decoder: Decoder, batch: dict, context: int, end: int, first: int):
         self.decoder, self.context = decoder, context
         self.mask = batch["attention_mask"][:, :end]
-        rows = {"input_ids": batch["input_ids"][:, :end], "attention_mask": self.mask}
+        rows = batch | {"input_ids": batch["input_ids"][:, :end], "attention_mask": self.mask}
         self.trace = teacher_trace(decoder, rows, first)
 
     def hidden(self, layer: int) -> Tensor:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count, groupby
+from itertools import chain, count, groupby, zip_longest
 from pathlib import Path
 
 import lightning
@@ -27,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.errors import InputError
 from pop_lightning.files import write_json
+from pop_lightning.images import KEYS as IMAGE_KEYS
+from pop_lightning.images import RowImage, VisionProcessor
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
@@ -42,23 +44,36 @@ _LONG_PROMPT = "prompt longer than data.max_prompt_tokens"
 _LONG_ROW = "longer than the model's context"
 _SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 _DUPLICATE = "duplicate"
+_IMAGE_RESPONSE = "response with an image token"
 
 
 @dataclass(frozen=True)
 class Row:
     """One tokenised row; ``response_ids`` is None until the full model has generated it.
 
-    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``.
+    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` the prompt's ids hold a
+    token for every feature; they are opened when a batch wants their tensors.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...] | None
     origin: str
+    images: tuple[RowImage, ...] = ()
+
+    @property
+    def prompt(self) -> tuple:
+        """What the model is asked: token ids, and the images' digests where there are any."""
+        return (self.prompt_ids, *(image.digest for image in self.images))
+
+    @property
+    def content(self) -> tuple:
+        """What makes two rows the same row."""
+        return (self.prompt, self.response_ids)
 
     @property
     def seed(self) -> int:
-        """A 63-bit hash of the token ids: the same on every machine, in every process and for every file order."""
-        return _hash63(self.prompt_ids, self.response_ids)
+        """A 63-bit hash of the content: the same on every machine, in every process and for every file order."""
+        return _hash63(*self.prompt, self.response_ids)
 
     @property
     def length(self) -> int:
@@ -186,7 +201,10 @@ def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
             raise InputError(f"{where} is not JSON ({error.msg}): expected one object per line, {SHAPES}.") from error
         if not isinstance(example, dict):
             raise InputError(f"{where} is a JSON {type(example).__name__}, not an object: expected {SHAPES}.")
-        examples.append((_shape(example, where), f"{path.name} line {number}"))
+        shaped = _shape(example, where)
+        if shaped.keys() & {"parts", "images"}:
+            shaped["folder"] = path.parent  # relative paths of images start here
+        examples.append((shaped, f"{path.name} line {number}"))
     return examples
 
 
@@ -228,11 +246,41 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
         )
     name = path.name or source
     chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
+    images = "images" in dataset.column_names
+    if images:
+        undecoded = dataset.select_columns(["images"])
+        undecoded = undecoded.cast_column("images", _undecoded(undecoded.features["images"]))
+    examples = []
     # Other columns may be images or audio, which are decoded when a row is read.
-    return [
-        (_shape(_without_nulls(example), f"data.calibration {source!r} row {number}"), f"{name} row {number}")
-        for number, example in enumerate(dataset.select_columns(known + chat))
-    ]
+    for number, example in enumerate(dataset.select_columns(known + chat)):
+        lazy = {"images": partial(_cells, undecoded, number)} if images else {}
+        shaped = _shape(_without_nulls(example) | lazy, f"data.calibration {source!r} row {number}")
+        examples.append((shaped, f"{name} row {number}"))
+    return examples
+
+
+def _undecoded(feature):
+    """A feature of `datasets` whose images come as the bytes they are stored as."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, list):
+        return [_undecoded(each) for each in feature]
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else type(feature)(_undecoded(inner))
+
+
+def _cells(dataset, row: int) -> list[Callable]:
+    """A dataset row's images, each to be read when it is wanted."""
+    found = dataset[row]["images"]
+    count = len(found) if isinstance(found, list) else int(found is not None)
+    return [partial(_cell, dataset, row, index) for index in range(count)]
+
+
+def _cell(dataset, row: int, index: int):
+    found = dataset[row]["images"]
+    return found[index] if isinstance(found, list) else found
 
 
 def _without_nulls(value):
@@ -243,10 +291,19 @@ def _without_nulls(value):
 
 
 def _shape(example: dict, where: str) -> dict:
-    """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table."""
+    """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
+
+    Images are kept apart from the text: under ``parts`` what each image part of the messages names (None where it
+    names nothing), under ``images`` those that stand in a list beside the text, or a call that gives that list.
+    """
     found = {key: value for key, value in example.items() if value is not None}
+    images = found.get("images") or None
+    if not (images is None or isinstance(images, list) or callable(images)):
+        raise InputError(f'{where} has "images" of type {type(images).__name__}: a list was expected.')
+    beside = {} if images is None else {"images": images}
     if "messages" in found:
-        return {"messages": _messages(found["messages"], where)} | _chat_arguments(found, where)
+        messages, parts = _messages(found["messages"], where)
+        return {"messages": messages} | ({"parts": parts} if parts else {}) | _chat_arguments(found, where) | beside
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
@@ -254,7 +311,7 @@ def _shape(example: dict, where: str) -> dict:
     for key in keys:
         if not isinstance(found[key], str):
             raise InputError(f"{where} has a {key!r} of type {type(found[key]).__name__}: a string was expected.")
-    return {key: found[key] for key in keys}
+    return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
 
 
 def _chat_arguments(found: dict, where: str) -> dict:
@@ -281,7 +338,8 @@ def _chat_arguments(found: dict, where: str) -> dict:
     return given
 
 
-def _messages(messages, where: str) -> list[dict]:
+def _messages(messages, where: str) -> tuple[list[dict], list]:
+    """The messages as a chat template takes them, and what their image parts name, in order."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
@@ -289,15 +347,36 @@ def _messages(messages, where: str) -> list[dict]:
     if not messages or messages[-1]["role"] != "assistant":
         last = repr(messages[-1]["role"]) if messages else "missing"
         raise InputError(f"{where}: the role of the last message is {last}, 'assistant' was expected (the response).")
+    clean, images = [], []
     for message in messages:
         content = message.get("content")
         parts = [{"type": "text"}] if isinstance(content, str) or content is None else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise InputError(f'{where} has a message whose "content" is neither a string nor a list of parts.')
-        others = sorted({str(part.get("type")) for part in parts} - {"text"})
+        others = sorted({str(part.get("type")) for part in parts} - {"text", "image", "image_url"})
         if others:  # the tokenizer alone would drop them without a word
-            raise InputError(f"{where} has message parts of type {', '.join(others)}: only text is supported.")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+            raise InputError(f"{where} has message parts of type {', '.join(others)}: text and image are supported.")
+        found = [part for part in parts if part["type"] != "text"]
+        if found and message is messages[-1]:
+            raise InputError(f"{where} has an image in its last message, the response: only prompts may hold images.")
+        images += map(_named_image, found)
+        clean.append({key: value for key, value in message.items() if value is not None})
+        if isinstance(content, list):
+            clean[-1]["content"] = [
+                {key: value for key, value in part.items() if value is not None}
+                if part["type"] == "text"
+                else {"type": "image"}
+                for part in parts
+            ]
+    return clean, images
+
+
+def _named_image(part: dict):
+    """What an image part names, or None; OpenAI's ``image_url`` parts are taken as Transformers takes them."""
+    address = part.get("image_url")
+    if part["type"] == "image_url":
+        return {"url": address.get("url") if isinstance(address, dict) else address}
+    return part if any(part.get(key) is not None for key in IMAGE_KEYS) else None
 
 
 # --- tokenising -------------------------------------------------------------------------------------------------------
@@ -305,21 +384,60 @@ def _messages(messages, where: str) -> list[dict]:
 
 @dataclass(frozen=True)
 class _Tokeniser:
-    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None."""
+    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
+
+    ``vision`` is None where the model reads text alone.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     max_prompt: int
     max_response: int
     context: int | None
     ends: frozenset[int] = frozenset()
+    vision: VisionProcessor | None = None
+    allow_urls: bool = False
 
     def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
+        row, reason, truncated = self._row(example, origin)
+        if row is not None and self.vision is not None:
+            # Image tokens that no image stands behind would be given another's features.
+            text = (*(() if row.images else row.prompt_ids), *(row.response_ids or ()))
+            stray = next((token for token in self.vision.tokens if token in text), None)
+            if stray is not None:
+                raise InputError(
+                    f"{origin} has the image token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with no "
+                    "image behind it: take it out, or give the row's images."
+                )
+        return row, reason, truncated
+
+    def images(self, example: dict, origin: str) -> tuple[RowImage, ...]:
+        """The example's images in the order of its text; each file is read once for its hash, and not kept."""
+        listed, parts = example.get("images") or [], example.get("parts")
+        listed = listed() if callable(listed) else listed
+        bare = len(listed) if parts is None and "messages" not in example else (parts or []).count(None)
+        if bare != len(listed):
+            raise InputError(
+                f'{origin} has {bare} image parts that name no image, and {len(listed)} entries in "images": expected '
+                "one entry for each."
+            )
+        if parts is not None:
+            rest = iter(listed)
+            listed = [next(rest) if part is None else part for part in parts]
+        return tuple(
+            RowImage.of(given, f"{origin}, image {number}", folder=example.get("folder"), allow_urls=self.allow_urls)
+            for number, given in enumerate(listed, start=1)
+        )
+
+    def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
         if "text" in example:
             return self._text(example["text"], origin)
+        images = self.images(example, origin)
+        if images:
+            self._check_vision(origin)
         if "messages" in example:
-            prompt, response = self._chat(example, origin)
+            prompt, response = self._chat(example, origin, images)
         else:
-            prompt = self._with_specials(example["prompt"])
+            prompt = self._with_specials(example["prompt"], images, origin)
             response = self._response(example["response"]) if "response" in example else None
         if not prompt:
             return None, _EMPTY_PROMPT, False
@@ -333,17 +451,31 @@ class _Tokeniser:
             return None, _LONG_ROW, False
         truncated = response is not None and len(response) > self.max_response
         response = None if response is None else tuple(response[: self.max_response])
-        return Row(tuple(prompt), response, origin), None, truncated
+        return Row(tuple(prompt), response, origin, images), None, truncated
+
+    def _check_vision(self, origin: str) -> None:
+        if self.vision is None:
+            raise InputError(
+                f"{origin} has images, and the model reads text alone: change model.base to a model that reads images, "
+                "or take the row out of data.calibration."
+            )
+        try:
+            _ = self.vision.processor
+        except InputError as error:
+            raise InputError(f"{origin} has images, but {error}") from error
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _with_specials(self, text: str) -> list[int]:
+    def _with_specials(self, text: str, images: tuple[RowImage, ...] = (), origin: str = "") -> list[int]:
         """Token ids with the tokenizer's own bos and the like, without an eos at the end; [] for a blank text."""
         bare = self._ids(text) if text.strip() else []
         if not bare:
             return []
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if images:
+            ids = self.vision.encode(text, images, origin, special=True)
+        else:
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         # An eos that the text itself ends on stays: it is part of what the user wrote.
         return ids[:-1] if eos is not None and ids[-1] == eos and bare[-1] != eos else ids
@@ -353,7 +485,7 @@ class _Tokeniser:
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
 
-    def _chat(self, example: dict, origin: str) -> tuple[list[int], list[int]]:
+    def _chat(self, example: dict, origin: str, images: tuple[RowImage, ...] = ()) -> tuple[list[int], list[int]]:
         """Prompt and response of a chat: what the template renders up to the generation prompt, and what follows it.
 
         Both are rendered by ``apply_chat_template`` with the row's own tools and template variables.
@@ -361,7 +493,8 @@ class _Tokeniser:
         messages = example["messages"]
         if len(messages) == 1:
             return [], []
-        if not self.tokenizer.chat_template:
+        template = self.vision.chat_template if images else self.tokenizer.chat_template
+        if not template:
             raise InputError(
                 f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
                 '{"prompt", "response"} rows in data.calibration.'
@@ -369,6 +502,7 @@ class _Tokeniser:
         render = partial(
             self.tokenizer.apply_chat_template,
             tools=example.get("tools"),
+            chat_template=template,
             tokenize=False,
             **example.get("chat_template_kwargs", {}),
         )
@@ -391,11 +525,14 @@ class _Tokeniser:
             )
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
-            return prompt_ids, []
-        response = full_ids[len(prompt_ids) :]
-        if full_ids[: len(prompt_ids)] != prompt_ids:
+            response = []
+        elif full_ids[: len(prompt_ids)] == prompt_ids:
+            response = full_ids[len(prompt_ids) :]
+        else:
             # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
             response = self._ids(full[len(prompt) :])
+        # An image's placeholder is a token of its own: expanding it moves no split.
+        prompt_ids = self.vision.encode(prompt, images, origin, special=False) if images else prompt_ids
         # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
         return prompt_ids, list(until_end(response, self.ends))
 
@@ -430,7 +567,7 @@ def _hash63(*parts) -> int:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
+def collate(rows: Sequence[Row], pad_token_id: int, vision: VisionProcessor | None = None) -> dict:
     """A batch in which every row's response starts at the same column.
 
     Prompts are padded on the left to the longest prompt P, responses on the right; a missing response is empty, so
@@ -438,7 +575,8 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
 
     Returns:
         ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed``, long
-        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses.
+        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the rows ``vision``: the
+        tensors of all of them, in order, by the names that the model's forward gives them.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
@@ -448,12 +586,15 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
         span = slice(prompt_length - len(row.prompt_ids), prompt_length + len(row.response_ids or ()))
         input_ids[index, span] = torch.tensor(row.prompt_ids + (row.response_ids or ()), dtype=torch.long)
         attention_mask[index, span] = 1
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "prompt_length": prompt_length,
         "row_seed": torch.tensor([row.seed for row in rows], dtype=torch.long),
     }
+    if any(row.images for row in rows):
+        batch["vision"] = vision.tensors([row.images for row in rows])
+    return batch
 
 
 def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Row]]:
@@ -466,9 +607,9 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
     Raises:
         InputError: there are fewer distinct prompts than splits.
     """
-    key = {row.prompt_ids: _hash63(seed, row.prompt_ids) for row in rows}
-    ordered = sorted(rows, key=lambda row: (key[row.prompt_ids], row.prompt_ids, row.seed))
-    groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt_ids)]
+    key = {row.prompt: _hash63(seed, *row.prompt) for row in rows}
+    ordered = sorted(rows, key=lambda row: (key[row.prompt], row.prompt, row.seed))
+    groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt)]
     if len(groups) < len(fractions):
         raise InputError(
             f"found {len(rows)} usable rows with {len(groups)} distinct prompts, expected at least {len(fractions)}, "
@@ -507,17 +648,19 @@ class CalibrationData(lightning.LightningDataModule):
     """The calibration rows in four disjoint splits: ``fit``, ``tune``, ``search`` and ``verify``.
 
     Args:
-        calibration: what :func:`read_examples` reads.
+        calibration: what :func:`read_examples` reads, or several of these.
         tokenizer: the base model's.
         split: the split of a dataset that has several.
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
         max_response_tokens: longer responses are cut.
         context: the longest sequence of the model in tokens, None for no limit.
         end_tokens: what ends a response besides the tokenizer's eos, as the model's generation config says.
-        limit: use this many rows, drawn by their content.
+        limit: use this many rows, drawn by their content; of several sources as many of each, where they have them.
         batch_size: rows per batch.
         splits: the fraction of the rows for each of the four splits; they sum to 1.
         seed: another seed, other splits.
+        vision: the base's processor; None for a model that reads text alone, where a row with images is refused.
+        allow_urls: fetch images that rows name by URL.
 
     Raises:
         InputError: a setting does not fit; from :meth:`setup`, the data does not.
@@ -525,7 +668,7 @@ class CalibrationData(lightning.LightningDataModule):
 
     def __init__(
         self,
-        calibration: str | Path,
+        calibration: str | Path | Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase,
         *,
         split: str | None = None,
@@ -537,6 +680,8 @@ class CalibrationData(lightning.LightningDataModule):
         batch_size: int = 8,
         splits: Mapping[str, float] = SPLITS,
         seed: int = 0,
+        vision: VisionProcessor | None = None,
+        allow_urls: bool = False,
     ):
         super().__init__()
         _check_counts(
@@ -547,7 +692,9 @@ class CalibrationData(lightning.LightningDataModule):
                 "data.batch_size": batch_size,
             }
         )
-        self.calibration, self.split, self.limit = str(calibration), split, limit
+        sources = [calibration] if isinstance(calibration, (str, Path)) else calibration
+        self.sources = [str(source) for source in sources]
+        self.calibration, self.split, self.limit = ", ".join(self.sources), split, limit
         self.batch_size, self.seed = batch_size, seed
         self.fractions = _check_fractions(splits)
         self.max_response_tokens, self.context = max_response_tokens, context
@@ -556,7 +703,16 @@ class CalibrationData(lightning.LightningDataModule):
         )
         self.report: DataReport | None = None
         ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
-        self._tokenise = _Tokeniser(tokenizer, max_prompt_tokens, max_response_tokens, context, ends)
+        self.vision = vision
+        self._tokenise = _Tokeniser(
+            tokenizer,
+            max_prompt_tokens,
+            max_response_tokens,
+            context,
+            ends,
+            vision=vision,
+            allow_urls=allow_urls,
+        )
         self._splits: dict[str, list[Row]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -572,26 +728,29 @@ class CalibrationData(lightning.LightningDataModule):
         Raises:
             InputError: nothing usable.
         """
-        examples = list(enumerate(read_examples(self.calibration, self.split)))
+        number = count()
+        sources = [[(next(number), each) for each in read_examples(source, self.split)] for source in self.sources]
         if self.limit is not None:
             # A sample by content, not the head of the file, which is often sorted by topic or difficulty.
-            examples.sort(key=lambda item: _hash63(self.seed, json.dumps(item[1][0], sort_keys=True)))
+            for source in sources:
+                source.sort(key=lambda item: self._order(*item[1]))
+            sources = [filter(None, chain(*zip_longest(*sources)))]
         rows: list[Row] = []
         seen: set[tuple] = set()
         unusable: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
         truncated = 0
-        for position, (example, origin) in examples:
+        for position, (example, origin) in chain(*sources):
             if len(rows) == self.limit:
                 break
             row, reason, cut = self._tokenise(example, origin)
-            if row is not None and not keep_duplicates and (row.prompt_ids, row.response_ids) in seen:
+            if row is not None and not keep_duplicates and row.content in seen:
                 row, reason = None, _DUPLICATE
             if row is None:
                 unusable[reason] += 1
                 first[reason] = min(first.get(reason, (position, origin)), (position, origin))
                 continue
-            seen.add((row.prompt_ids, row.response_ids))
+            seen.add(row.content)
             rows.append(row)
             truncated += cut
         self.report = _report(
@@ -605,6 +764,12 @@ class CalibrationData(lightning.LightningDataModule):
             )
         return rows
 
+    def _order(self, example: dict, origin: str) -> tuple:
+        """Where an example stands in the order that ``limit`` samples by: what is written, then what images hold."""
+        written = json.dumps(example, sort_keys=True, default=lambda unwritten: None)
+        key = _hash63(self.seed, written)
+        return (key, _ByImages(partial(self._tokenise.images, example, origin)))
+
     def rows_of(self, name: str) -> list[Row]:
         """The rows of one split, in the order of their hash.
 
@@ -617,7 +782,7 @@ class CalibrationData(lightning.LightningDataModule):
         return list(self._splits[name])
 
     def loader(self, name: str, limit: int | None = None) -> DataLoader:
-        """Batches of :func:`collate` over one split, every row once.
+        """Batches of :meth:`batch` over one split, every row once.
 
         The longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
         first rows of :meth:`rows_of`.
@@ -626,7 +791,7 @@ class CalibrationData(lightning.LightningDataModule):
             InputError: a row's response is still missing.
         """
         rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate)
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.batch)
 
     def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
         """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.
@@ -635,7 +800,7 @@ class CalibrationData(lightning.LightningDataModule):
         with the batches that it would have read.
         """
         steps = _TrainingSteps(self._complete("fit"), batch_size or self.batch_size, self.seed, start)
-        return DataLoader(steps, batch_size=None, collate_fn=self._collate)
+        return DataLoader(steps, batch_size=None, collate_fn=self.batch)
 
     def _complete(self, name: str) -> list[Row]:
         rows = self.rows_of(name)
@@ -647,9 +812,13 @@ class CalibrationData(lightning.LightningDataModule):
             )
         return rows
 
-    @property
-    def _collate(self) -> Callable[[list[Row]], dict]:
-        return partial(collate, pad_token_id=self.pad_token_id)
+    def batch(self, rows: Sequence[Row]) -> dict:
+        """:func:`collate` of some rows; their images are read and prepared here.
+
+        Raises:
+            InputError: an image can no longer be read.
+        """
+        return collate(rows, self.pad_token_id, self.vision)
 
     @property
     def digest(self) -> str:
@@ -713,15 +882,16 @@ class CalibrationData(lightning.LightningDataModule):
                     ids = responses[str(row.seed)]
                     truncated += len(ids) > self.max_response_tokens
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
-                content = (row.prompt_ids, row.response_ids)
-                reason = _DUPLICATE if content in seen else None if row.response_ids else _EMPTY_RESPONSE
+                reason = _DUPLICATE if row.content in seen else None if row.response_ids else _EMPTY_RESPONSE
+                if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
+                    reason = _IMAGE_RESPONSE  # a pass over the row would look for an image behind it
                 if reason:
                     unusable[reason] += 1
                     first.setdefault(reason, row.origin)
                     continue
-                seen.add(content)
+                seen.add(row.content)
                 splits[name].append(row)
-            splits[name].sort(key=lambda row: (_hash63(self.seed, row.prompt_ids), row.seed))
+            splits[name].sort(key=lambda row: (_hash63(self.seed, *row.prompt), row.seed))
         self.report = _report([row for rows in splits.values() for row in rows], dict(unusable), first, truncated)
         empty = [name for name, rows in splits.items() if not rows]
         if empty:
@@ -730,6 +900,16 @@ class CalibrationData(lightning.LightningDataModule):
                 f"{self.report._unusable()}; give more rows or data.splits with larger fractions there."
             )
         self._splits = splits
+
+
+@dataclass(eq=False)
+class _ByImages:
+    """Sorts by the images' digests, and reads them only where two examples are written alike."""
+
+    images: Callable[[], tuple[RowImage, ...]]
+
+    def __lt__(self, other: "_ByImages") -> bool:
+        return [image.digest for image in self.images()] < [image.digest for image in other.images()]
 
 
 def _check_counts(counts: dict[str, int]) -> None:

@@ -9,7 +9,7 @@ what was read on the model itself.
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,7 +42,8 @@ class Trace:
     Attributes:
         hidden: ``{layer: [batch, tokens, hidden]}``, each traced layer's input; key ``L`` is the last one's output.
         kwargs: ``{layer: keyword arguments}`` that the model passed to each layer, those that tell something of each
-            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them).
+            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them); the mask where it was
+            asked for.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -251,6 +252,9 @@ def cut(value, span: slice, dim: int = 1, device: torch.device | None = None):
 class Decoder:
     """A view of a causal language model's decoder stack; it owns no weights and changes nothing.
 
+    Of a model that reads images as well it is the text decoder; what images change about a pass is in the part
+    "images" below.
+
     Args:
         model: a Transformers model with a language modelling head.
 
@@ -260,7 +264,6 @@ class Decoder:
 
     Attributes:
         parts: ``{layer: LayerParts}`` of the layers that can be pruned.
-        smallest_depth: the smallest depth whose pruned layers all have their own keys and values to project.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -284,15 +287,32 @@ class Decoder:
         read = [layer_parts(*each) for each in zip(self.layers, kinds, windows, strict=True)]
         self.parts = {layer: parts for layer, parts in enumerate(read) if isinstance(parts, LayerParts)}
         self._refused = {layer: reason for layer, reason in enumerate(read) if isinstance(reason, str)}
-        self.smallest_depth = max(self._refused, default=0) + 1
+        # What gives image tokens rotary positions of several axes (M-RoPE), and how the model's forward calls the
+        # tensor that says which tokens they are.
+        self._rope = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
+        self._types_name = None
+        if self.image_token is not None:
+            parameters = inspect.signature(model.forward).parameters
+            names = ("token_type_ids", "mm_token_type_ids")
+            self._types_name = next((name for name in names if name in parameters), None)
         if self.num_layers - 1 in self._refused:
             raise InputError(
                 f"{self.name} cannot be pruned at any depth, because every depth prunes its last layer: "
                 f"{self._reason(self.num_layers - 1)}."
             )
 
+    @property
+    def smallest_depth(self) -> int:
+        """The smallest depth whose pruned layers all have keys and values of their own to project, above DeepStack."""
+        return max(1, max(self._refused, default=-1) + 1, self._deepstack)
+
     def check_depth(self, depth: int) -> None:
-        """Raise :class:`InputError` where a layer above ``depth`` has no keys and values of its own to project."""
+        """Raise :class:`InputError` where the model cannot be pruned at ``depth``, with the smallest one allowed."""
+        if depth < self._deepstack:
+            raise InputError(
+                f"{self.name} cannot be pruned at depth {depth}: to the first {self._deepstack} layers it adds image "
+                f"features (DeepStack); the smallest depth allowed is {self.smallest_depth}."
+            )
         refused = [layer for layer in self._refused if layer >= depth]
         if refused:
             raise InputError(
@@ -304,7 +324,7 @@ class Decoder:
         return f"layer {layer} ({type(self.layers[layer]).__name__}) cannot be projected, {self._refused[layer]}"
 
     def _find_body(self, model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-        for module in model.modules():
+        for module in model.get_decoder().modules():  # of the text alone: a vision tower may look the same
             norm = _part(module, ("norm", "final_layernorm", "final_norm", "embedding_norm", "norm_f"))
             if isinstance(getattr(module, "layers", None), nn.ModuleList) and norm and hasattr(module, "config"):
                 return module, getattr(module, norm)
@@ -556,14 +576,135 @@ class Decoder:
         Returns:
             ``[batch, response, vocabulary]``: column j predicts response token j.
         """
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-            logits_to_keep=ids.shape[1] - batch["prompt_length"] + 1,
-        ).logits[:, :-1]
+        kept = batch["input_ids"].shape[1] - batch["prompt_length"] + 1
+        return self.model(**self.inputs(batch), use_cache=False, logits_to_keep=kept).logits[:, :-1]
+
+    # --- what a pass is given, images -----------------------------------------------------------------------------
+
+    def inputs(self, batch: Mapping) -> dict[str, Tensor]:
+        """The model's own arguments for a batch, on the model's device: every pass over rows starts here.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask`` ``[batch, tokens]``; ``vision``, where there are images: the
+                tensors of the model's processor (``pixel_values``, ``image_grid_thw`` and so on).
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``position_ids``, and with images their tensors and which tokens they
+            stand at. ``forward`` and ``generate`` both take them.
+        """
+        device = self.model.device
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        vision = {name: tensor.to(device) for name, tensor in (batch.get("vision") or {}).items()}
+        if vision and self._types_name is not None:
+            vision[self._types_name] = self._token_types(ids)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": self.positions(ids, mask, vision), **vision}
+
+    @property
+    def image_token(self) -> int | None:
+        """The token that stands once for every feature of an image; None where the model reads text alone."""
+        return getattr(self.model.config, "image_token_id", None)
+
+    @property
+    def vision_tokens(self) -> tuple[int, ...]:
+        """The tokens that stand for features of images and of videos; none where the model reads text alone."""
+        tokens = (self.image_token, getattr(self.model.config, "video_token_id", None))
+        return tuple(token for token in tokens if token is not None)
+
+    @property
+    def _deepstack(self) -> int:
+        """How many of the first layers the model adds DeepStack features of the images to
+        (https://arxiv.org/abs/2406.04334): every token has to pass those."""
+        vision = getattr(self.model.config, "vision_config", None)
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+    @property
+    def images_see_ahead(self) -> bool:
+        """Whether an image's tokens attend among themselves, later ones included; such models ask which they are."""
+        return self._types_name == "token_type_ids"
+
+    def splits_image(self, prompt: Sequence[int], boundary: int) -> bool:
+        """Whether the boundary begins inside an image whose tokens attend to later ones: no context pass equals that.
+
+        Args:
+            prompt: token ids of one row, without padding behind them.
+        """
+        pair = prompt[-boundary - 1 : len(prompt) - boundary + 1] if boundary else ()
+        return self.images_see_ahead and len(pair) == 2 and set(pair) == {self.image_token}
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        """1 at image tokens, 2 at video tokens, 0 elsewhere, as the processors number them."""
+        types = (input_ids == self.image_token).long()
+        video = getattr(self.model.config, "video_token_id", None)
+        return types if video is None else types + 2 * (input_ids == video)
+
+    @property
+    def mrope(self) -> bool:
+        """Whether rotary positions have several axes (M-RoPE), so that an image's tokens stand in a grid."""
+        return self._rope is not None
+
+    def positions(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor,
+        vision: Mapping[str, Tensor],
+        cached: int = 0,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Every token's position, as the model's forward takes it.
+
+        Args:
+            input_ids: ``[batch, tokens]``: the whole sequence, or what follows ``cached`` tokens of it.
+            attention_mask: ``[batch, cached + tokens]`` of the whole sequence.
+            vision: with the grids of the images (``image_grid_thw``, ``video_grid_thw``), where there are any.
+            cached: tokens in front that a cache holds already.
+            shift: their :meth:`rotary_shift`; what the model remembers of its last pass unless given.
+
+        Returns:
+            ``[batch, cached + tokens]``; for M-RoPE ``[4, batch, cached + tokens]``: the place in the row, and the
+            rotary positions in time, height and width.
+        """
+        text, rope = position_ids(attention_mask), self._rope
+        if rope is None:
+            return text
+        if cached and shift is None:
+            shift = rope.rope_deltas
+        rotary = text if shift is None or not cached else text + shift.to(text.device)
+        rotary = rotary.expand(3, -1, -1)
+        grids = {name: vision[name] for name in ("image_grid_thw", "video_grid_thw") if vision.get(name) is not None}
+        if not grids or input_ids is None:
+            return torch.cat([text[None], rotary])
+        types = self._token_types(input_ids)
+        start = attention_mask.shape[1] - input_ids.shape[1]
+        if cached > start and not self._all_of(types, grids):
+            types, input_ids, start = types[:, cached - start :], input_ids[:, cached - start :], cached
+        if not types.any():
+            return torch.cat([text[None], rotary])
+        mask = attention_mask[:, start:]
+        seen, _ = rope.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=mask, **grids)
+        if start:  # they are counted from these tokens' first, which follows the largest position before it
+            before = rotary[:, :, :start].masked_fill(attention_mask[:, :start] == 0, -1)
+            first = before.amax((0, 2)) + 1
+            seen = (seen + first[:, None]) * mask
+        return torch.cat([text[None], torch.cat([rotary[:, :, :start], seen], dim=-1)])
+
+    def _all_of(self, types: Tensor, grids: Mapping[str, Tensor]) -> bool:
+        """Whether the grids describe every image and frame that these tokens hold, and not the last ones alone."""
+        merged = self.model.config.vision_config.spatial_merge_size**2
+        return int((types > 0).sum()) == sum(int(grid.prod(-1).sum()) // merged for grid in grids.values())
+
+    def rotary_shift(self, positions: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """How far text that follows stands from its place in the row, ``[batch, 1]``; None without M-RoPE.
+
+        An image takes less rotary positions than tokens, so the shift is zero or negative.
+        """
+        if positions.dim() != 3:
+            return None
+        return (positions[1:] * attention_mask).amax((0, 2))[:, None] + 1 - attention_mask.sum(-1, keepdim=True)
+
+    def remember(self, shift: Tensor | None) -> None:
+        """Leave a pass's shift where the model's own forward would, for a caller that decodes by hand."""
+        if shift is not None:
+            self._rope.rope_deltas = shift
 
     # --- masks ----------------------------------------------------------------------------------------------------
 
@@ -586,7 +727,7 @@ class Decoder:
             layer_idx=layer,
         )
 
-    def tail_mask(self, layer: int, mask, hidden: Tensor, past: int, cache: Cache):
+    def tail_mask(self, layer: int, mask, hidden: Tensor, past: int, cache: Cache, behind: int = 0):
         """What ``mask`` says of a prompt's last rows, over what ``cache`` holds for ``layer`` plus those rows.
 
         Args:
@@ -594,6 +735,7 @@ class Decoder:
                 takes it: 4-D (sdpa, eager), :class:`BlockMask` (flex), 2-D padding (flash), or None.
             hidden: ``[batch, rows, hidden]``, the last rows; only its shape and device count.
             past: tokens in front of these rows, cached ones included.
+            behind: tokens of the mask that follow these rows and are left out.
 
         Raises:
             InputError: a mask of another form; the sentence names the implementation.
@@ -609,11 +751,13 @@ class Decoder:
             keys = torch.arange(offset, offset + columns, device=hidden.device)
             return (keys <= queries).expand(hidden.shape[0], 1, rows, columns)
         if isinstance(mask, Tensor) and mask.dim() == 4:
-            return mask[:, :, mask.shape[2] - rows :, mask.shape[3] - columns :]
+            last, end = (length - behind for length in mask.shape[2:])
+            return mask[:, :, last - rows : last, end - columns : end]
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, -columns:]
+            end = mask.shape[1] - behind
+            return mask[:, end - columns : end]
         if isinstance(mask, BlockMask):
-            return _last_block(mask, rows, columns)
+            return _last_block(mask, rows, columns, behind)
         raise InputError(
             f"attn_implementation {implementation!r} builds masks of type {type(mask).__name__}, which cannot be cut "
             f"to the boundary tokens; use 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2'."
@@ -622,16 +766,20 @@ class Decoder:
     # --- a whole pass ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def tracing(self, layers: range | None = None):
-        """Record the inputs of ``layers`` (all by default) and the last layer's output while the model runs."""
+    def tracing(self, layers: range | None = None, masks: bool = False):
+        """Record the inputs of ``layers`` (all by default) and the last layer's output while the model runs.
+
+        ``masks`` records the masks as well, which the model builds once per kind of layer.
+        """
         trace = Trace()
         handles = []
+        names = [*PER_TOKEN, *(("attention_mask",) if masks else ())]
 
         def record(index: int) -> Callable:
             def hook(module, args, kwargs):
                 given = self.arguments(index, args, kwargs)
                 trace.hidden[index] = given["hidden_states"]
-                trace.kwargs[index] = {name: given[name] for name in PER_TOKEN if name in given}
+                trace.kwargs[index] = {name: given[name] for name in names if name in given}
 
             return hook
 
@@ -658,9 +806,9 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _last_block(mask: BlockMask, rows: int, columns: int) -> BlockMask:
-    """The bottom right ``[rows, columns]`` of a block mask."""
-    queries, keys = (length - kept for length, kept in zip(mask.seq_lengths, (rows, columns), strict=True))
+def _last_block(mask: BlockMask, rows: int, columns: int, behind: int) -> BlockMask:
+    """The bottom right ``[rows, columns]`` of a block mask whose last ``behind`` tokens are left out."""
+    queries, keys = (length - behind - kept for length, kept in zip(mask.seq_lengths, (rows, columns), strict=True))
     whole = mask.mask_mod
 
     def last(batch, head, query, key):

@@ -28,10 +28,13 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Dec
     if isinstance(wanted, list):
         odd = [depth for depth in wanted if not 1 <= depth <= layers]
         if odd:
-            raise InputError(f"budget.candidates must lie in 1..{layers} for this model, found {odd[0]}.")
+            raise InputError(f"budget.candidates must lie in {smallest}..{layers} for this model, found {odd[0]}.")
         if min(wanted) == layers:
             raise InputError(f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one.")
-        decoder.check_depth(min(wanted))
+        try:
+            decoder.check_depth(min(wanted))
+        except InputError as error:
+            raise InputError(f"budget.candidates holds depth {min(wanted)}: {error}") from error
         return sorted({depth for depth in wanted if depth < layers}, reverse=True)
     every = [depth for depth in every if layers - depth >= budget.min_pruned]
     if not every:

@@ -29,13 +29,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
+from pop_lightning.images import VisionProcessor
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import StageAwarePrefill, check_decoder
 from pop_lightning.projections import KVProjections
 
 _MARK = "_pop_mark"  # on a cache: who filled it
+_SHIFT = "_pop_rotary_shift"  # on a cache: Decoder.rotary_shift of what it holds
 
 
 class StageAwareGenerator:
@@ -45,23 +47,29 @@ class StageAwareGenerator:
         model: a Transformers causal language model.
         plan: depth and boundary.
         projections: key/value projections for the pruned layers; the layers' own (reuse) unless given.
-        tokenizer: kept for callers that want it; generation takes token ids.
+        tokenizer, vision: kept for callers that want them; generation takes token ids and image tensors.
 
     Raises:
         InputError: the plan does not fit the model, or the model is of an unsupported build (named, with the reason).
     """
 
     def __init__(
-        self, model: PreTrainedModel, plan: PruningPlan, projections: KVProjections | None = None, tokenizer=None
+        self,
+        model: PreTrainedModel,
+        plan: PruningPlan,
+        projections: KVProjections | None = None,
+        tokenizer=None,
+        vision: VisionProcessor | None = None,
     ):
         decoder = projections.decoder if projections is not None else Decoder(model)
         plan.check(decoder.num_layers)
+        decoder.check_depth(plan.depth)
         if projections is not None and projections.depth != plan.depth:
             raise InputError(f"the projections were made for depth {projections.depth}, the plan says {plan.depth}.")
         check_decoder(decoder)
         self.model = model
         self.plan = plan
-        self.tokenizer = tokenizer
+        self.tokenizer, self.vision = tokenizer, vision
         self.decoder = decoder
         self.projections = projections if projections is not None else KVProjections(decoder, plan.depth)
         self.projections.stack()  # now, so that the first prefill pays neither its time nor its memory
@@ -85,10 +93,10 @@ class StageAwareGenerator:
             InputError: the artifact is damaged, or was made for another base.
         """
         from pop_lightning.artifact import check_base, read_artifact
-        from pop_lightning.models import load_model, load_tokenizer
+        from pop_lightning.models import load_model, load_tokenizer, vision_processor
 
         artifact = read_artifact(path)
-        tokenizer = None
+        tokenizer = name = None
         if base is None or isinstance(base, (str, Path)):
             name = artifact.config["base"]["id"] if base is None else str(base)
             revision = artifact.config["base"].get("revision") if base is None else load.pop("revision", None)
@@ -98,7 +106,10 @@ class StageAwareGenerator:
         check_base(artifact, base)
         decoder = Decoder(base)
         projections = KVProjections.from_state(decoder, artifact.plan.depth, artifact.kind, artifact.state)
-        return cls(base, artifact.plan, projections, tokenizer)
+        vision = None
+        if name is not None:
+            vision = vision_processor(decoder.vision_tokens, name, revision=revision, trust_remote_code=trusted)
+        return cls(base, artifact.plan, projections, tokenizer, vision)
 
     def to(self, *args, **kwargs) -> "StageAwareGenerator":
         """Move or cast the model, as ``model.to`` does, and its projections with it; returns self."""
@@ -133,11 +144,17 @@ class StageAwareGenerator:
         cached = self._claim(cache)
         length = self._prompt_length(inputs, kwargs, cached)
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        self._check_boundary(ids, kwargs)
+        shift = None
+        if self.decoder.mrope and ids is not None:
+            shift = self._place_tokens(ids, kwargs, cached)
         self.projections.place()  # the model may have been moved since
         with self._prefill.attached(length, cached=cached, compiled=chunked):
             output = self.model.generate(inputs, **kwargs)
         if isinstance(getattr(output, "past_key_values", None), Cache):
             self._claim(output.past_key_values)
+            setattr(output.past_key_values, _SHIFT, shift)
         return output
 
     @torch.no_grad()
@@ -166,19 +183,52 @@ class StageAwareGenerator:
         if tokens is None or not tokens.shape[1]:
             raise InputError("prefill needs at least one token: input_ids or inputs_embeds.")
         cache = past_key_values if past_key_values is not None else self.decoder.new_cache()
-        if attention_mask is not None and attention_mask.dim() == 2 and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
+        if self._pruning:
+            self._refuse((kwargs | {"past_key_values": cache}).get)
+            if last:
+                self._check_boundary(input_ids, kwargs)
+        cached = self._claim(past_key_values) if self._pruning else _held(past_key_values)
+        if attention_mask is None and self.decoder.mrope:
+            attention_mask = tokens.new_ones(len(tokens), cached + tokens.shape[1], dtype=torch.long)
         call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+        call |= kwargs
+        shift = self._place_tokens(input_ids, call, cached)
+        if call.get("position_ids") is not None:
+            call["position_ids"] = call["position_ids"][..., -tokens.shape[1] :]
         if not self._pruning:
-            return self.model(**call, logits_to_keep=1, **kwargs)
-        given = kwargs | {"past_key_values": cache}
-        self._refuse(given.get)
-        cached = self._claim(past_key_values)
-        self.projections.place()  # the model may have been moved since
-        with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
-            output = self.model(**call, logits_to_keep=1, **kwargs)
-        self._claim(cache)
+            output = self.model(**call, logits_to_keep=1)
+        else:
+            self.projections.place()  # the model may have been moved since
+            with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
+                output = self.model(**call, logits_to_keep=1)
+            self._claim(cache)
+        setattr(cache, _SHIFT, shift)
+        self.decoder.remember(shift)
         return output
+
+    def _place_tokens(self, ids: Tensor | None, call: dict, cached: int) -> Tensor | None:
+        """Put every token's position into ``call``, where the caller left it out and gave a mask.
+
+        M-RoPE models would take it from what they remember of their last pass, whichever conversation that was of.
+        Returns the shift that a later turn starts from.
+        """
+        mask = call.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or call.get("position_ids") is not None:
+            return None
+        shift = getattr(call.get("past_key_values"), _SHIFT, None)
+        call["position_ids"] = self.decoder.positions(ids, mask, call, cached, shift)
+        return self.decoder.rotary_shift(call["position_ids"], mask)
+
+    def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
+        """Raise where the boundary begins inside an image that no context pass can read in part."""
+        if ids is None or not self.decoder.images_see_ahead or kwargs.get("pixel_values") is None:
+            return
+        for row, prompt in enumerate(ids.tolist()):
+            if self.decoder.splits_image(prompt, self.plan.boundary):
+                raise InputError(
+                    f"boundary {self.plan.boundary} begins inside an image of prompt {row + 1} of the batch, whose "
+                    f"tokens attend to one another; choose a boundary that ends before the image or holds all of it."
+                )
 
     def _prompt_length(self, inputs: Tensor | None, kwargs: dict, cached: int) -> int:
         """Tokens of the prompt, cached ones included, as ``generate`` will count them."""
@@ -205,7 +255,7 @@ class StageAwareGenerator:
         """
         if cache is None:
             return 0
-        held = int(cache.get_seq_length())
+        held = _held(cache)
         mark = getattr(cache, _MARK, None)
         if held and mark is not None and mark != self._mark:
             what = "other projections" if mark.split()[0] == self.plan.fingerprint else "another pruning plan"
@@ -262,3 +312,7 @@ class StageAwareGenerator:
                 "flex_attention needs torch.compile, which the pruned prefill sets aside where the model is compiled "
                 "or prefill_chunk_size is given; use attn_implementation='sdpa'."
             )
+
+
+def _held(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -1,11 +1,26 @@
-"""Loading a base model and its tokenizer: from the hub, a folder, or the bundled checkpoints."""
+"""Loading a base model, its tokenizer and its processor: from the hub, a folder, or the bundled checkpoints."""
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from pop_lightning.data import resolve_bundled
 from pop_lightning.errors import InputError
+from pop_lightning.images import VisionProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,7 +35,9 @@ def load_model(
     device_map=None,
     **others,
 ) -> PreTrainedModel:
-    """A causal language model in eval mode; ``name`` is a hub id, a folder, or ``bundled:NAME``.
+    """A causal language model, one that reads images or not, in eval mode.
+
+    ``name`` is a hub id, a folder, or ``bundled:NAME``.
 
     Args:
         attn_implementation: Transformers' own choice unless given (sdpa where the family has it).
@@ -31,7 +48,8 @@ def load_model(
     """
     path = resolve_bundled(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_pretrained(
             path,
             revision=revision,
             dtype=dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype),
@@ -55,6 +73,41 @@ def load_model(
             f"was expected): {_first_sentence(error)}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Which of Transformers' auto classes makes the model of a config: one that reads images has a class of its own."""
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
+def vision_processor(
+    tokens: Sequence[int], name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> VisionProcessor | None:
+    """The base's processor, not loaded yet; None where ``Decoder.vision_tokens`` are none: it reads text alone."""
+    if not tokens:
+        return None
+    load = partial(load_processor, name, revision=revision, trust_remote_code=trust_remote_code)
+    return VisionProcessor(load, tokens)
+
+
+def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
+    """What makes a base's inputs of text with images.
+
+    Raises:
+        InputError: there is none, or a package that it needs is missing.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(
+            resolve_bundled(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(
+            f"model.base {name!r} has no processor that loads, which images need: {_first_sentence(error)}"
+        ) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise InputError(f"model.base {name!r} has no image processor (preprocessor_config.json), which images need.")
+    return processor
 
 
 def load_tokenizer(

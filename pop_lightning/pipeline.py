@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
-from pop_lightning.data import CalibrationData, Row, collate, until_end
+from pop_lightning.data import CalibrationData, Row, until_end
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import candidates
 from pop_lightning.errors import InputError
@@ -26,7 +26,7 @@ from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, upper_bound
-from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer
+from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer, vision_processor
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projections import KVProjections
@@ -112,6 +112,13 @@ class _Run:
             batch_size=data.batch_size,
             splits=asdict(data.splits),
             seed=recipe.seed,
+            vision=vision_processor(
+                self.decoder.vision_tokens,
+                model.base,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+            ),
+            allow_urls=data.allow_urls,
         )
         self.data.setup()
         self.base = base_identity(self.model, model.base, model.revision)
@@ -141,11 +148,10 @@ class _Run:
                 each.to(self.trainers.device)
 
     def _respond(self, rows: list[Row]) -> list[tuple[int, ...]]:
-        batch = collate(rows, self.data.pad_token_id)
+        batch = self.data.batch(rows)
         prompt = batch["prompt_length"]
         output = self.model.generate(
-            input_ids=batch["input_ids"].to(self.model.device),
-            attention_mask=batch["attention_mask"].to(self.model.device),
+            **self.decoder.inputs(batch),
             max_new_tokens=self.recipe.data.max_response_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -154,7 +160,14 @@ class _Run:
         return [until_end(tokens, ends) for tokens in output]
 
     def _check_rows(self) -> None:
-        budget = self.recipe.budget
+        budget, boundary = self.recipe.budget, self.recipe.boundary
+        for name in ("fit", "tune", "search", "verify"):
+            for row in self.data.rows_of(name):
+                if row.images and self.decoder.splits_image(row.prompt_ids, boundary):
+                    raise InputError(
+                        f"boundary {boundary} begins inside an image of {row.origin}, whose tokens attend to one "
+                        "another: choose a boundary that ends before the image or holds all of it."
+                    )
         rows = len(self.data.rows_of("verify"))
         needed = rows_needed(budget.max_drop, budget.metric, budget.confidence)
         if needed is not None and rows < needed:

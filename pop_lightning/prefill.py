@@ -291,24 +291,25 @@ def student_hidden(
     tokens = attention_mask.shape[1] - 1  # the last token predicts nothing
     context = max(0, prompt_length - plan.boundary)
     source = trace.hidden[depth][:, :tokens]
-    hidden, mask = source[:, context:], attention_mask[:, :tokens]
-    if not context_visible:
-        mask = torch.cat([torch.zeros_like(mask[:, :context]), mask[:, context:]], dim=1)
+    hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
     normed = decoder.normalise(source[:, :context])
 
     def run(layer: int, hidden: Tensor) -> Tensor:
         # A cache of its own, so that a layer can be run twice.
         cache, kwargs = decoder.new_cache(), trace.kwargs[layer]
-        if context:
+        if context and context_visible:
             visible = slice(context - decoder.visible(layer, context), context)
             kv = projections(layer, source[:, visible], normed[:, visible])
             cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
+        if (whole := kwargs.get("attention_mask")) is not None:
+            seen = decoder.tail_mask(layer, whole, hidden, context, cache, behind=1)
+        else:
+            seen = decoder.mask(layer, hidden, mask, cache)
         return decoder.run_layer(
             layer,
             hidden,
-            attention_mask=decoder.mask(layer, hidden, mask, cache),
             past_key_values=cache,
-            **of_tokens(kwargs, slice(context, tokens)),
+            **of_tokens(kwargs, slice(context, tokens)) | {"attention_mask": seen},
         )
 
     if hidden.shape[1]:

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from transformers import get_scheduler
 
-from pop_lightning.decoder import Decoder, Trace, position_ids
+from pop_lightning.decoder import Decoder, Trace
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_hidden
 from pop_lightning.projections import KVProjections
@@ -24,15 +24,10 @@ CHUNK_LOGITS = 2**26  # logits alive at a time per model: 256 MiB in float32
 @torch.no_grad()
 def teacher_trace(decoder: Decoder, batch: dict, first: int) -> Trace:
     """One full pass: the inputs of layers ``first`` and up and, under key L, what goes into the final norm."""
-    mask = batch["attention_mask"]
-    with decoder.tracing(range(first, decoder.num_layers)) as trace:
-        decoder.model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+    # Where images see ahead, a boundary that holds one is rerun under the model's own masks.
+    masks = decoder.images_see_ahead and bool(batch.get("vision"))
+    with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
+        decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
     return trace
 
 

@@ -73,12 +73,13 @@ class Splits:
 class Data:
     """The calibration data and its lengths, in tokens."""
 
-    calibration: str = ""  # required
+    calibration: str | list[str] = ""  # required
     split: str | None = None
     max_prompt_tokens: int = 2048
     max_response_tokens: int = 256
     limit: int | None = None
     batch_size: int = 8
+    allow_urls: bool = False  # fetch the images that rows name by URL
     splits: Splits = field(default_factory=Splits)
 
 
@@ -228,9 +229,13 @@ def bundled_recipes() -> list[str]:
 def _problems(recipe: Recipe) -> list[str]:
     model, data, projection, budget = recipe.model, recipe.data, recipe.projection, recipe.budget
     splits, problems = asdict(data.splits), []
+    sources = [data.calibration] if isinstance(data.calibration, str) else data.calibration
     for key, text, what in (
         ("model.base", model.base, "a hub id, a folder or bundled:NAME"),
-        ("data.calibration", data.calibration, "a JSON Lines or text file, a hub data set or bundled:NAME/FILE"),
+        *(
+            ("data.calibration", source, "a JSON Lines or text file, a hub data set or bundled:NAME/FILE")
+            for source in sources or [""]
+        ),
         ("output", recipe.output, "a folder"),
         ("model.attn_implementation", model.attn_implementation, "a name such as sdpa"),
     ):

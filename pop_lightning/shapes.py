@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -23,6 +21,7 @@ from transformers import (
 )
 
 from pop_lightning.errors import InputError
+from pop_lightning.models import auto_class
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -238,10 +237,8 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: in
 
 
 def _model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    # A config with a text part belongs to a model that reads images too, which Transformers files under another class.
-    auto = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     with device:
-        model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.files import write_json, write_text, write_whole
 from pop_lightning.fitting import Distillation, FittedDepth, closed_form, quiet_lightning
 from pop_lightning.metrics import row_loss
-from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer
+from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer, vision_processor
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projection_training import JointTraining
@@ -91,11 +91,11 @@ def run(settings: Settings) -> dict:
     decoder = Decoder(load_model(settings.base))
     check_decoder(decoder)
     tokenizer = load_tokenizer(settings.base)
-    rows = _rows(settings, tokenizer, decoder.model)
-    last = decoder.num_layers - 1
-    depths = sorted(range(1, last + 1) if settings.depths == "all" else settings.depths, reverse=True)
-    if not depths or not all(1 <= depth <= last for depth in depths):
-        raise InputError(f"--depths must lie in 1..{last} for this model, found {settings.depths}.")
+    rows = _rows(settings, tokenizer, decoder)
+    first, last = decoder.smallest_depth, decoder.num_layers - 1
+    depths = sorted(range(first, last + 1) if settings.depths == "all" else settings.depths, reverse=True)
+    if not depths or not all(first <= depth <= last for depth in depths):
+        raise InputError(f"--depths must lie in {first}..{last} for this model, found {settings.depths}.")
     overlap = set(settings.tuning_seeds) & set(settings.report_seeds)
     if overlap or not settings.report_seeds:
         raise InputError(f"--report_seeds must name seeds that --tuning_seeds does not; both have {sorted(overlap)}.")
@@ -123,6 +123,7 @@ class _Seed:
     def __init__(self, settings: Settings, decoder: Decoder, rows: list[Row], seed: int):
         self.settings, self.decoder, self.seed = settings, decoder, seed
         self.splits = split_rows(rows, FRACTIONS, seed)
+        self.vision = vision_processor(decoder.vision_tokens, settings.base)
 
     def loader(self, name: str, shuffle: bool = False) -> DataLoader:
         rows = sorted(self.splits[name], key=lambda row: (-row.length, row.seed))
@@ -131,7 +132,7 @@ class _Seed:
             batch_size=self.settings.batch_size if shuffle else 4 * self.settings.batch_size,
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=partial(collate, pad_token_id=0),
+            collate_fn=partial(collate, pad_token_id=0, vision=self.vision),
         )
 
     def closed_form(self, depths: list[int]) -> list[FittedDepth]:
@@ -238,14 +239,15 @@ def _tune(settings: Settings, decoder: Decoder, rows: list[Row], depths: list[in
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(settings: Settings, tokenizer, model) -> list[Row]:
+def _rows(settings: Settings, tokenizer, decoder: Decoder) -> list[Row]:
     if settings.running_text is None:
         data = CalibrationData(
             settings.calibration,
             tokenizer,
-            context=context_length(model),
-            end_tokens=end_tokens(model),
+            context=context_length(decoder.model),
+            end_tokens=end_tokens(decoder.model),
             limit=settings.limit,
+            vision=vision_processor(decoder.vision_tokens, settings.base),
         )
         rows = data.read_rows()
         if any(row.response_ids is None for row in rows):

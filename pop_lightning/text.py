@@ -3,8 +3,9 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -16,23 +17,35 @@ from pop_lightning.data import CalibrationData, DataReport, Row, collate, read_e
 from pop_lightning.errors import InputError
 from pop_lightning.files import write_text
 from pop_lightning.generator import StageAwareGenerator
+from pop_lightning.images import RowImage
 from pop_lightning.models import context_length, end_tokens
 
 
 def stream(
-    generator: StageAwareGenerator, prompt: str, *, max_new_tokens: int, full: bool = False
+    generator: StageAwareGenerator,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    images: Sequence = (),
+    allow_urls: bool = False,
+    full: bool = False,
 ) -> Iterator[tuple[str, float]]:
     """Generate greedily from one prompt; yields pieces of text, each with the TTFT: seconds from call to first token.
 
-    ``full`` generates with the unpruned model.
+    Args:
+        images: shown before the prompt, in a user's turn of the base's chat template: paths, bytes, PIL images or, with
+            ``allow_urls``, URLs. Without images the prompt goes in as it is.
+        full: generate with the unpruned model.
 
     Raises:
-        InputError: no tokenizer, an empty prompt, or one that leaves no room in the model's context.
+        InputError: no tokenizer, an empty prompt, an image that cannot be read or that the base cannot, or a prompt
+            that leaves no room in the model's context.
     """
     check_prompt(prompt)
     tokenizer = _tokenizer(generator)
-    inputs = tokenizer(prompt, return_tensors="pt").to(generator.model.device)
-    _check_length(generator, inputs["input_ids"].shape[1], max_new_tokens, "--prompt")
+    row = _row(generator, tokenizer, prompt, images, allow_urls)
+    _check_length(generator, len(row.prompt_ids), max_new_tokens, "--prompt")
+    inputs = generator.decoder.inputs(collate([row], tokenizer.pad_token_id, generator.vision))
     streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
@@ -40,8 +53,7 @@ def stream(
         try:
             with generator.full_model() if full else nullcontext():
                 generator.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
+                    **inputs,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     streamer=streamer,
@@ -60,6 +72,18 @@ def stream(
     thread.join()
     if failure:
         raise failure[0]
+
+
+def _row(generator, tokenizer, prompt: str, images: Sequence, allow_urls: bool) -> Row:
+    if not images:
+        return Row(tuple(tokenizer(prompt)["input_ids"]), (), "--prompt")
+    if generator.vision is None:
+        raise InputError(f"--image was given, and the base ({generator.decoder.name}) reads text alone.")
+    with _named_as_flags():
+        found = tuple(
+            RowImage.of(image, f"--image {number}", allow_urls=allow_urls) for number, image in enumerate(images, 1)
+        )
+        return Row(tuple(generator.vision.ask(prompt, found, "--prompt")), (), "--prompt", found)
 
 
 class _TimedStreamer(TextIteratorStreamer):
@@ -96,11 +120,12 @@ def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> No
 
 @contextmanager
 def _named_as_flags():
-    """Rows are read as a recipe's; here the user gave them with ``--data``."""
+    """Rows and images are read as a recipe's; here the user gave them with flags."""
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("data.calibration", "--data")) from error
+        named = str(error).replace("data.calibration", "--data").replace("data.allow_urls: true", "--allow_urls")
+        raise InputError(named) from error
 
 
 def generate_file(
@@ -111,12 +136,14 @@ def generate_file(
     max_new_tokens: int,
     batch_size: int = 8,
     compare: bool = False,
+    allow_urls: bool = False,
 ) -> dict:
     """Generate for every row of a file and write them as JSON Lines; the file appears whole or not at all.
 
     Args:
         data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
         compare: run the unpruned model as well and say how often both agree.
+        allow_urls: fetch images that rows name by URL.
 
     Returns:
         ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
@@ -126,13 +153,14 @@ def generate_file(
         difference).
     """
     tokenizer = _tokenizer(generator)
-    rows, report = _read_rows(generator, tokenizer, data, max_new_tokens)
+    rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls)
     output = Path(output)
     results: dict[int, dict] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
     for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch"):
         places = order[start : start + batch_size]
-        batch = collate([Row(rows[i].prompt_ids, (), rows[i].origin) for i in places], tokenizer.pad_token_id)
+        asked = [replace(rows[i], response_ids=()) for i in places]
+        batch = collate(asked, tokenizer.pad_token_id, generator.vision)
         ids = {"pruned": _generate(generator, tokenizer, batch, max_new_tokens)}
         if compare:
             with generator.full_model():
@@ -154,7 +182,7 @@ def generate_file(
     return summary
 
 
-def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> tuple[list[Row], DataReport]:
+def _read_rows(generator, tokenizer, data: str, max_new_tokens: int, allow_urls: bool) -> tuple[list[Row], DataReport]:
     context = context_length(generator.model)
     if context is not None and max_new_tokens >= context:
         raise InputError(f"--max_new_tokens {max_new_tokens} leaves no prompt of the model's context of {context}.")
@@ -165,6 +193,8 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> tuple[li
         max_response_tokens=max_new_tokens,
         context=context,
         end_tokens=end_tokens(generator.model),
+        vision=generator.vision,
+        allow_urls=allow_urls,
     )
     with _named_as_flags():
         rows = reader.read_rows(keep_duplicates=True)
@@ -172,11 +202,9 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> tuple[li
 
 
 def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[list[int]]:
-    device = generator.model.device
     with torch.no_grad():
         output = generator.generate(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
+            **generator.decoder.inputs(batch),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,

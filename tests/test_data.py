@@ -248,8 +248,13 @@ GOOD = {"prompt": "w1", "response": "w2"}
         ({"messages": [{"role": "assistant", "content": 3}]}, r"line 3 has a message whose \"content\" is neither"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
-            r"line 3 has message parts of type image",
+            r"line 3 has an image in its last message",
         ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "audio"}]}]},
+            r"line 3 has message parts of type audio",
+        ),
+        ({"prompt": "a", "images": "a.png"}, r"line 3 has \"images\" of type str: a list was expected"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named_by_file_line_and_key(tmp_path, line, message):

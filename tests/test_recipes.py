@@ -5,16 +5,18 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
+from transformers import AutoProcessor, AutoTokenizer, Gemma3Config
 
 from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import fit
+from pop_lightning.models import auto_class
 from pop_lightning.shapes import shape
 
+import vision
 from families import COMMON, WINDOW
 from workbench import WORDS, save_tokenizer
 
-PAPER = ["llama3_1_8b", "gemma3_12b"]
+PAPER = ["llama3_1_8b", "gemma3_12b", "qwen3_vl_8b"]
 OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("gemma3_4b", "qwen3_8b", "mistral_7b")]
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}w1 {{ message.content }} w2 "
@@ -25,40 +27,61 @@ TEMPLATE = (
 def shrunken(name):
     """The published config with its own choices (norms, windows, biases, tied head) and the tests' sizes."""
     config = shape(name).make()
+    text = config.get_text_config()
     for key, value in COMMON.items():
-        setattr(config, key, value)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[4:8]  # for Gemma: sliding, global, sliding, sliding
-    if getattr(config, "sliding_window", None):
-        config.sliding_window = WINDOW
+        setattr(text, key, value)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[4:8]  # for Gemma: sliding, global, sliding, sliding
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = WINDOW
+    tokens = {"image_token_id": vision.IMAGE, "video_token_id": vision.VIDEO}
     if name.startswith("gemma3"):  # the checkpoint of that name holds a vision tower as well
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        vision |= {"image_size": 28, "patch_size": 14}
-        tokens = {"boi_token_index": 90, "eoi_token_index": 91, "image_token_index": 92, "mm_tokens_per_image": 4}
-        return Gemma3Config(text_config=config.to_dict(), vision_config=vision, **tokens)
+        tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        tower |= {"image_size": 28, "patch_size": 14}
+        tokens = {"boi_token_index": vision.OPEN, "eoi_token_index": vision.CLOSE, "image_token_index": vision.IMAGE}
+        return Gemma3Config(text_config=config.to_dict(), vision_config=tower, mm_tokens_per_image=4, **tokens)
+    if name == "qwen3_vl_8b":  # its three DeepStack layers, and three that can be pruned
+        text.num_hidden_layers = 6
+        text.rope_parameters = text.rope_parameters | {"mrope_section": [2, 1, 1]}
+        tower = {"hidden_size": 16, "intermediate_size": 16, "depth": 3, "num_heads": 2, "patch_size": 4}
+        tower |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2]}
+        for key, value in tower.items():
+            setattr(config.vision_config, key, value)
+        for key, value in (
+            tokens | {"vision_start_token_id": vision.OPEN, "vision_end_token_id": vision.CLOSE}
+        ).items():
+            setattr(config, key, value)
     return config
+
+
+def chats(folder, family, rows=60):
+    """Chats of text; for a model that reads images two thirds of them show some, in a file beside their pictures."""
+    if family is not None:
+        return vision.save_rows(folder / "chats.jsonl", rows)
+    rng = random.Random(0)
+    lines = []
+    for _ in range(rows):
+        said = [" ".join(rng.choices(WORDS[6:], k=count)) for count in (rng.randint(6, 20), 3)]
+        roles = zip(("user", "assistant"), said, strict=True)
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in roles]}))
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    return folder / "chats.jsonl"
 
 
 @pytest.mark.parametrize("name", [*PAPER, *OTHERS])
 def test_a_full_size_recipe_runs_on_its_shrunken_model(name, tmp_path):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(shrunken(name), dtype=torch.bfloat16)
+    config = shrunken(name)
+    family = next((family for family in vision.FAMILIES if name.startswith(family)), None)
+    model = auto_class(config).from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base", chat_template=TEMPLATE)
-    rng = random.Random(0)
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": " ".join(rng.choices(WORDS[6:], k=rng.randint(6, 20)))},
-                {"role": "assistant", "content": " ".join(rng.choices(WORDS[6:], k=3))},
-            ]
-        }
-        for _ in range(60)
-    ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    if family is None:
+        save_tokenizer(tmp_path / "base", chat_template=TEMPLATE)
+    else:
+        vision.processor(family).save_pretrained(tmp_path / "base")
     changes = {
         "model.base": tmp_path / "base",
-        "data.calibration": tmp_path / "chats.jsonl",
+        "data.calibration": chats(tmp_path, family),
         "data.max_prompt_tokens": 64,
         "data.max_response_tokens": 8,
         "output": tmp_path / "run",
@@ -71,10 +94,21 @@ def test_a_full_size_recipe_runs_on_its_shrunken_model(name, tmp_path):
         == 0
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["layers"] == COMMON["num_hidden_layers"]
+    assert metrics["layers"] == config.get_text_config().num_hidden_layers
     assert {entry["projection"] for entry in metrics["curve"]} == {"reuse", "closed_form"}
     generator = StageAwareGenerator.from_artifact(tmp_path / "run" / "artifact")
+    assert type(generator.model) is type(model)
     assert next(generator.model.parameters()).dtype == torch.bfloat16
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    inputs = tokenizer.apply_chat_template(chats[0]["messages"][:1], return_tensors="pt", return_dict=True)
-    assert generator.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    first = [{"role": "user", "content": "w7 w8 w9"}]
+    if family is None:
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+        inputs = tokenizer.apply_chat_template(first, return_tensors="pt", return_dict=True)
+    else:
+        shown = {"type": "image", "path": str(tmp_path / "pictures" / "0.png")}
+        first[0]["content"] = [shown, {"type": "text", "text": "w7 w8 w9"}]
+        inputs = AutoProcessor.from_pretrained(tmp_path / "base").apply_chat_template(
+            first, return_tensors="pt", return_dict=True, tokenize=True
+        )
+        assert "pixel_values" in inputs
+    new = generator.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert new.shape[1] == inputs["input_ids"].shape[1] + 3

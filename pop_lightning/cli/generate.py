@@ -28,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", help="generate from this text, streaming, and print the TTFT")
     what.add_argument("--data", help="generate for every row of a JSON Lines file")
     what.add_argument("--benchmark", action="store_true", help="time plain and pruned prefill side by side")
+    parser.add_argument("--image", action="append", help="with --prompt: an image file to show first; may be repeated")
+    parser.add_argument("--allow_urls", action="store_true", help="fetch images that are named by URL")
     parser.add_argument("--output", help="with --data: the JSON Lines file to write; with --benchmark: a folder")
     parser.add_argument("--compare", action="store_true", help="with --data: run the unpruned model as well")
     parser.add_argument("--full", action="store_true", help="with --prompt: generate with the unpruned model")
@@ -74,6 +76,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name in ("compare", "full"):
         if getattr(arguments, name):
             raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
+    if arguments.image:
+        raise InputError("--image does not go with --benchmark, which measures prompts of text.")
     with importing():
         from pop_lightning import benchmark, benchmark_report
 
@@ -108,6 +112,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("--data needs --output: the JSON Lines file to write.")
     if arguments.data is not None and arguments.full:
         raise InputError("--full goes with --prompt; with --data, --compare runs the unpruned model as well.")
+    if arguments.data is not None and arguments.image:
+        raise InputError("--image goes with --prompt; with --data, rows name their images themselves.")
     if arguments.prompt is not None and arguments.compare:
         raise InputError("--compare goes with --data; with --prompt, --full runs the unpruned model.")
     for name in ("max_new_tokens", "batch_size"):
@@ -132,7 +138,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     ).to(device)
     if arguments.prompt is not None:
         first = None
-        pieces = stream(generator, arguments.prompt, max_new_tokens=arguments.max_new_tokens, full=arguments.full)
+        pieces = stream(
+            generator,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            images=arguments.image or (),
+            allow_urls=arguments.allow_urls,
+            full=arguments.full,
+        )
         for piece, seconds in pieces:
             first = seconds
             print(piece, end="", flush=True)
@@ -147,6 +160,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
         compare=arguments.compare,
+        allow_urls=arguments.allow_urls,
     )
     print(json.dumps(summary, indent=1))
     return 0
