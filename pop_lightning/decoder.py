@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from pop_lightning import ranks
 from pop_lightning.errors import InputError
 
 
@@ -200,18 +201,21 @@ class Decoder:
         linears = (attention.k_proj, attention.v_proj)
         if not all(map(_is_plain, linears)):
             return None
-        if isinstance(norm, nn.LayerNorm):
-            scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
-        else:
+        centred = isinstance(norm, nn.LayerNorm)
+        if not centred:
             ones = torch.ones(linears[0].in_features, device=norm.weight.device)
             scale, shift = norm(ones).float() * (1.0 + self._norm_eps) ** 0.5, None
-        weight = torch.cat([linear.weight for linear in linears]).float()
-        bias = None
-        if linears[0].bias is not None:
-            bias = torch.cat([linear.bias for linear in linears]).float()
-        if shift is not None:
-            bias = weight @ shift + (0.0 if bias is None else bias)
-        return AffineMap(weight * scale, bias)
+        modules = (*linears, norm) if centred else linears
+        with ranks.gathered(parameter for module in modules for parameter in module.parameters()):
+            if centred:
+                scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
+            weight = torch.cat([linear.weight for linear in linears]).float()
+            bias = None
+            if linears[0].bias is not None:
+                bias = torch.cat([linear.bias for linear in linears]).float()
+            if shift is not None:
+                bias = weight @ shift + (0.0 if bias is None else bias)
+            return AffineMap(weight * scale, bias)
 
     def own_kv(self, layer: int, hidden: Tensor) -> Tensor:
         """``[k|v]`` of a layer before k_norm and RoPE, through its own modules: ``[batch, tokens, 2 kv_dim]``."""
@@ -377,7 +381,7 @@ class Decoder:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer's weight can be read as numbers: not quantised (by module or by tensor), offloaded or sharded."""
+    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantised, not offloaded."""
     return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
 
 

@@ -151,6 +151,7 @@ def quiet_lightning() -> None:
         ".*returned `None`, this fit will run with no optimizer.*",
         ".*no `val_dataloader`.*",
         ".*isinstance.treespec.*",
+        ".*it is recommended to use `Trainer.*devices=1.*",
         ".*tensorboardX.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -42,14 +42,15 @@ def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFl
     context = max(0, tokens - plan.boundary)
     for layer in range(decoder.num_layers):
         first = context if layer >= plan.depth else 0
-        weights = sum(m.weight.numel() for m in decoder.layers[layer].modules() if isinstance(m, nn.Linear))
+        linears = (m for m in decoder.layers[layer].modules() if isinstance(m, nn.Linear))
+        weights = sum(m.in_features * m.out_features for m in linears)  # the tensors may lie in shards
         linear += 2 * weights * (tokens - first)
         width = decoder.attention(layer).q_proj.out_features
         attention += 4 * width * visible_pairs(first, tokens, decoder.window(layer))
         if first:
             seen = decoder.visible(layer, context)
             projections += 2 * 2 * decoder.kv_dim * decoder.config.hidden_size * seen
-    return PrefillFlops(linear, attention, projections, 2 * decoder.head.weight.numel())
+    return PrefillFlops(linear, attention, projections, 2 * decoder.head.in_features * decoder.head.out_features)
 
 
 def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
