@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from transformers.utils.logging import disable_progress_bar
 
 from pop_lightning import ranks
 from pop_lightning.errors import InputError
@@ -43,6 +44,7 @@ def joined(strategy: DDPStrategy, recipe: Recipe):
         with contextlib.ExitStack() as stack:
             if not ranks.is_first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                disable_progress_bar()
             yield
         ranks.barrier()
     except InputError as error:

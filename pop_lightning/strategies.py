@@ -15,6 +15,7 @@ its strategies alone. Trainers (``trainers.py``) are made from what stands here.
 import gc
 import os
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -36,14 +37,25 @@ def check(name: object, accelerator: object = "auto") -> None:
     if name not in (*DDP, *DEEPSPEED):
         raise InputError(f"trainer.strategy must be one of {', '.join((*DDP, *DEEPSPEED))}, found {name!r}.")
     if name in DEEPSPEED:
-        if accelerator == "cpu" or not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for other devices, and say so
         try:
-            import deepspeed  # noqa: F401
+            _import_deepspeed(on_cpu=accelerator == "cpu" or not torch.cuda.is_available())
         except ImportError as error:
             raise InputError(
                 f"trainer.strategy {name} needs DeepSpeed, which is missing: pip install 'pop-lightning[deepspeed]'."
             ) from error
+
+
+def _import_deepspeed(on_cpu: bool) -> None:
+    """The first import, without its talk about this machine and what it is built on."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated.*")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    if on_cpu:
+        # A collective through shared memory that nothing here uses; it would be compiled on the spot.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def for_training(name: str) -> Strategy | str:
@@ -52,7 +64,8 @@ def for_training(name: str) -> Strategy | str:
         return name
     strategy = _deepspeed(name)
     zero = {k: v for k, v in strategy.config["zero_optimization"].items() if not k.startswith(("stage3", "offload"))}
-    strategy.config["zero_optimization"] = zero | {"stage": 2}
+    # DeepSpeed's own count of rows per second goes by the batch size, which steps of rows of our choice do not have.
+    strategy.config |= {"zero_optimization": zero | {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
     return strategy
 
 
