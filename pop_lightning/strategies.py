@@ -20,6 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy, StrategyRegistry
@@ -74,10 +75,11 @@ def shards_base(name: str) -> bool:
     return name in DEEPSPEED and _deepspeed(name).config["zero_optimization"]["stage"] == 3
 
 
-class ShardedBase:
+class ShardedBase(lightning.Callback):
     """ZeRO-3 over the frozen base: each process holds its share, hooks gather a module's weights while it runs.
 
-    The settings are those of Lightning's strategy of that name, ``PL_DEEPSPEED_CONFIG_PATH`` included.
+    A callback of every trainer that runs the base. The settings are those of Lightning's strategy of that name,
+    ``PL_DEEPSPEED_CONFIG_PATH`` included.
 
     Attributes:
         engine: DeepSpeed's; None until :meth:`load`.
@@ -100,6 +102,19 @@ class ShardedBase:
         model = load()
         self.engine, *_ = deepspeed.initialize(model=model, config=self.config, dist_init_required=False)
         return model
+
+    def on_after_backward(self, trainer, module) -> None:
+        self._release()
+
+    def on_validation_batch_end(self, *_) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of modules that no hook behind the backward pass reached: their input asked for no gradient.
+
+        DeepSpeed does this itself where the engine trains what it shards.
+        """
+        self.engine.optimizer.release_backward_leftovers()
 
     def close(self) -> None:
         """Give the engine's hooks and the switch in Transformers back."""

@@ -122,7 +122,8 @@ class Trainers:
 
     def _make(self, what: str, callbacks, **overrides) -> "Trainer":
         arguments = self.recipe.trainer_arguments()
-        arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
+        own = [*callbacks, self._sharded] if self._sharded is not None else callbacks
+        arguments["callbacks"] = [*own, *(arguments.get("callbacks") or [])]
         arguments |= {
             "enable_checkpointing": False,
             "enable_model_summary": False,
