@@ -14,14 +14,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from pop_lightning import StageAwareGenerator
+from pop_lightning import StageAwareGenerator, pipeline, strategies
 from pop_lightning.cli import fit
-from pop_lightning.data import Row, collate
+from pop_lightning.data import Row, collate, real_rows
 from pop_lightning.decoder import Decoder
+from pop_lightning.errors import InputError
+from pop_lightning.files import replace_folder, restore_folder
 from pop_lightning.models import load_model
 from pop_lightning.projection_training import teacher_trace
+from pop_lightning.recipe import parse
+from pop_lightning.trainers import Trainers
 
-from workbench import arguments, save_base, save_rows
+from workbench import arguments, save_base, save_rows, snapshot
 
 TENSORS = "artifact/kv_projections.safetensors"
 # Odd numbers everywhere: 25 rows to fit, 8 to tune, 17 to search and 33 to verify; no batch divides among two.
@@ -248,3 +252,143 @@ def test_a_killed_run_of_two_processes_resumes_to_the_same_bytes(runs, tmp_path,
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_of_one_process_resumes_to_the_same_bytes(runs, tmp_path, moment):
     kill_and_resume(runs, "one", moment, "first", tmp_path / "run")
+
+
+# --- other settings, other ends -------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "responses are generated": ("deepspeed_stage_3", {"data__max_response_tokens": 4, "projection__kind": "reuse"}),
+    "adapters, clipped gradients, several batches a step": (
+        "deepspeed_stage_2",
+        {
+            "projection__kind": "lora",
+            "trainer__gradient_clip_val": 0.01,
+            "trainer__accumulate_grad_batches": 2,
+        },
+    ),
+    "adapters under DDP": ("ddp", {"projection__kind": "lora", "trainer__accumulate_grad_batches": 2}),
+    "a tied head and windows, activations computed again": (
+        "deepspeed_stage_3",
+        {"projection__gradient_checkpointing": "true"},
+    ),
+    "shards in the CPU's memory": ("deepspeed_stage_3_offload", {"projection__steps": 2}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_give_what_one_gives_under_other_settings(runs, work, tmp_path, name):
+    strategy, changes = SETTINGS[name]
+    base, data = work / "base", work / "rows.jsonl"
+    if "windows" in name:
+        base = save_base(tmp_path / "gemma3", "gemma3")
+    if "generated" in name:
+        data = save_rows(tmp_path / "prompts.jsonl", rows=83, responses=False)
+    changes = {**changes, "model__base": base, "data__calibration": data}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert fit.main(runs.command(one, "one", **changes)) == 0
+    runs.finish(runs.start(runs.command(two, strategy, **changes), strategy))
+    if "generated" in name:
+        assert read(two, "state/responses.json") == read(one, "state/responses.json")
+    for stage in ("prefill", "decode"):
+        found, wanted = (torch.tensor(read(run, "importance.json")[stage]) for run in (two, one))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=2e-5, atol=0)
+    assert read(two, "metrics.json")["depth"] == read(one, "metrics.json")["depth"]
+
+
+@pytest.mark.full
+def test_one_process_alone_can_keep_its_base_in_the_cpus_memory(runs, tmp_path):
+    command = runs.command(tmp_path / "run", "deepspeed_stage_3_offload", trainer__devices=1)
+    runs.finish(runs.start(command, "deepspeed_stage_3_offload"))
+    found, wanted = (read(run, "importance.json")["prefill"] for run in (tmp_path / "run", runs["one"]))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-3, atol=0)
+
+
+@pytest.mark.full
+def test_processes_stop_together_on_bad_input_and_without_a_depth(runs, tmp_path):
+    wrong = {"data__calibration": tmp_path / "nothing.jsonl"}
+    _, err = runs.finish(runs.start(runs.command(tmp_path / "bad", "ddp", **wrong)), code=2)
+    lines = [line for line in err.splitlines() if line.startswith("pop-fit: ")]
+    assert len(lines) == 1
+    assert "data.calibration" in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "bad").exists()
+    strict = {"budget__metric": "agreement", "budget__max_drop": 0.1}
+    runs.finish(runs.start(runs.command(tmp_path / "none", "ddp", **strict)), code=3)
+    assert read(tmp_path / "none", "metrics.json")["depth"] is None
+
+
+# --- the parts, in one process --------------------------------------------------------------------------------------
+
+
+def test_the_shares_of_a_batch_hold_every_row_once_and_have_one_shape():
+    rows = [Row(tuple(range(4, 6 + n)), tuple(range(7, 8 + n % 3)), f"row {n}") for n in range(7)]
+    whole = collate(rows, 0)
+    for size in (2, 3, 8):
+        shares = [collate(rows, 0, rank, size) for rank in range(size)]
+        assert len({share["input_ids"].shape for share in shares}) == 1
+        assert {share["prompt_length"] for share in shares} == {whole["prompt_length"]}
+        assert sum(map(real_rows, shares)) == len(rows)
+        for rank, share in enumerate(shares):
+            count = real_rows(share)
+            for name in ("input_ids", "attention_mask", "row_seed"):
+                assert share[name][:count].equal(whole[name][rank::size])
+            assert not share["attention_mask"][count:].any()
+
+
+def test_a_folder_whose_replacement_was_cut_short_comes_back(tmp_path, monkeypatch):
+    partial, folder = tmp_path / "new", tmp_path / "folder"
+    for path, text in ((partial, "new"), (folder, "old")):
+        path.mkdir()
+        (path / "file").write_text(text)
+    rename = os.rename
+
+    def killed(source, target):
+        if Path(source) == partial:
+            os._exit(9)
+        rename(source, target)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(os, "rename", killed)
+        replace_folder(partial, folder)
+    os.waitpid(child, 0)
+    assert not folder.exists()
+    restore_folder(folder)
+    assert (folder / "file").read_text() == "old"
+    replace_folder(partial, folder)
+    restore_folder(folder)
+    assert snapshot(tmp_path) == {"folder/file": b"new"}
+
+
+def test_a_run_killed_while_it_opened_its_folder_is_resumed(runs, tmp_path):
+    output = tmp_path / "run"
+    (output / "state").mkdir(parents=True)
+    (output / ".4711.recipe.yaml").write_text("see")
+    recipe = parse([*runs.command(output, "one"), "--resume"]).recipe
+    pipeline.RunFolder(recipe, resume=True)
+    assert (output / "recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"trainer__strategy": "fsdp"}, "trainer.strategy must be one of auto, ddp, deepspeed_stage_2"),
+        ({"trainer__strategy": "ddp", "model__device_map": "auto"}, "model.device_map"),
+    ],
+)
+def test_strategies_that_cannot_run_are_refused(runs, tmp_path, changes, expected):
+    with pytest.raises(InputError, match=expected):
+        Trainers(parse(runs.command(tmp_path, "one", **changes)).recipe)
+
+
+def test_without_deepspeed_its_strategies_are_refused_and_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InputError, match=r"pip install 'pop-lightning\[deepspeed\]'"):
+        strategies.check("deepspeed_stage_3")
+
+
+@pytest.mark.full
+def test_one_process_without_a_strategy_never_imports_deepspeed():
+    code = "import sys, pop_lightning.pipeline; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
