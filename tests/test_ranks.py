@@ -81,7 +81,7 @@ class Runs:
         )
 
     def finish(self, process, code=0):
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=500)
         assert process.returncode == code, (process.returncode, out[-2000:], err[-4000:])
         return out, err
 
@@ -197,7 +197,7 @@ def kill_and_resume(runs, strategy, moment, victim, output):
     command = runs.command(output, strategy)
     process = runs.start(command, strategy)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not (output / MOMENTS[moment]).exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < until
