@@ -24,6 +24,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from pop_lightning import ranks
 from pop_lightning.errors import InputError
 
 
@@ -429,13 +430,14 @@ class Decoder:
         total = 0
         for module in self.layers[layer].modules():
             own = list(module.parameters(recurse=False))
-            stacked = [weight.numel() // len(weight) for weight in own if weight.dim() == 3]
+            shapes = [ranks.whole_shape(weight) for weight in own]
+            stacked = [shape[1:].numel() for shape in shapes if len(shape) == 3]
             if stacked and hasattr(module, "num_experts"):
                 # Experts that are not told which tokens are theirs run on all tokens (Llama 4).
                 routed = "top_k_index" in inspect.signature(module.forward).parameters
                 total += sum(stacked) * (_active_experts(self.config) if routed else module.num_experts)
             else:
-                total += sum(weight.numel() for weight in own if weight.dim() == 2)
+                total += sum(shape.numel() for shape in shapes if len(shape) == 2)
         return total
 
     @property
@@ -443,7 +445,7 @@ class Decoder:
         """The same of linear maps that stand before the first layer and run on every token (per-layer inputs)."""
         inside = set(self.layers.modules())
         outside = (module for module in self.body.modules() if module not in inside)
-        return sum(module.weight.numel() for module in outside if isinstance(module, nn.Linear))
+        return sum(ranks.whole_shape(each.weight).numel() for each in outside if isinstance(each, nn.Linear))
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """The unweighted normalised hidden state n(h), ``[..., hidden]`` in the dtype of ``hidden``.
@@ -476,18 +478,21 @@ class Decoder:
         rows = (parts.keys, parts.values)
         if not all(_is_plain(each.linear) for each in rows):
             return None
-        if isinstance(norm, nn.LayerNorm):
-            scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
-        else:
+        centred = isinstance(norm, nn.LayerNorm)
+        if not centred:
             ones = torch.ones(self.config.hidden_size, device=norm.weight.device)
             scale, shift = norm(ones).float() * (1.0 + self._norm_eps) ** 0.5, None
-        weight = torch.cat([each.linear.weight[each.span] for each in rows]).float()
-        bias = None
-        if parts.keys.linear.bias is not None:
-            bias = torch.cat([each.linear.bias[each.span] for each in rows]).float()
-        if shift is not None:
-            bias = weight @ shift + (0.0 if bias is None else bias)
-        return AffineMap(weight * scale, bias)
+        modules = (parts.keys.linear, parts.values.linear, norm)
+        with ranks.gathered(parameter for module in modules for parameter in module.parameters()):
+            if centred:
+                scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
+            weight = torch.cat([each.linear.weight[each.span] for each in rows]).float()
+            bias = None
+            if parts.keys.linear.bias is not None:
+                bias = torch.cat([each.linear.bias[each.span] for each in rows]).float()
+            if shift is not None:
+                bias = weight @ shift + (0.0 if bias is None else bias)
+            return AffineMap(weight * scale, bias)
 
     def own_kv(self, layer: int, hidden: Tensor) -> Tensor:
         """``[k|v]`` of a layer before its norms and RoPE, through its own modules: ``[batch, tokens, 2 kv_dim]``."""
@@ -797,7 +802,7 @@ class Decoder:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer's weight can be read as numbers: not quantised (by module or by tensor), offloaded or sharded."""
+    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantised, not offloaded."""
     return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
 
 

@@ -47,7 +47,7 @@ def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFl
             attention += 4 * parts.queries.count * visible_pairs(first, tokens, parts.window, parts.chunked)
         if first:
             projections += 4 * parts.kv_dim * decoder.config.hidden_size * decoder.visible(layer, context)
-    return PrefillFlops(linear, attention, projections, 2 * decoder.head.weight.numel())
+    return PrefillFlops(linear, attention, projections, 2 * decoder.head.in_features * decoder.head.out_features)
 
 
 def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 import lightning
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pop_lightning import ranks
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
@@ -20,7 +19,6 @@ from pop_lightning.decoder import Decoder
 from pop_lightning.depths import candidates
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
-from pop_lightning.files import write_json
 from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
 from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
@@ -46,14 +44,18 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
     quiet_lightning()
-    folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
-    with folder.undone_on_bad_input():
-        return _Run(recipe, folder).run()
+    trainers = Trainers(recipe)
+    with trainers.processes():
+        folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
+        with folder.undone_on_bad_input():
+            return _Run(recipe, folder, trainers).run()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: RunFolder):
-        self.recipe, self.folder = recipe, folder
+    """One run; of several processes each goes through the same steps, and ``folder`` writes on the first alone."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, trainers: Trainers):
+        self.recipe, self.folder, self.trainers = recipe, folder, trainers
         self.budget = AccuracyBudget(
             recipe.budget.metric, recipe.budget.max_drop, recipe.budget.confidence, recipe.budget.min_pruned
         )
@@ -70,8 +72,9 @@ class _Run:
         search = self.folder.once("state/search.json", lambda: self._search(projections))
         self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
         metrics = self._verify(projections, search, importance)
-        write_report(metrics, importance, self.folder / "report.html")
-        write_json(self.folder / "metrics.json", metrics)  # last: it says that the run is complete
+        if ranks.is_first():
+            write_report(metrics, importance, self.folder / "report.html")
+        self.folder.write("metrics.json", metrics)  # last: it says that the run is complete
         print(print_table(metrics))
         print(f"report: {self.folder / 'report.html'}")
         if metrics["depth"] is None:
@@ -84,20 +87,22 @@ class _Run:
     def _load(self) -> None:
         recipe = self.recipe
         model, data = recipe.model, recipe.data
-        self.trainers = Trainers(recipe, self.folder.root)
         lightning.seed_everything(recipe.seed, verbose=False)
-        self.tokenizer = load_tokenizer(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
+        self.tokenizer = ranks.first_then_others(
+            lambda: load_tokenizer(
+                model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
+            )
         )
-        self.model = load_model(
-            model.base,
-            revision=model.revision,
-            dtype=model.dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            device_map=model.device_map,
+        self.model = self.trainers.load(
+            lambda: load_model(
+                model.base,
+                revision=model.revision,
+                dtype=model.dtype,
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+                device_map=model.device_map,
+            )
         )
-        self._place()
         self.decoder = Decoder(self.model)
         check_decoder(self.decoder)
         self.data = CalibrationData(
@@ -120,7 +125,7 @@ class _Run:
             ),
             allow_urls=data.allow_urls,
         )
-        self.data.setup()
+        ranks.first_then_others(self.data.setup)
         self.base = base_identity(self.model, model.base, model.revision)
         base = self.base["fingerprint"]
         stored = self.folder.once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
@@ -141,12 +146,6 @@ class _Run:
         print(f"data: {self.data.report}")
         self._check_rows()
 
-    def _place(self, *projections: KVProjections) -> None:
-        """Put the base where the trainer runs; after each stage Lightning leaves it on the CPU."""
-        if self.recipe.model.device_map is None:
-            for each in (self.model, *projections):
-                each.to(self.trainers.device)
-
     def _respond(self, rows: list[Row]) -> list[tuple[int, ...]]:
         batch = self.data.batch(rows)
         prompt = batch["prompt_length"]
@@ -163,6 +162,11 @@ class _Run:
         budget, boundary = self.recipe.budget, self.recipe.boundary
         for name in ("fit", "tune", "search", "verify"):
             for row in self.data.rows_of(name):
+                if row.images and self.trainers.shards_base:
+                    raise InputError(
+                        f"{row.origin} has images, and trainer.strategy {self.recipe.trainer['strategy']} needs every "
+                        "process to read as many at once: take ddp or deepspeed_stage_2, or rows of text."
+                    )
                 if row.images and self.decoder.splits_image(row.prompt_ids, boundary):
                     raise InputError(
                         f"boundary {boundary} begins inside an image of {row.origin}, whose tokens attend to one "
@@ -183,9 +187,7 @@ class _Run:
     def _score(self) -> dict:
         scoring = ImportanceScoring(self.decoder, self.recipe.boundary, self.recipe.seed)
         loader = self.data.loader("fit", limit=self.recipe.importance.rows)
-        # Scoring steps no optimiser: what belongs to training is refused there by Lightning.
-        alone = {"max_epochs": 1, "accumulate_grad_batches": 1, "gradient_clip_val": None}
-        self.trainers.make("scoring layers", **alone).fit(scoring, loader)
+        self.trainers.make("scoring layers").validate(scoring, loader, verbose=False)
         prefill, decode = scoring.scores.T.tolist()
         return {
             "layers": self.decoder.num_layers,
@@ -233,7 +235,7 @@ class _Run:
             chosen[fitted.depth] = fitted.options[fitted.best()]
             ridges[fitted.depth] = fitted.summary()
             self.folder.write_projections(chosen[fitted.depth])
-        write_json(self.folder / "state/ridge.json", ridges)
+        self.folder.write("state/ridge.json", ridges)
         return chosen
 
     def _train(self, depth: int, start: KVProjections) -> KVProjections:
@@ -256,21 +258,15 @@ class _Run:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
         if distillation.module is not None:
-            folder = self.folder / "checkpoints" / f"{kind}-depth{depth}"
-            keep = ModelCheckpoint(folder, save_last=True, every_n_train_steps=settings.checkpoint_every, save_top_k=0)
-            last = folder / "last.ckpt"
-            start = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
-            trainer = self.trainers.make(
-                f"training depth {depth}" + (f" from step {start}" if start else ""),
-                keep,
-                max_steps=settings.steps,
-                max_epochs=-1,
-                enable_checkpointing=True,
+            self.trainers.train(
+                f"training depth {depth}",
+                distillation.module,
+                lambda start: self.data.train_dataloader(settings.batch_size, start),
+                steps=settings.steps,
+                checkpoints=self.folder / "checkpoints" / f"{kind}-depth{depth}",
+                every=settings.checkpoint_every,
             )
-            batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
-            loader = self.data.train_dataloader(settings.batch_size, batches)
-            trainer.fit(distillation.module, loader, ckpt_path=last if start else None, weights_only=True)
-        projections = distillation.finish(self.folder / "adapters" / f"depth{depth}")
+        projections = distillation.finish(self.folder / "adapters" / f"depth{depth}" if ranks.is_first() else None)
         self.folder.write_projections(projections)
         return projections
 
@@ -321,7 +317,6 @@ class _Run:
         plan = PruningPlan(deepest, recipe.boundary)
         tokens = int(self.data.report.prompt_tokens["median"])
         full, pruned = (prefill_flops(self.decoder, each, tokens) for each in (PruningPlan(layers), plan))
-        self._place(projections[deepest, kind])
         generator = StageAwareGenerator(self.model, plan, projections[deepest, kind])
         return {
             "format": 1,
@@ -347,7 +342,8 @@ class _Run:
                 "saved": 1 - pruned / full,
                 "ratio": full / pruned,
             },
-            "ttft": measure_ttft(generator, tokens),
+            # A base in shards spends its time in gathering them, which says nothing about a served model.
+            "ttft": None if self.trainers.shards_base else measure_ttft(generator, tokens),
             "versions": {name: version(name) for name in ("pop-lightning", "torch", "transformers", "lightning")},
             "device": str(self.model.device),
         }

@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from transformers import get_scheduler
 
+from pop_lightning import ranks
 from pop_lightning.decoder import Decoder, Trace
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_hidden
@@ -43,8 +44,11 @@ def chunked_kl(
 ) -> Tensor:
     """T^2 KL(teacher || student) at temperature T, mean over positions, from what goes into the final norm.
 
+    With several processes the mean is over the positions of all of them: each one returns its own part times their
+    number, so that the average that DDP and ZeRO make of gradients is the gradient of that mean.
+
     Args:
-        student, teacher: ``[positions, hidden]``; no gradient flows into ``teacher``.
+        student, teacher: ``[positions, hidden]``, of this process; no gradient flows into ``teacher``.
         chunk: positions whose logits are alive at a time; as many as :data:`CHUNK_LOGITS` allows unless given.
 
     Returns:
@@ -58,14 +62,16 @@ def chunked_kl(
         return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
 
     chunk = chunk or max(1, CHUNK_LOGITS // decoder.config.vocab_size)
-    if len(student) <= chunk:
+    positions = ranks.counts(len(student), student.device)
+    chunks = -(-max(positions) // chunk)  # as many as the others make: weights in shards are gathered together
+    if chunks <= 1:
         total = divergence(student, teacher)
     else:
         total = sum(
             torch.utils.checkpoint.checkpoint(divergence, *pair, use_reentrant=False)
-            for pair in zip(student.split(chunk), teacher.split(chunk), strict=True)
+            for pair in zip(student.tensor_split(chunks), teacher.tensor_split(chunks), strict=True)
         )
-    return temperature**2 * total / len(student)
+    return temperature**2 * total * len(positions) / sum(positions)
 
 
 class KVProjectionTraining(lightning.LightningModule):
@@ -107,12 +113,11 @@ class KVProjectionTraining(lightning.LightningModule):
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
-        self.decoder = projections.decoder
-        self.base = self.decoder.model
+        self.decoder = projections.decoder  # no module: the base is placed, and maybe sharded, by its owner
         self.projections = projections
 
     def on_fit_start(self):
-        self.base.eval()
+        self.decoder.model.eval()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -120,13 +125,14 @@ class KVProjectionTraining(lightning.LightningModule):
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         # Checkpoints hold no state of the random generator: dropout follows from the step, resumed or not.
-        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * ranks.size() + ranks.rank())
         loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        self.log("validation_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]))
+        loss = self.loss(batch)
+        self.log("validation_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
 
     def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
         """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
@@ -232,4 +238,6 @@ def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found.float() - wanted.float()).square().mean() / wanted.float().square().mean().clamp(min=1e-12)
+    """The squared error over the mean square of ``wanted``; of several processes as in :func:`chunked_kl`."""
+    size = ranks.total(wanted.float().square().sum()).clamp(min=1e-12)
+    return ranks.size() * (found.float() - wanted.float()).square().sum() / size
