@@ -59,6 +59,11 @@ class Row:
         return _hash63(self.prompt_ids, self.response_ids)
 
     @property
+    def prompt_seed(self) -> int:
+        """The same hash of the prompt alone: rows that share it are one draw of a prompt, not several."""
+        return _hash63(self.prompt_ids)
+
+    @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids or ())
 
@@ -384,8 +389,8 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
     rows without responses give the left-padded prompts that ``generate`` takes.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed``, long
-        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses.
+        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
+        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
@@ -400,6 +405,7 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict:
         "attention_mask": attention_mask,
         "prompt_length": prompt_length,
         "row_seed": torch.tensor([row.seed for row in rows], dtype=torch.long),
+        "prompt_seed": torch.tensor([row.prompt_seed for row in rows], dtype=torch.long),
     }
 
 
@@ -557,6 +563,10 @@ class CalibrationData(lightning.LightningDataModule):
         if name not in self._splits:
             raise InputError(f"data.splits has no split {name!r}: expected one of {', '.join(self._splits)}.")
         return list(self._splits[name])
+
+    def prompts_of(self, name: str) -> int:
+        """How many different prompts the rows of one split have: the independent draws that a bound counts."""
+        return len({row.prompt_seed for row in self.rows_of(name)})
 
     def loader(self, name: str, limit: int | None = None) -> DataLoader:
         """Batches of :func:`collate` over one split, every row once.

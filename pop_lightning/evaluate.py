@@ -57,7 +57,7 @@ class Evaluation(lightning.LightningModule):
         targets, real = batch["input_ids"][:, prompt:], mask[:, prompt:]
         for variant, meter in zip(self.variants.values(), self.meters, strict=True):
             logits = self._logits(variant, trace, mask, prompt)
-            meter.update(response_metrics(logits, teacher, targets, real), batch["row_seed"])
+            meter.update(response_metrics(logits, teacher, targets, real), batch["row_seed"], batch["prompt_seed"])
 
     def _logits(self, variant: Variant, trace, mask: Tensor, prompt: int) -> Tensor:
         if variant.remove_layers:
@@ -67,5 +67,5 @@ class Evaluation(lightning.LightningModule):
         )
 
     def rows(self, name: str) -> dict[str, Tensor]:
-        """Per-row metrics of one variant, ``[rows]`` each, in an order that follows from the rows' content."""
+        """Per-row metrics of one variant and each row's ``prompt``, ``[rows]`` each (:meth:`RowMetrics.compute`)."""
         return self.meters[self._names.index(name)].compute()
