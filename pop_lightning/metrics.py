@@ -157,7 +157,7 @@ class Losses:
 
 
 def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
-    """Means over each prompt's rows, float64 `[prompts]` in order of the seeds; values and prompt seeds are `[rows]`."""
+    """Means over each prompt's rows, float64 `[prompts]` in order of the seeds; both arguments are `[rows]`."""
     _, where, rows = prompts.cpu().unique(return_inverse=True, return_counts=True)
     return torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values.cpu().double()) / rows
 
@@ -236,7 +236,7 @@ def upper_bound(
 
 
 def smallest_certifiable(prompts: int, metric: str, confidence: float = 0.95) -> float | None:
-    """The smallest `max_drop` that so many prompts can certify: the bound at zero loss, 1 - (1 - confidence)^(1/prompts).
+    """The smallest `max_drop` that so many prompts certify: the bound at zero loss, 1 - (1 - confidence)^(1/prompts).
 
     None for `nll_increase`, whose bootstrap bound has no such floor.
     """

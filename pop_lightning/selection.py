@@ -1,9 +1,9 @@
-"""What follows from losses on the search split: what to train next, which boundary, what to verify. Pure, no model here.
+"""What follows from losses on the search split: what to train next, which boundary, what to verify. No model in here.
 
 The budget callback measures and asks this file; the pipeline does what it proposes. :func:`within_budget` and
-:func:`least_loss` are state machines written as generators: each yields a proposal, is sent what was measured there,
-and returns what goes to the verify split. They look at nothing else, so the same losses give the same run, on every
-rank and after every interruption.
+:func:`least_loss` are state machines written as generators: each yields proposals, is sent what was measured there, and
+returns what goes to the verify split. They look at nothing else, so the same losses give the same run, on every rank
+and after every interruption.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,6 +20,11 @@ class Choice(NamedTuple):
     projection: str
     steps: int = 0
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Choice":
+        """From an entry of the curve in ``metrics.json``."""
+        return cls(entry["depth"], entry["projection"], entry.get("steps", 0))
+
     def __str__(self) -> str:
         return f"{self.depth} ({self.projection}{f', {self.steps} steps' if self.steps else ''})"
 
@@ -31,7 +36,7 @@ class Measured:
     Attributes:
         loss: the mean, in the budget's unit.
         expected_bound: the bound that the verify split would give if it lost the same.
-        kl: to the full model; decides where losses are equal.
+        kl: to the full model.
     """
 
     choice: Choice
@@ -42,12 +47,7 @@ class Measured:
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Measured":
         """From an entry of the curve in ``metrics.json``."""
-        choice = Choice(entry["depth"], entry["projection"], entry.get("steps", 0))
-        return cls(choice, entry["loss"], entry["expected_bound"], entry["kl"])
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        return self.loss, self.kl
+        return cls(Choice.of(entry), entry["loss"], entry["expected_bound"], entry["kl"])
 
 
 class Proposal(NamedTuple):
@@ -73,7 +73,14 @@ class Budget:
 
     def clears(self, measured: Measured) -> bool:
         """Whether the verify split can be expected to show that the budget is kept."""
-        return measured.expected_bound <= self.max_drop
+        return self.max_drop is not None and measured.expected_bound <= self.max_drop
+
+    def rank(self, measured: Measured) -> tuple[float, ...]:
+        """Orders the projections of one depth, the best first.
+
+        Those that clear the budget by their KL, which tells apart what a loss of a few rows cannot; others by loss.
+        """
+        return (0, measured.kl) if self.clears(measured) else (1, measured.loss, measured.kl)
 
     def fits(self, measured: Measured) -> bool:
         """Whether the mean is within the budget, which a bound may still fail to show."""
@@ -90,15 +97,14 @@ class Budget:
         self.say(f"search: depth {choice.depth} ({how}) loses {measured.loss:.4f} {self.unit}{stands}: {what}")
 
 
-def untrained_sequence(measured: Sequence[Measured], budget: Budget) -> list[Choice]:
+def untrained(measured: Sequence[Measured], budget: Budget) -> list[Choice]:
     """Where nothing is trained: every depth whose mean fits, shallowest pruning first.
 
     A depth that may not be certified costs nothing there: the verification stops at it and keeps those before it.
     """
-    falling = _falling(measured)
-    for each in falling:
+    for each in _falling(measured):
         budget.tell(each, "to be verified" if budget.fits(each) else "left out")
-    return [each.choice for each in falling if budget.fits(each)]
+    return [each.choice for each in _falling(measured) if budget.fits(each)]
 
 
 @dataclass(frozen=True)
@@ -118,17 +124,22 @@ class Training:
     def rounds(
         self,
         before: Measured,
+        budget: Budget,
         worth: Callable[[Measured, Measured], bool] = lambda last, found: False,
-        tell: Callable[[Measured, str], None] = lambda found, what: None,
     ) -> Generator[Proposal, Measured, Measured]:
-        """Train ``before``'s depth, and go on while it is ``worth`` it; returns the best of all, ``before`` included."""
+        """Train at ``before``'s depth and go on while it is ``worth`` it; returns the best, ``before`` included.
+
+        Args:
+            worth: given the round before the last and the last one.
+        """
         depth, best, last = before.choice.depth, before, before
         for number in range(1, self.extensions + 2):
             action = "train" if number == 1 else "extend"
             found = yield Proposal(action, Choice(depth, self.kind, number * self.steps))
-            best = min(best, found, key=lambda each: each.rank)
+            best = min(best, found, key=budget.rank)
             more = number <= self.extensions and worth(last, found)
-            tell(found, "train on" if more else "trained enough" if found is best else f"no better than {best.choice}")
+            enough = "trained enough" if found is best else f"no better than {best.choice}"
+            budget.tell(found, "train on" if more else enough)
             if not more:
                 break
             last = found
@@ -146,20 +157,22 @@ def within_budget(
         untrained: one measurement per depth that is worth an artifact, without training.
 
     Returns:
-        What to verify, shallowest pruning first: each depth with the projections that lost least there.
+        What to verify, shallowest pruning first: each depth with its best projections (:meth:`Budget.rank`).
     """
 
     def close(last: Measured, found: Measured) -> bool:
         return not budget.clears(found) and found.loss <= CLOSE * budget.max_drop and found.loss < last.loss
 
     sequence: list[Measured] = []
+    trained: set[int] = set()
     for before in _falling(untrained):
         if budget.clears(before):
             budget.tell(before, "not trained, go deeper")
             sequence.append(before)
             continue
         budget.tell(before, "train it")
-        best = yield from training.rounds(before, close, budget.tell)
+        trained.add(before.choice.depth)
+        best = yield from training.rounds(before, budget, close)
         if budget.fits(best):
             sequence.append(best)
         if not budget.clears(best):
@@ -167,9 +180,9 @@ def within_budget(
             budget.tell(best, "verified last, stop here" if budget.fits(best) else back)
             break
         budget.tell(best, "go deeper")
-    if sequence and not sequence[-1].choice.steps:
+    if sequence and sequence[-1].choice.depth not in trained:
         budget.tell(sequence[-1], "the deepest to verify, so it is trained to lose less")
-        sequence[-1] = yield from training.rounds(sequence[-1], tell=budget.tell)
+        sequence[-1] = yield from training.rounds(sequence[-1], budget)
     return [each.choice for each in sequence]
 
 
@@ -190,9 +203,9 @@ def least_loss(
 
     for each in fitted:
         budget.tell(each, "fitted")
-    best = min(fitted, key=lambda each: each.rank)
+    best = min(fitted, key=budget.rank)
     if training is not None:
-        best = yield from training.rounds(best, falling, budget.tell)
+        best = yield from training.rounds(best, budget, falling)
     budget.tell(best, "it loses least there and is taken")
     return [best.choice]
 
@@ -226,13 +239,13 @@ def boundary_within_budget(
 
 def boundary_of_least_loss(measured: Mapping[int, Sequence[Measured]], budget: Budget) -> int:
     """The boundary k that loses least at the depth where it reaches the wanted speedup; the smaller k of equals."""
-    best = {k: min(each, key=lambda one: one.rank) for k, each in sorted(measured.items())}
+    best = {k: min(each, key=budget.rank) for k, each in sorted(measured.items())}
     for k, one in best.items():
         budget.say(
             f"boundary: k = {k} reaches the wanted speedup at depth {one.choice.depth} and loses {one.loss:.4f} "
             f"{budget.unit}"
         )
-    chosen = min(best, key=lambda k: (*best[k].rank, k))
+    chosen = min(best, key=lambda k: (*budget.rank(best[k]), k))
     budget.say(f"boundary: k = {chosen} is taken, it loses least")
     return chosen
 

@@ -65,6 +65,9 @@ class Trainer:
     def validate(self, *args, **kwargs):
         return self._call(self._trainer.validate, *args, **kwargs)
 
+    def save_checkpoint(self, path: Path) -> None:
+        self._trainer.save_checkpoint(path)
+
     def _call(self, method, *args, **kwargs):
         try:
             result = method(*args, **kwargs)
