@@ -131,16 +131,19 @@ class AccuracyBudget(lightning.Callback):
         Args:
             stage: ``search`` or ``verify``.
             names: of the variants that take part; for ``verify`` by their depth, in the order of :attr:`sequence`,
-                whose depths may come in several runs, each depth in one.
+                whose depths may come in several runs, each depth in one of them.
 
         Raises:
-            InputError: a depth that is not in the sequence, or that was opened before.
+            InputError: a depth is not next in the sequence, or the verification is over.
         """
         if stage == "verify":
             tested = {verdict.depth for verdict in self.verdicts}
             waiting = [choice.depth for choice in self.sequence if choice.depth not in tested]
-            if self.verified or list(names) != waiting[: len(list(names))]:
-                raise InputError("the verify split was opened already; a second look would void its bound.")
+            if not names or self.verified or list(names) != waiting[: len(names)]:
+                raise InputError(
+                    "the verify split was opened already, or for other depths than the search handed over: a second "
+                    "look would void its bound."
+                )
         self._stage, self._names = stage, names
         return self
 
@@ -200,8 +203,8 @@ class AccuracyBudget(lightning.Callback):
         for verdict in self.verdicts:
             outcome = {True: ": passed", False: ": failed, stop", None: ""}[verdict.passed]
             self.decisions.append(
-                f"verify: depth {verdict.depth} loses {verdict.value:.4f} {self._unit}, at most {verdict.bound:.4f} "
-                f"at {self.confidence:.0%} confidence on {verdict.prompts} prompts{outcome}"
+                f"verify: depth {verdict.depth} loses {self._losses.amount(verdict.value)}, at most "
+                f"{verdict.bound:.4f} at {100 * self.confidence:g}% confidence on {verdict.prompts} prompts{outcome}"
             )
         if self.depth is None:
             self.decisions.append(f"verify: no depth keeps the budget of {self.max_drop:g}: nothing is exported")

@@ -426,9 +426,11 @@ class _Run:
         self._tell(told)
 
     def _open_verify(self, curve: list[dict]) -> dict:
-        export = ExportArtifact(
-            self.folder / "artifact", self.budget, self.base, self.recipe.to_dict(), {"curve": curve}
-        )
+        measured: dict = {"curve": curve}
+        if (wanted := self.recipe.budget.speedup) is not None:
+            counted = self._speedup(self.budget.sequence[0].depth, self.boundary)
+            measured["speedup"] = {"wanted": wanted, "counted": counted, "prompt_tokens": self.tokens}
+        export = ExportArtifact(self.folder / "artifact", self.budget, self.base, self.recipe.to_dict(), measured)
         for group in self._groups(self.budget.sequence):
             if self.budget.verified:
                 break
@@ -467,6 +469,7 @@ class _Run:
             "budget": {k: v for k, v in asdict(recipe.budget).items() if k != "candidates"},
             "rows": {name: len(self.data.rows_of(name)) for name in ("fit", "tune", "search", "verify")}
             | {"unusable": dict(self.data.report.unusable)},
+            "prompts": {name: self.data.prompts_of(name) for name in ("search", "verify")},
             "smallest_certifiable_drop": smallest_certifiable(
                 self.data.prompts_of("verify"), recipe.budget.metric, recipe.budget.confidence
             ),

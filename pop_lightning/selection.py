@@ -94,7 +94,10 @@ class Budget:
             stands = f", {'within' if self.fits(measured) else 'above'} the budget of {self.max_drop:g}"
             if self.fits(measured) and not self.clears(measured):
                 stands += f" (verify rows that lose as much show {measured.expected_bound:.4f})"
-        self.say(f"search: depth {choice.depth} ({how}) loses {measured.loss:.4f} {self.unit}{stands}: {what}")
+        self.say(f"search: depth {choice.depth} ({how}) loses {self.amount(measured.loss)}{stands}: {what}")
+
+    def amount(self, loss: float) -> str:
+        return f"{round(loss, 4) + 0.0:.4f} {self.unit}"  # no negative zero
 
 
 def untrained(measured: Sequence[Measured], budget: Budget) -> list[Choice]:
@@ -242,8 +245,8 @@ def boundary_of_least_loss(measured: Mapping[int, Sequence[Measured]], budget: B
     best = {k: min(each, key=budget.rank) for k, each in sorted(measured.items())}
     for k, one in best.items():
         budget.say(
-            f"boundary: k = {k} reaches the wanted speedup at depth {one.choice.depth} and loses {one.loss:.4f} "
-            f"{budget.unit}"
+            f"boundary: k = {k} reaches the wanted speedup at depth {one.choice.depth} and loses "
+            f"{budget.amount(one.loss)}"
         )
     chosen = min(best, key=lambda k: (*budget.rank(best[k]), k))
     budget.say(f"boundary: k = {chosen} is taken, it loses least")
