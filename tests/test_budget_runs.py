@@ -10,6 +10,7 @@ from pop_lightning.cli import fit
 from pop_lightning.flops import speedup
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projection_training import KVProjectionTraining
+from pop_lightning.trainers import Trainer
 
 from workbench import WORDS, arguments, save_base, save_rows, snapshot
 
@@ -76,6 +77,12 @@ def adapted(run, just_out_of_reach):
     return output, metrics
 
 
+@pytest.fixture(scope="module")
+def extended(run, untrained):
+    changes = TRAINED | {"budget__max_drop": 0.6 * untrained[2]["loss"], "budget__extensions": 1}
+    return changes, run(**changes)[1]
+
+
 def test_training_brings_a_depth_within_and_the_next_one_backs_off(adapted, untrained):
     output, metrics = adapted
     assert told(metrics, "depth 2 (closed_form)", "train it")
@@ -90,19 +97,12 @@ def test_training_brings_a_depth_within_and_the_next_one_backs_off(adapted, untr
     assert all(line in (output / "report.html").read_text() for line in metrics["decisions"] if "<" not in line)
 
 
-def test_a_close_training_goes_on_for_as_many_steps_again(run, untrained, monkeypatch):
-    steps, step = [], KVProjectionTraining.training_step
-
-    def counting(module, batch, index):
-        steps.append((module.plan.depth, module.global_step))
-        return step(module, batch, index)
-
-    monkeypatch.setattr(KVProjectionTraining, "training_step", counting)
-    code, _, metrics = run(**TRAINED, budget__max_drop=0.6 * untrained[2]["loss"], budget__extensions=1)
-    assert code == 3
-    assert steps == [(2, number) for number in range(20)]
+def test_a_close_training_goes_on_for_as_many_steps_again(extended):
+    metrics = json.loads((extended[1] / "metrics.json").read_text())
+    assert metrics["depth"] is None
     assert told(metrics, "after 10 steps", "train on")
     assert [each["steps"] for each in entry_of(metrics, 2, "full")["rounds"]] == [10, 20]
+    assert entry_of(metrics, 2, "full")["loss"] == min(e["loss"] for e in entry_of(metrics, 2, "full")["rounds"])
 
 
 def test_a_depth_that_keeps_the_budget_is_exported_with_the_projections_that_were_verified(run, untrained):
@@ -128,7 +128,14 @@ def same_result(first, second):
         assert old.get(name) == new.get(name), name
 
 
-@pytest.mark.parametrize(("stage", "call"), [("_train", 2), ("_measure", 2), ("_measure", 3), ("_open_verify", 1)])
+@pytest.mark.parametrize(
+    ("stage", "call"),
+    [
+        ("_train", 2),
+        *[pytest.param(*each, marks=pytest.mark.full) for each in (("_measure", 2), ("_measure", 3))],
+        pytest.param("_open_verify", 1, marks=pytest.mark.full),
+    ],
+)
 def test_an_adapting_run_stopped_between_stages_resumes_to_the_same_result(
     run, adapted, just_out_of_reach, tmp_path, monkeypatch, stage, call
 ):
@@ -148,22 +155,36 @@ def test_an_adapting_run_stopped_between_stages_resumes_to_the_same_result(
     same_result(adapted[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("stop", [(2, 9), (2, 13), (2, 19)])
-def test_an_extension_stopped_in_the_middle_resumes_to_the_same_bytes(run, untrained, tmp_path, monkeypatch, stop):
-    changes = TRAINED | {"budget__max_drop": 0.6 * untrained[2]["loss"], "budget__extensions": 1}
-    run(output=tmp_path / "whole", **changes)
-    step = KVProjectionTraining.training_step
+@pytest.mark.parametrize("step", [13, *[pytest.param(step, marks=pytest.mark.full) for step in (9, 10, 19)]])
+def test_an_extension_stopped_in_the_middle_resumes_to_the_same_bytes(run, extended, tmp_path, monkeypatch, step):
+    whole = KVProjectionTraining.training_step
 
     def stopping(module, batch, index):
-        if (module.plan.depth, module.global_step) == stop:
+        if module.global_step == step:
             raise KeyboardInterrupt
-        return step(module, batch, index)
+        return whole(module, batch, index)
 
     with monkeypatch.context() as patch:
         patch.setattr(KVProjectionTraining, "training_step", stopping)
-        assert run(output=tmp_path / "stopped", **changes)[0] == 130
-    run("--resume", output=tmp_path / "stopped", **changes)
-    same_result(tmp_path / "whole", tmp_path / "stopped")
+        assert run(output=tmp_path / "run", **extended[0])[0] == 130
+    run("--resume", output=tmp_path / "run", **extended[0])
+    same_result(extended[1], tmp_path / "run")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("every", [5, 7])
+def test_a_round_whose_last_checkpoint_was_not_written_resumes_to_the_same_bytes(
+    run, extended, tmp_path, monkeypatch, every
+):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    changes = extended[0] | {"projection__checkpoint_every": every}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", interrupt)
+        assert run(output=tmp_path / "run", **changes)[0] == 130
+    run("--resume", output=tmp_path / "run", **changes)
+    same_result(extended[1], tmp_path / "run")
 
 
 def test_a_verify_split_that_was_opened_is_not_opened_again(run, tmp_path, monkeypatch):
