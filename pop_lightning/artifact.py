@@ -398,6 +398,11 @@ def model_card(
     if data:
         sources = [data] if isinstance(data, str) else data
         head.append(f"- Calibration data: {', '.join(f'`{source}`' for source in sources)}")
+    if speedup := measured.get("speedup"):
+        head.append(
+            f"- Wanted was a prefill speedup of {_figure(speedup['wanted'])}: counted in operations it is "
+            f"{_figure(speedup['counted'])} at {speedup['prompt_tokens']} prompt tokens."
+        )
     load = [
         "",
         "## Load",
@@ -417,7 +422,9 @@ def _verified(verified: dict[str, Any] | None) -> list[str]:
     text = f"`{verified.get('metric')}`: measured {_figure(verified.get('value'))}"
     if verified.get("bound") is not None:
         text += f", loss at most {_figure(verified['bound'])} with {_figure(verified.get('confidence'))} confidence"
-    text += f" on {verified.get('rows')} rows that nothing was fitted or chosen on"
+    prompts = verified.get("prompts")
+    of = f" of {prompts} prompts" if prompts not in (None, verified.get("rows")) else ""
+    text += f" on {verified.get('rows')} rows{of} that nothing was fitted or chosen on"
     if verified.get("max_drop") is not None:
         text += f" (budget: {_figure(verified['max_drop'])})"
     return ["", "## Verified", "", f"{text}."]

@@ -77,6 +77,11 @@ class Row:
         return _hash63(*self.prompt, self.response_ids)
 
     @property
+    def prompt_seed(self) -> int:
+        """The same hash of the prompt alone: rows that share it are one draw of a prompt, not several."""
+        return _hash63(*self.prompt)
+
+    @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids or ())
 
@@ -583,26 +588,27 @@ def collate(
         rank, size: the share holds every ``size``-th row from the ``rank``-th on.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed``, long
-        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the rows ``vision``: the
-        tensors of all of them, in order, by the names that the model's forward gives them.
+        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
+        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the
+        rows ``vision``: the tensors of all of them, in order, by the names that the model's forward gives them.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
     share = rows[rank::size]
     input_ids = torch.full((-(-len(rows) // size), total), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    row_seed = torch.zeros(len(input_ids), dtype=torch.long)
+    row_seed, prompt_seed = torch.zeros(2, len(input_ids), dtype=torch.long)
     for index, row in enumerate(share):
         span = slice(prompt_length - len(row.prompt_ids), prompt_length + len(row.response_ids or ()))
         input_ids[index, span] = torch.tensor(row.prompt_ids + (row.response_ids or ()), dtype=torch.long)
         attention_mask[index, span] = 1
-        row_seed[index] = row.seed
+        row_seed[index], prompt_seed[index] = row.seed, row.prompt_seed
     batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "prompt_length": prompt_length,
         "row_seed": row_seed,
+        "prompt_seed": prompt_seed,
     }
     if any(row.images for row in share):
         batch["vision"] = vision.tensors([row.images for row in share])
@@ -787,6 +793,11 @@ class CalibrationData(lightning.LightningDataModule):
         key = _hash63(self.seed, written)
         return (key, _ByImages(partial(self._tokenise.images, example, origin)))
 
+    def rows(self) -> Iterator[Row]:
+        """The rows of all splits."""
+        self.setup()
+        return chain.from_iterable(self._splits.values())
+
     def rows_of(self, name: str) -> list[Row]:
         """The rows of one split, in the order of their hash.
 
@@ -797,6 +808,10 @@ class CalibrationData(lightning.LightningDataModule):
         if name not in self._splits:
             raise InputError(f"data.splits has no split {name!r}: expected one of {', '.join(self._splits)}.")
         return list(self._splits[name])
+
+    def prompts_of(self, name: str) -> int:
+        """How many different prompts the rows of one split have: the independent draws that a bound counts."""
+        return len({row.prompt_seed for row in self.rows_of(name)})
 
     def loader(self, name: str, limit: int | None = None) -> DataLoader:
         """Batches of :func:`collate` over one split, every row once; each process gets its share of every batch.

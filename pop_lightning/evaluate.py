@@ -53,10 +53,11 @@ class Evaluation(lightning.LightningModule):
         first = min(variant.plan.depth for variant in self.variants.values())
         trace, teacher = teacher_pass(self.decoder, batch, first)
         rows = slice(real_rows(batch))
-        targets, real, seeds = batch["input_ids"][rows, prompt:], mask[rows, prompt:], batch["row_seed"][rows]
+        targets, real = batch["input_ids"][rows, prompt:], mask[rows, prompt:]
+        seeds = batch["row_seed"][rows], batch["prompt_seed"][rows]
         for variant, meter in zip(self.variants.values(), self.meters, strict=True):
             logits = self._logits(variant, trace, mask, prompt)
-            meter.update(response_metrics(logits[rows], teacher[rows], targets, real), seeds)
+            meter.update(response_metrics(logits[rows], teacher[rows], targets, real), *seeds)
 
     def on_validation_epoch_end(self) -> None:
         for meter in self.meters:
@@ -70,5 +71,5 @@ class Evaluation(lightning.LightningModule):
         )
 
     def rows(self, name: str) -> dict[str, Tensor]:
-        """Per-row metrics of one variant, ``[rows]`` each, in an order that follows from the rows' content."""
+        """Per-row metrics of one variant and each row's ``prompt``, ``[rows]`` each (:meth:`RowMetrics.compute`)."""
         return self.meters[self._names.index(name)].compute()

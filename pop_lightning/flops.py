@@ -55,6 +55,12 @@ def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
     return count_prefill(decoder, plan, tokens).total
 
 
+def speedup(decoder: Decoder, plan: PruningPlan, tokens: int) -> float:
+    """The counted prefill speedup of one prompt: the plain model's operations over the pruned prefill's."""
+    full = prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens)
+    return full / prefill_flops(decoder, plan, tokens)
+
+
 def visible_pairs(first: int, tokens: int, window: int | None, chunked: bool = False) -> int:
     """Query-key pairs of the queries ``first .. tokens-1``: each sees itself and what its window leaves before it.
 

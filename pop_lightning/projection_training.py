@@ -5,13 +5,14 @@ and backward of the pruned layers on boundary and response tokens (``prefill.stu
 of positions at a time, in the forward and again in the backward pass, so a large vocabulary costs no memory.
 """
 
+import math
+from functools import partial
 from typing import Literal
 
 import lightning
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from transformers import get_scheduler
 
 from pop_lightning import ranks
 from pop_lightning.decoder import Decoder, Trace
@@ -89,6 +90,8 @@ class KVProjectionTraining(lightning.LightningModule):
         seed: of the adapters' dropout, together with the step's number.
         learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
         decay: its shape.
+        round_steps: the learning rate rises and falls over so many steps, and again where a training goes on from a
+            round's end; over the whole training unless given.
         gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
     """
 
@@ -102,6 +105,7 @@ class KVProjectionTraining(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.1,
         decay: Literal["cosine", "linear"] = "cosine",
+        round_steps: int | None = None,
         kv_match: float = 0.0,
         hidden_match: float = 0.0,
         gradient_checkpointing: bool = False,
@@ -111,6 +115,7 @@ class KVProjectionTraining(lightning.LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained, never the base
         self.plan, self.temperature, self.seed = plan, temperature, seed
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
+        self.round_steps = round_steps
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
         self.decoder = projections.decoder  # no module: the base is placed, and maybe sharded, by its owner
@@ -207,14 +212,20 @@ class JointTraining(lightning.LightningModule):
 
 def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer) -> dict:
     optimizer = torch.optim.AdamW([each.parameter_group() for each in trainings])
-    steps = max(1, int(trainer.estimated_stepping_batches))
-    scheduler = get_scheduler(
-        trainings[0].decay,
-        optimizer,
-        num_warmup_steps=round(trainings[0].warmup * steps),
-        num_training_steps=steps,
-    )
+    first = trainings[0]
+    steps = first.round_steps or max(1, int(trainer.estimated_stepping_batches))
+    factor = partial(learning_rate_factor, steps=steps, warmup=round(first.warmup * steps), decay=first.decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["cosine", "linear"]) -> float:
+    """The share of the peak at ``step``: up from zero over ``warmup`` steps, down to zero at ``steps``, then anew."""
+    step %= steps
+    if step < warmup:
+        return step / warmup
+    left = 1 - (step - warmup) / max(1, steps - warmup)
+    return left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 def make_trainable(projections: KVProjections) -> KVProjections:

@@ -20,6 +20,7 @@ from pop_lightning.errors import InputError
 from pop_lightning.files import write_json, write_whole
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
+from pop_lightning.selection import Choice
 
 
 class RunFolder:
@@ -130,19 +131,27 @@ class RunFolder:
         if ranks.is_first():
             write_json(self.root / name, content)
 
-    def has_projections(self, depth: int, kind: str) -> bool:
-        return ranks.from_first(self._projections(depth, kind).is_file)
+    def has_projections(self, choice: Choice) -> bool:
+        return ranks.from_first(self._projections(choice).is_file)
 
-    def write_projections(self, projections: KVProjections) -> None:
+    def write_projections(self, choice: Choice, projections: KVProjections) -> None:
         if ranks.is_first():
-            state, path = projections.fitted_state(), self._projections(projections.depth, projections.kind)
-            write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary))
+            state = projections.fitted_state()
+            write_whole(self._projections(choice), lambda temporary: safetensors.torch.save_file(state, temporary))
+        ranks.barrier()  # the others may read it next
 
-    def read_projections(self, decoder: Decoder, depth: int, kind: str) -> KVProjections:
-        """Those that :meth:`write_projections` wrote, once the first process has said that they are there."""
-        return KVProjections.from_state(
-            decoder, depth, kind, safetensors.torch.load_file(self._projections(depth, kind))
-        )
+    def read_projections(self, decoder: Decoder, choice: Choice) -> KVProjections:
+        """What was fitted under ``choice``; reuse is made from the base's own weights."""
+        if choice.projection == "reuse":
+            return KVProjections(decoder, choice.depth)
+        state = safetensors.torch.load_file(self._projections(choice))
+        return KVProjections.from_state(decoder, choice.depth, choice.projection, state)
 
-    def _projections(self, depth: int, kind: str) -> Path:
-        return self.state / f"{kind}-depth{depth}.safetensors"
+    def _projections(self, choice: Choice) -> Path:
+        return self.state / f"{file_name(choice)}.safetensors"
+
+
+def file_name(choice: Choice) -> str:
+    """The name, without its ending, that files about a choice have."""
+    steps = f"-steps{choice.steps}" if choice.steps else ""
+    return f"{choice.projection}-depth{choice.depth}{steps}"

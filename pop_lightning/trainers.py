@@ -93,6 +93,7 @@ class Trainers:
         loader: Callable[[int], DataLoader],
         *,
         steps: int,
+        rounds: int,
         checkpoints: Path,
         every: int,
     ) -> None:
@@ -100,6 +101,7 @@ class Trainers:
 
         Args:
             loader: endless batches from the one with the given number on.
+            rounds: how often the training was or will be stopped and gone on with, this time included.
             checkpoints: a folder of this training alone.
             every: steps between checkpoints.
         """
@@ -107,13 +109,13 @@ class Trainers:
         if ranks.is_first():
             restore_folder(last)
         start = ranks.from_first(lambda: strategies.training_step_of(last) if last.exists() else 0)
-        keep = ModelCheckpoint(checkpoints, save_last=True, every_n_train_steps=every, save_top_k=0)
+        keep = _Checkpoints(checkpoints, every)
         trainer = self._make(
-            what + (f" from step {start}" if start else ""),
+            what + (f", from step {start}" if start else ""),
             [keep],
             strategy=strategies.for_training(self.strategy),
             max_steps=steps,
-            max_epochs=-1,
+            max_epochs=rounds,  # the rows have no end, so a fit is one epoch: one per round
             enable_checkpointing=True,
             plugins=strategies.whole_checkpoints(self.strategy, self.recipe.trainer_arguments().get("plugins")),
         )
@@ -133,6 +135,16 @@ class Trainers:
         } | overrides
         print(f"{what} ...", flush=True)
         return Trainer(_lightning_trainer(arguments))
+
+
+class _Checkpoints(ModelCheckpoint):
+    """``last.ckpt``, anew every so many steps and at the end of a training, from which a further round goes on."""
+
+    def __init__(self, folder: Path, every: int):
+        super().__init__(folder, save_last=True, every_n_train_steps=every, save_top_k=0, enable_version_counter=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
 class Trainer:

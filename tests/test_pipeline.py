@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -325,11 +324,3 @@ def test_loggers_come_from_the_recipe(base, data, tmp_path):
         assert fit.main([*command, *extra]) == 0
         pattern = "metrics.csv" if logger == "CSVLogger" else "events.out*"
         assert list((output / "logs").rglob(pattern))
-
-
-def test_the_verify_split_is_opened_once():
-    budget = pipeline.AccuracyBudget()
-    budget._verified = True
-    with pytest.raises(pipeline.InputError, match="opened already"):
-        budget.watch("verify", {})
-    assert isinstance(budget, lightning.Callback)
