@@ -170,6 +170,10 @@ class _DeepSpeed(DeepSpeedStrategy):
         )
         return engine, optimizer
 
+    def backward(self, closure_loss, optimizer, *args, **kwargs):
+        # Lightning has divided by the batches of a step, which DeepSpeed would do once more.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options=None) -> None:
         folder = Path(self.broadcast(str(filepath)))
         partial = folder.with_name(f".{folder.name}.partial")
