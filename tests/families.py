@@ -103,6 +103,8 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
             torch.nn.init.normal_(parameter, 0.0 if "bias" in name else neutral, 0.2)
         elif parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, 0.0, 0.15)
+        if family == "gemma4" and "k_norm" in name:
+            parameter.mul_(0.25)  # its scores are not scaled: the norms learn it, or attention is all or nothing
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.8)
