@@ -104,7 +104,7 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
         elif parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, 0.0, 0.15)
         if family == "gemma4" and "k_norm" in name:
-            parameter.mul_(0.25)  # its scores are not scaled: the norms learn it, or attention is all or nothing
+            parameter.data.mul_(0.25)  # its scores are not scaled: the norms learn it, or attention is all or nothing
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.8)
@@ -113,6 +113,15 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
     if family == "qwen3_moe" and (attention == "eager" or dtype == torch.float64):
         model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def take_all_experts(model):
+    """Every token goes to every expert: for comparisons in half precision, where a near tie between two of them falls
+    one way in one computation and the other way in the other, which no bound on rounding covers."""
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts
+    return model
 
 
 def ragged(lengths, seed=0):
