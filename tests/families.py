@@ -65,7 +65,7 @@ FAMILIES = {
     "gemma4": lambda: Gemma4ForCausalLM(
         Gemma4TextConfig(
             **COMMON, sliding_window=WINDOW, layer_types=SLIDING, global_head_dim=16, num_global_key_value_heads=1,
-            attention_k_eq_v=True, hidden_size_per_layer_input=4, vocab_size_per_layer_input=COMMON["vocab_size"],
+            attention_k_eq_v=True, hidden_size_per_layer_input=16, vocab_size_per_layer_input=COMMON["vocab_size"],
         )
     ),
     # Chunks of WINDOW tokens; the layers without RoPE see everything and sharpen their attention from 5 tokens on.
