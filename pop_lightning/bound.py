@@ -68,15 +68,16 @@ def _shallow(generator: StageAwareGenerator, ids: Tensor) -> Cache:
 
 
 def _products(generator: StageAwareGenerator, context: int, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs ``[batch x seen, hidden]`` and ``[hidden, layers x 2 kv_dim]``, one per visible span.
+    """Pairs ``[batch x seen, hidden]`` and ``[hidden, layers x 2 kv_dim]``, one per visible span and width.
 
     A span's layers are split where the product would exceed a bound in bytes.
     """
     decoder, products = generator.decoder, []
-    hidden, width = decoder.config.hidden_size, 2 * decoder.kv_dim
+    hidden = decoder.config.hidden_size
     like = {"dtype": generator.model.dtype, "device": generator.model.device}
     pruned = generator.plan.pruned(decoder.num_layers)
-    for seen, layers in Counter(decoder.visible(layer, context) for layer in pruned).items():
+    spans = Counter((decoder.visible(layer, context), 2 * decoder.parts[layer].kv_dim) for layer in pruned)
+    for (seen, width), layers in spans.items():
         rows = torch.randn(batch * seen, hidden, **like)
         together = max(1, _PRODUCT_BYTES // max(1, len(rows) * width * rows.itemsize))
         for start in range(0, layers, together):

@@ -20,7 +20,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from pop_lightning.decoder import Decoder
+from pop_lightning.decoder import Decoder, Tables, cut, each_table
 from pop_lightning.errors import InputError
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_logits
@@ -34,7 +34,7 @@ GROUPINGS = ("head", "layer", "none")
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a decoder that memory and operations follow from."""
+    """The numbers of a decoder that memory and operations follow from; of its widest layers where layers differ."""
 
     hidden: int
     layers: int
@@ -44,13 +44,17 @@ class Shape:
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Shape":
-        kv_heads = decoder.kv_dim // decoder.head_dim
-        heads = decoder.attention(0).q_proj.out_features // decoder.head_dim
-        return cls(decoder.config.hidden_size, decoder.num_layers, decoder.kv_dim, heads, kv_heads)
+        widest = max(decoder.parts.values(), key=lambda parts: parts.kv_dim)
+        kv_heads, heads = (max(getattr(p, n) for p in decoder.parts.values()) for n in ("kv_heads", "heads"))
+        return cls(decoder.config.hidden_size, decoder.num_layers, widest.kv_dim, heads, kv_heads)
 
     def groups(self, grouping: str) -> int:
-        """How many separate regressions the values of one layer make under ``attention``."""
-        return {"head": self.kv_heads, "layer": 1, "none": 0}[grouping]
+        """How many separate regressions the values of one layer make under ``attention``, at most."""
+        return _groups(self.kv_heads, grouping)
+
+
+def _groups(kv_heads: int, grouping: str) -> int:
+    return {"head": kv_heads, "layer": 1, "none": 0}[grouping]
 
 
 def collected(grouping: str, objectives: Sequence[str] = DEFAULT) -> tuple[str, ...]:
@@ -167,7 +171,7 @@ class ClosedFormFit(lightning.LightningModule):
     ):
         super().__init__()
         self.decoder, self.depths, self.boundary = decoder, list(depths), boundary
-        self.groups, self.queries = Shape.of(decoder).groups(grouping), queries
+        self.grouping, self.queries = grouping, queries
         self.objectives = collected(grouping, objectives)
         self.base = decoder.model
         self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in self.depths}
@@ -199,10 +203,10 @@ class ClosedFormFit(lightning.LightningModule):
             for depth in depths if "token" in self.objectives else ():
                 weights[depth] = weights[depth] + asked.token_weights()
             if "attention" in self.objectives:
-                key_weights, read = asked.key_weights(kv)[real], asked.read(slice(context), self.groups == 1)
+                key_weights, read = asked.key_weights(kv)[real], asked.read(slice(context), self.grouping == "layer")
                 for depth in depths:
                     self._add_keys(depth, layer, inputs[depth], targets, key_weights)
-                    _add_values(self.sums, depth, layer, asked, self.groups, normed[depth], read)
+                    _add_values(self.sums, depth, layer, asked, self.grouping, normed[depth], read)
         if "plain" in self.objectives:
             for depth, n in inputs.items():
                 self.sums.add_gram(("plain", depth), n, n)
@@ -221,7 +225,7 @@ class ClosedFormFit(lightning.LightningModule):
     def _add_keys(self, depth: int, layer: int, n: Tensor, targets: Tensor, weights: Tensor) -> None:
         weighted = n * weights.unsqueeze(-1)
         self.sums.add_gram(("keys", depth, layer), weighted, n)
-        self.sums.add_cross(("keys", depth, layer), layer, targets[:, : self.decoder.kv_dim], weighted)
+        self.sums.add_cross(("keys", depth, layer), layer, targets[:, : self.decoder.parts[layer].kv_dim], weighted)
 
     def solve(self, depth: int, ridge: float, objective: str = "plain") -> KVProjections:
         """Projections of one depth for one objective at one ridge strength; the sums are left as they are.
@@ -233,9 +237,10 @@ class ClosedFormFit(lightning.LightningModule):
             weight, bias = self.reuse[depth].affine(layer)
             folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()
             if objective == "attention":
-                kv_dim = self.decoder.kv_dim
+                kv_dim = self.decoder.parts[layer].kv_dim
                 keys = self.sums.solve(("keys", depth, layer), layer, folded[:kv_dim], ridge)
-                fitted = torch.cat([keys, _solve_values(self.sums, depth, layer, folded[kv_dim:], self.groups, ridge)])
+                groups = _groups(self.decoder.parts[layer].kv_heads, self.grouping)
+                fitted = torch.cat([keys, _solve_values(self.sums, depth, layer, folded[kv_dim:], groups, ridge)])
             else:
                 fitted = self.sums.solve((objective, depth), layer, folded, ridge)
             maps[layer] = (fitted[:, :-1].to(weight), fitted[:, -1].to(bias))
@@ -266,7 +271,7 @@ class ValueRefit(lightning.LightningModule):
         super().__init__()
         self.starts, self.boundary, self.queries = dict(starts), boundary, queries
         self.decoder = next(iter(self.starts.values())).decoder
-        self.groups = Shape.of(self.decoder).groups(grouping)
+        self.grouping = grouping
         self.base = self.decoder.model
         self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in self.starts}
         self.sums = _Sums()
@@ -277,7 +282,7 @@ class ValueRefit(lightning.LightningModule):
         if context <= 0:
             return
         seen = _Full(decoder, batch, context, end, min(self.starts))
-        every = self.groups == 1
+        every = self.grouping == "layer"
         wanted = {
             layer: _Asked(seen, layer, seen.kv(layer), self.queries).read(every_head=every)
             for layer in range(min(self.starts) + 1, decoder.num_layers)
@@ -296,16 +301,17 @@ class ValueRefit(lightning.LightningModule):
                 # The last token predicts nothing: it is not rerun, and no query sees it.
                 asked = _Asked(seen, layer, kv, self.queries, rows)
                 rest = wanted[layer] - asked.read(slice(context, None), every)
-                _add_values(self.sums, depth, layer, asked, self.groups, _with_one(n), rest)
+                _add_values(self.sums, depth, layer, asked, self.grouping, _with_one(n), rest)
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
         """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
         start, maps = self.starts[depth], {}
-        kv_dim = self.decoder.kv_dim
         for layer in start.fitted_layers:
+            kv_dim = self.decoder.parts[layer].kv_dim
+            groups = _groups(self.decoder.parts[layer].kv_heads, self.grouping)
             weight, bias = self.reuse[depth].affine(layer)
             folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()[kv_dim:]
-            values = _solve_values(self.sums, depth, layer, folded, self.groups, ridge).to(weight)
+            values = _solve_values(self.sums, depth, layer, folded, groups, ridge).to(weight)
             keys, shift = start.affine(layer)
             maps[layer] = (torch.cat([keys[:kv_dim], values[:, :-1]]), torch.cat([shift[:kv_dim], values[:, -1]]))
         return KVProjections(self.decoder, depth).replace(maps, "closed_form")
@@ -326,8 +332,11 @@ class _Full:
     def kv(self, layer: int) -> Tensor:
         return self.decoder.own_kv(layer, self.hidden(layer))
 
-    def tables(self, layer: int) -> tuple[Tensor, Tensor]:
-        return tuple(t.expand(len(self.mask), -1, -1) for t in self.trace.kwargs[layer]["position_embeddings"])
+    def tables(self, layer: int) -> Tables | None:
+        """The layer's rotary tables, ``[batch, tokens, ...]``."""
+        return each_table(
+            self.trace.kwargs[layer].get("position_embeddings"), lambda t: t.expand(len(self.mask), -1, -1)
+        )
 
     def columns(self, wanted: int) -> tuple[Tensor, Tensor]:
         """Up to ``wanted`` asking tokens per row, evenly spread: columns ``[batch, queries]``, and which are real.
@@ -353,12 +362,12 @@ class _Asked:
         columns, valid = seen.columns(queries)
         source, offset = (seen.hidden(layer), 0) if behind is None else (behind, self.context)
         tables, tokens = seen.tables(layer), kv.shape[1]
-        keys, values = decoder.to_cache(layer, kv, tuple(t[:, :tokens] for t in tables))
+        keys, values = decoder.to_cache(layer, kv, cut(tables, slice(tokens)))
         self.weights = (
             decoder.attention_weights(
                 layer,
                 _take(source, (columns - offset).clamp(max=source.shape[1] - 1)),
-                tuple(_take(table, columns) for table in tables),
+                each_table(tables, lambda table: _take(table, columns)),
                 columns,
                 keys,
                 seen.mask[:, :tokens],
@@ -366,11 +375,27 @@ class _Asked:
             * valid[:, None, None, :, None]
         )
         self.values = values.float()
-        self.normalised = decoder.normalises_keys(layer)
+        self.parts = decoder.parts[layer]
+        self.lengths = None
+        if self.parts.v_norm is not None:
+            own = kv[..., self.parts.kv_dim :].float().unflatten(-1, (self.parts.kv_heads, -1))
+            self.lengths = own.square().mean(-1).clamp(min=1e-12).sqrt().transpose(1, 2)
 
     @property
     def of_context(self) -> Tensor:
         return self.weights[..., : self.context]
+
+    def pooling(self, groups: int) -> Tensor:
+        """The weights that inputs of the value regression are summed with: what multiplies a value before its norm.
+
+        Without a value norm the attention. With one, a value is divided by its length there, which is taken as given
+        (its mean over the heads where one group is fitted for all of them).
+        """
+        if self.lengths is None:
+            return self.of_context
+        lengths = self.lengths[..., : self.context]
+        lengths = lengths.mean(1, keepdim=True) if groups == 1 else lengths
+        return self.of_context / lengths[:, :, None, None]
 
     def read(self, tokens: slice = slice(None), every_head: bool = False) -> Tensor:
         """What the attention reads from some of the tokens, before W_O.
@@ -399,14 +424,14 @@ class _Asked:
         weights = squared.sum((2, 3)) * values.square().sum(-1)
         weights = weights - 2 * (torch.einsum("bghqt,bghqd->bgtd", squared, output) * values).sum(-1)
         weights = weights + torch.einsum("bghqt,bghq->bgt", squared, output.square().sum(-1))
-        if self.normalised:
+        if self.parts.k_norm is not None:
             keys = kv[:, : self.context].float().unflatten(-1, (2, weights.shape[1], -1))[:, :, 0]
             weights = weights / keys.square().mean(-1).clamp(min=1e-6).transpose(1, 2)
         return weights.sum(1).clamp(min=0)
 
 
 def _add_values(
-    sums: "_Sums", depth: int, layer: int, asked: _Asked, groups: int, normed: Tensor, wanted: Tensor
+    sums: "_Sums", depth: int, layer: int, asked: _Asked, grouping: str, normed: Tensor, wanted: Tensor
 ) -> None:
     """Add the pooled regressions of one (depth, layer): inputs ``sum_t a_qt n_t``, targets ``wanted``.
 
@@ -415,8 +440,9 @@ def _add_values(
         wanted: what is to be read from the context, as :meth:`_Asked.read` gives it, for every head where there is one
             group for all of them.
     """
+    groups = _groups(asked.parts.kv_heads, grouping)
     for group, (weights, targets) in enumerate(
-        zip(asked.of_context.chunk(groups, 1), wanted.chunk(groups, 1), strict=True)
+        zip(asked.pooling(groups).chunk(groups, 1), wanted.chunk(groups, 1), strict=True)
     ):
         pooled = torch.einsum("bghqt,btn->bghqn", weights, normed).flatten(0, 3)
         name = ("values", depth, layer, group)

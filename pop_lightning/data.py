@@ -12,7 +12,7 @@ import json
 import statistics
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, count, groupby, zip_longest
@@ -34,6 +34,8 @@ SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
 MIN_TEXT_TOKENS = 8
 _KEYS = ("messages", "prompt", "response", "text")
+_CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
+_RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
 _BUNDLED = "bundled:"
 
 _EMPTY_PROMPT = "empty prompt"
@@ -243,15 +245,16 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
             f"expected {SHAPES}."
         )
     name = path.name or source
+    chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
     images = "images" in dataset.column_names
     if images:
         undecoded = dataset.select_columns(["images"])
         undecoded = undecoded.cast_column("images", _undecoded(undecoded.features["images"]))
     examples = []
     # Other columns may be images or audio, which are decoded when a row is read.
-    for number, example in enumerate(dataset.select_columns(known)):
+    for number, example in enumerate(dataset.select_columns(known + chat)):
         lazy = {"images": partial(_cells, undecoded, number)} if images else {}
-        shaped = _shape(dict(example) | lazy, f"data.calibration {source!r} row {number}")
+        shaped = _shape(_without_nulls(example) | lazy, f"data.calibration {source!r} row {number}")
         examples.append((shaped, f"{name} row {number}"))
     return examples
 
@@ -280,6 +283,13 @@ def _cell(dataset, row: int, index: int):
     return found[index] if isinstance(found, list) else found
 
 
+def _without_nulls(value):
+    """A table's rows share their keys at every depth: those that a row does not have are null there, and go."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _shape(example: dict, where: str) -> dict:
     """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
 
@@ -293,7 +303,8 @@ def _shape(example: dict, where: str) -> dict:
     beside = {} if images is None else {"images": images}
     if "messages" in found:
         messages, parts = _messages(found["messages"], where)
-        return {"messages": messages} | ({"parts": parts} if parts else {}) | beside
+        shown = {"parts": parts} if parts else {}
+        return {"messages": messages} | _chat_arguments(found, where) | shown | beside
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
@@ -302,6 +313,30 @@ def _shape(example: dict, where: str) -> dict:
         if not isinstance(found[key], str):
             raise InputError(f"{where} has a {key!r} of type {type(found[key]).__name__}: a string was expected.")
     return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
+
+
+def _chat_arguments(found: dict, where: str) -> dict:
+    """``tools`` and ``chat_template_kwargs`` of a row, each as it is or as JSON text, as tables often hold them."""
+    given = {}
+    for key, kind, what in zip(_CHAT_KEYS, (list, dict), ("a list of tools", "an object"), strict=True):
+        value = found.get(key)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where} has a {key!r} that is not JSON ({error.msg}).") from error
+        if value is None:
+            continue
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(each, dict) for each in value)):
+            raise InputError(f"{where} has a {key!r} of type {type(value).__name__}: {what} was expected.")
+        given[key] = value
+    taken = sorted(_RENDERING & given.get("chat_template_kwargs", {}).keys())
+    if taken:
+        raise InputError(
+            f"{where} sets {', '.join(taken)} in 'chat_template_kwargs', which is for the template's own variables "
+            "(such as enable_thinking)."
+        )
+    return given
 
 
 def _messages(messages, where: str) -> tuple[list[dict], list]:
@@ -359,6 +394,7 @@ class _Tokeniser:
     max_prompt: int
     max_response: int
     context: int | None
+    ends: frozenset[int] = frozenset()
     vision: VisionProcessor | None = None
     allow_urls: bool = False
 
@@ -400,7 +436,7 @@ class _Tokeniser:
         if images:
             self._check_vision(origin)
         if "messages" in example:
-            prompt, response = self._chat(example["messages"], origin, images)
+            prompt, response = self._chat(example, origin, images)
         else:
             prompt = self._with_specials(example["prompt"], images, origin)
             response = self._response(example["response"]) if "response" in example else None
@@ -450,9 +486,12 @@ class _Tokeniser:
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
 
-    def _chat(
-        self, messages: list[dict], origin: str, images: tuple[RowImage, ...] = ()
-    ) -> tuple[list[int], list[int]]:
+    def _chat(self, example: dict, origin: str, images: tuple[RowImage, ...] = ()) -> tuple[list[int], list[int]]:
+        """Prompt and response of a chat: what the template renders up to the generation prompt, and what follows it.
+
+        Both are rendered by ``apply_chat_template`` with the row's own tools and template variables.
+        """
+        messages = example["messages"]
         if len(messages) == 1:
             return [], []
         template = self.vision.chat_template if images else self.tokenizer.chat_template
@@ -461,11 +500,16 @@ class _Tokeniser:
                 f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
                 '{"prompt", "response"} rows in data.calibration.'
             )
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            chat_template=template,
+            tools=example.get("tools"),
+            tokenize=False,
+            **example.get("chat_template_kwargs", {}),
+        )
         try:
-            render = partial(self.tokenizer.apply_chat_template, chat_template=template, tokenize=False)
-            prompt = render(messages[:-1], add_generation_prompt=True)
-            full = render(messages)
-        except (TemplateError, ValueError, TypeError) as error:
+            prompt, full = render(messages[:-1], add_generation_prompt=True), render(messages)
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{origin} cannot be rendered by the tokenizer's chat template ({error}): change that row's "
                 '"messages" in data.calibration.'
@@ -476,20 +520,21 @@ class _Tokeniser:
             raise InputError(
                 f"{origin}: the chat template renders the prompt differently once the answer follows, so prompt and "
                 f"response cannot be told apart (prompt alone: ...{prompt[near]!r}, with the answer: "
-                f'...{full[near]!r}); give {{"prompt", "response"}} rows in data.calibration instead.'
+                f"...{full[near]!r}); set the template's variables in the row's \"chat_template_kwargs\" (such as "
+                '{"enable_thinking": false}), give the answer its "reasoning_content", or give {"prompt", "response"} '
+                "rows in data.calibration instead."
             )
-        # Templates put a line break behind the end token of a turn; decode stops at the token and never writes it.
-        full = prompt + full[len(prompt) :].rstrip()
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
-            response_ids = []
-        elif full_ids[: len(prompt_ids)] == prompt_ids:
-            response_ids = full_ids[len(prompt_ids) :]
-        else:
+            return prompt_ids, []
+        response = full_ids[len(prompt_ids) :]
+        if full_ids[: len(prompt_ids)] != prompt_ids:
             # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
-            response_ids = self._ids(full[len(prompt) :])
-        # An image's placeholder is a token of its own: expanding it moves no split.
-        return self.vision.encode(prompt, images, origin, special=False) if images else prompt_ids, response_ids
+            response = self._ids(full[len(prompt) :])
+        if images:  # a placeholder is a token of its own, so expanding it moves no split
+            prompt_ids = self.vision.encode(prompt, images, origin, special=False)
+        # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
+        return prompt_ids, list(until_end(response, self.ends))
 
     def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, bool]:
         ids = self._with_specials(text)
@@ -506,7 +551,13 @@ class _Tokeniser:
 def _has_content(message: dict) -> bool:
     content = message.get("content", "")
     texts = [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
-    return any(text.strip() for text in texts) or bool(message.get("tool_calls"))
+    return any(text.strip() for text in texts) or bool(message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
+    """A response up to and with its first end token, where decode stops; what follows goes."""
+    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[:stop])
 
 
 def _hash63(*parts) -> int:
@@ -603,6 +654,7 @@ class CalibrationData(lightning.LightningDataModule):
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
         max_response_tokens: longer responses are cut.
         context: the longest sequence of the model in tokens, None for no limit.
+        end_tokens: what ends a response besides the tokenizer's eos, as the model's generation config says.
         limit: use this many rows, drawn by their content; of several sources as many of each, where they have them.
         batch_size: rows per batch.
         splits: the fraction of the rows for each of the four splits; they sum to 1.
@@ -623,6 +675,7 @@ class CalibrationData(lightning.LightningDataModule):
         max_prompt_tokens: int = 2048,
         max_response_tokens: int = 256,
         context: int | None = None,
+        end_tokens: Collection[int] = (),
         limit: int | None = None,
         batch_size: int = 8,
         splits: Mapping[str, float] = SPLITS,
@@ -649,12 +702,14 @@ class CalibrationData(lightning.LightningDataModule):
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
         self.report: DataReport | None = None
+        ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
         self.vision = vision
         self._tokenise = _Tokeniser(
             tokenizer,
             max_prompt_tokens,
             max_response_tokens,
             context,
+            ends,
             vision=vision,
             allow_urls=allow_urls,
         )

@@ -1,12 +1,14 @@
 """How Hugging Face decoders are built: the only file that knows.
 
 Everything above it (projections, prefill, gates, training) sees a :class:`Decoder`: its layers, the unweighted norm and
-the key/value map of one layer, masks, and where a layer's branches meet the residual stream. A family is supported when
-its layers have the parts named in :meth:`Decoder._parts` and the attach check in ``prefill.py`` holds; nothing here
-asks for a family by name.
+the key/value map of one layer, masks, and where a layer's branches meet the residual stream. What differs between
+families is written down per layer in a :class:`LayerParts`, read by :func:`layer_parts` when a model is attached: that
+function is the place to add a family. Nothing here asks for a family by name; the attach check in ``prefill.py`` tries
+what was read on the model itself.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 from pop_lightning.errors import InputError
 
@@ -35,12 +41,213 @@ class Trace:
 
     Attributes:
         hidden: ``{layer: [batch, tokens, hidden]}``, each traced layer's input; key ``L`` is the last one's output.
-        kwargs: ``{layer: keyword arguments}`` that the model passed to each layer (rotary tables, position ids; the
-            mask where it was asked for).
+        kwargs: ``{layer: keyword arguments}`` that the model passed to each layer, those that tell something of each
+            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them).
+        masks: ``{layer: mask}`` as the model built it, where it was asked for.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kwargs: dict[int, dict] = field(default_factory=dict)
+    masks: dict[int, Tensor | BlockMask | None] = field(default_factory=dict)
+
+
+# --- what one layer is made of ----------------------------------------------------------------------------------------
+
+# Rotary tables as a layer gets them: cos and sin ``[batch, tokens, rotary dim]``, or one complex tensor (Llama 4).
+Tables = tuple[Tensor, Tensor] | Tensor
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+# What a part that keeps a state is called in a layer, and what such layers are called in ``layer_types``.
+RECURRENT = ("linear_attn", "mamba", "conv", "mixer", "temporal_block")
+RECURRENT_KINDS = ("linear_attention", "mamba", "mamba2", "conv", "hybrid", "hybrid_sliding", "recurrent")
+FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe")
+# What a layer is told of each of its tokens, and along which dimension of it the tokens lie.
+PER_TOKEN = {"position_embeddings": 1, "position_ids": -1, "per_layer_input": 1}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some output rows of a linear map: all of a ``k_proj``, or the keys' share of a fused ``qkv_proj``."""
+
+    linear: nn.Module
+    start: int
+    count: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.count)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x)[..., self.span]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """How one layer makes queries, keys and values out of its input; the order of the fields is that of the steps.
+
+    Attributes:
+        norm: the input norm.
+        queries, keys, values: rows of the linear maps that follow it; keys and values may be the same rows.
+        head_dim: width of one head.
+        q_norm, k_norm, v_norm: what normalises each head, or None.
+        rotate: RoPE, ``([batch, heads, tokens, head_dim], Tables)`` to the same shape, or None (NoPE).
+        norms_after_rotation: whether q_norm and k_norm follow RoPE.
+        window: how many tokens back a token sees, itself included, or None for all.
+        chunked: whether the window is a chunk: a token sees back to its chunk's start only.
+        query_scale: the factor on a query by its position, ``[...]`` to ``[...]``, or None.
+    """
+
+    norm: nn.Module
+    queries: Rows
+    keys: Rows
+    values: Rows
+    head_dim: int
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    v_norm: nn.Module | None = None
+    rotate: Callable[[Tensor, Tables], Tensor] | None = None
+    norms_after_rotation: bool = False
+    window: int | None = None
+    chunked: bool = False
+    query_scale: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the layer's keys (and values): key-value heads times head_dim."""
+        return self.keys.count
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.count // self.head_dim
+
+    @property
+    def heads(self) -> int:
+        return self.queries.count // self.head_dim
+
+    def place(self, x: Tensor, norm: nn.Module | None, tables: Tables | None) -> Tensor:
+        """Queries or keys ``[batch, heads, tokens, head_dim]`` normalised and rotated, in the family's order."""
+        if norm is not None and not self.norms_after_rotation:
+            x = norm(x)
+        if self.rotate is not None and tables is not None:
+            x = self.rotate(x, tables)
+        return norm(x) if norm is not None and self.norms_after_rotation else x
+
+
+def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> LayerParts | str:
+    """Read one decoder layer, or say why it has no keys and values that a linear map of its input gives.
+
+    This is where a family is added: a part that has another name or another place is found here and put into the
+    field of :class:`LayerParts` that says what it does.
+
+    Args:
+        kind: the layer's entry in the config's ``layer_types``, where it has them.
+        window: of the layer's cache.
+    """
+    if (reason := _refusal(block, kind)) is not None:
+        return reason
+    attention = block.self_attn
+    queries, keys, values = _query_key_value_rows(attention)
+    after = getattr(attention, "qk_norm", None)  # one norm for both, behind RoPE (Llama 4)
+    return LayerParts(
+        norm=block.input_layernorm,
+        queries=queries,
+        keys=keys,
+        values=values,
+        head_dim=attention.head_dim,
+        q_norm=after or getattr(attention, "q_norm", None),
+        k_norm=after or getattr(attention, "k_norm", None),
+        v_norm=getattr(attention, "v_norm", None),
+        rotate=_rotation(attention) if getattr(attention, "use_rope", True) else None,
+        norms_after_rotation=after is not None,
+        window=window,
+        chunked=kind == "chunked_attention",
+        query_scale=_query_scale(attention),
+    )
+
+
+def _refusal(block: nn.Module, kind: str | None) -> str | None:
+    """Why a layer cannot be pruned, as the rest of a sentence about it."""
+    attention = getattr(block, "self_attn", None)
+    if (part := _part(block, RECURRENT)) is not None or kind in RECURRENT_KINDS:
+        return f"it is a recurrent layer ({part or kind}): its cache holds a state, not keys and values of each token"
+    if any(hasattr(attention, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa")):
+        return "it has multi-head latent attention (MLA), whose keys and values are expanded from a compressed latent"
+    if getattr(attention, "is_kv_shared_layer", False):
+        return "it shares the keys and values of an earlier layer and has none of its own"
+    if hasattr(block, "altup"):
+        return "it carries several residual streams (AltUp), of which no single one gives its keys and values"
+    if kind is not None and kind not in KINDS:
+        return f"its kind is {kind}, of which only {', '.join(KINDS)} are known"
+    missing = [name for name in ("input_layernorm", "self_attn") if getattr(block, name, None) is None]
+    missing += [] if _part(block, FEED_FORWARD) else ["mlp"]
+    if not missing:
+        missing += [] if hasattr(block.input_layernorm, "weight") else ["weight in its input_layernorm"]
+        missing += [] if hasattr(attention, "head_dim") else ["self_attn.head_dim"]
+    if not missing and _query_key_value_rows(attention) is None:
+        missing = ["self_attn.k_proj", "self_attn.v_proj"]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    width = getattr(getattr(attention, "k_norm", None), "weight", torch.empty(0)).numel()  # 0 where it is sharded
+    if width not in (0, attention.head_dim):
+        return "it normalises the keys of all heads together, not each head"
+    return None
+
+
+def _query_key_value_rows(attention: nn.Module) -> tuple[Rows, Rows, Rows] | None:
+    fused = getattr(attention, "qkv_proj", None)  # queries, keys and values stacked in this order (Phi-3)
+    if fused is not None and hasattr(attention, "num_key_value_heads"):
+        kv_dim = attention.num_key_value_heads * attention.head_dim
+        q_dim = fused.out_features - 2 * kv_dim
+        return Rows(fused, 0, q_dim), Rows(fused, q_dim, kv_dim), Rows(fused, q_dim + kv_dim, kv_dim)
+    linears = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    if linears[2] is None and getattr(attention, "use_alternative_attention", False):
+        linears[2] = linears[1]  # the values are the keys before their norm and RoPE (Gemma 4's global layers)
+    if not all(hasattr(linear, "out_features") for linear in linears):
+        return None
+    return tuple(Rows(linear, 0, linear.out_features) for linear in linears)
+
+
+def _query_scale(attention: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Llama 4 sharpens the attention of far tokens in layers without RoPE."""
+    if not getattr(attention, "attn_temperature_tuning", False) or getattr(attention, "use_rope", True):
+        return None
+    floor, scale = attention.floor_scale, attention.attn_scale
+    return lambda columns: torch.log1p(torch.floor((columns.float() + 1.0) / floor)) * scale + 1.0
+
+
+def _rotation(attention: nn.Module) -> Callable[[Tensor, Tables], Tensor]:
+    """Our own RoPE where the family splits heads in halves or, by complex numbers, in pairs; else the family's own."""
+    module = sys.modules[type(attention).__module__]
+    if not hasattr(module, "apply_rotary_pos_emb"):
+        return _rotate_pairs if hasattr(module, "apply_rotary_emb") else _rotate_halves
+    half = getattr(module, "rotate_half", None)
+    if half is None or half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]:
+        return _rotate_halves
+    return lambda x, tables: module.apply_rotary_pos_emb(x, x, *tables)[0]
+
+
+def _part(block: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of ``names`` that a layer has."""
+    return next((name for name in names if getattr(block, name, None) is not None), None)
+
+
+def of_tokens(kwargs: dict, span: slice) -> dict:
+    """A layer's keyword arguments with everything that tells something of each token cut to ``span`` of the tokens."""
+    return kwargs | {name: cut(kwargs[name], span, dim) for name, dim in PER_TOKEN.items() if name in kwargs}
+
+
+def each_table(tables: Tables | None, change: Callable[[Tensor], Tensor]) -> Tables | None:
+    """``change`` applied to a tensor, or to each of a tuple of them; None stays None."""
+    if tables is None or isinstance(tables, Tensor):
+        return None if tables is None else change(tables)
+    return tuple(change(table) for table in tables)
+
+
+def cut(value, span: slice, dim: int = 1, device: torch.device | None = None):
+    """A tensor, a tuple of them, or None, cut along its tokens and moved where a device is given."""
+    return each_table(value, lambda each: (each[..., span] if dim == -1 else each[:, span]).to(device))
+
+
+# --- the whole decoder ------------------------------------------------------------------------------------------------
 
 
 class Decoder:
@@ -53,7 +260,13 @@ class Decoder:
         model: a Transformers model with a language modelling head.
 
     Raises:
-        InputError: the model is no decoder of the supported shape; the sentence names the class and what is missing.
+        InputError: the model is no decoder of the supported shape, or no depth could prune it; the sentence names the
+            class and the reason.
+
+    Attributes:
+        parts: ``{layer: LayerParts}`` of the layers that can be pruned.
+        smallest_depth: the smallest depth whose pruned layers all have their own keys and values to project, and no
+            image features to wait for.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -61,28 +274,23 @@ class Decoder:
         self.name = type(model).__name__
         if getattr(model.config, "is_encoder_decoder", False):
             raise InputError(f"{self.name} is an encoder-decoder; pruning the prefill needs a decoder-only model.")
-        self.body = self._find_body(model)
+        self.body, self.norm = self._find_body(model)
         self.config = self.body.config
         self.layers: nn.ModuleList = self.body.layers
-        self.norm: nn.Module = self.body.norm
         self.head: nn.Module = model.get_output_embeddings()
         if self.head is None:
             raise InputError(f"{self.name} has no language modelling head; load it with AutoModelForCausalLM.")
         self.num_layers = len(self.layers)
-        for index in range(self.num_layers):
-            self._parts(index)
-        self.head_dim: int = self.attention(0).head_dim
-        unknown = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(
-                f"{self.name} is not supported: it has layers of type {', '.join(sorted(unknown))}; "
-                f"full_attention and sliding_attention are known."
-            )
         # The cache that Transformers itself would build knows which layer slides, and how far.
-        self._windows = [getattr(layer, "sliding_window", None) for layer in self.new_cache().layers]
-        if len(self._windows) != self.num_layers:
+        windows = [getattr(layer, "sliding_window", None) for layer in self.new_cache().layers]
+        if len(windows) != self.num_layers:
             # A plain dynamic cache grows its layers on first use: none of them slides.
-            self._windows = [None] * self.num_layers
+            windows = [None] * self.num_layers
+        kinds = getattr(self.config, "layer_types", None) or [None] * self.num_layers
+        read = [layer_parts(*each) for each in zip(self.layers, kinds, windows, strict=True)]
+        self.parts = {layer: parts for layer, parts in enumerate(read) if isinstance(parts, LayerParts)}
+        self._refused = {layer: reason for layer, reason in enumerate(read) if isinstance(reason, str)}
+        self.smallest_depth = max(max(self._refused, default=0) + 1, self._deepstack)
         # What gives image tokens rotary positions of several axes (M-RoPE), and how the model's forward calls the
         # tensor that says which tokens they are.
         self._rope = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
@@ -91,24 +299,37 @@ class Decoder:
             parameters = inspect.signature(model.forward).parameters
             names = ("token_type_ids", "mm_token_type_ids")
             self._types_name = next((name for name in names if name in parameters), None)
-
-    def _find_body(self, model: PreTrainedModel) -> nn.Module:
-        for module in model.get_decoder().modules():  # of the text alone: a vision tower may look the same
-            if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "norm"):
-                return module
-        raise InputError(f"{self.name} is not supported: no decoder with `layers` and a final `norm` was found in it.")
-
-    def _parts(self, index: int) -> None:
-        layer = self.layers[index]
-        missing = [part for part in ("input_layernorm", "self_attn", "mlp") if not hasattr(layer, part)]
-        if not missing:
-            missing = [
-                f"self_attn.{part}" for part in ("k_proj", "v_proj", "head_dim") if not hasattr(layer.self_attn, part)
-            ]
-        if missing:
+        if self.num_layers - 1 in self._refused:
             raise InputError(
-                f"{self.name} is not supported: layer {index} ({type(layer).__name__}) has no {', '.join(missing)}."
+                f"{self.name} cannot be pruned at any depth, because every depth prunes its last layer: "
+                f"{self._reason(self.num_layers - 1)}."
             )
+
+    def check_depth(self, depth: int) -> None:
+        """Raise :class:`InputError` where a layer above ``depth`` has no keys and values of its own to project, or is
+        one that image features are added to."""
+        if depth < self._deepstack:
+            raise InputError(
+                f"{self.name} cannot be pruned at depth {depth}: it adds image features to its first {self._deepstack} "
+                f"layers (DeepStack); set the depth to {self.smallest_depth}, the smallest allowed, or more (of "
+                f"{self.num_layers} layers)."
+            )
+        refused = [layer for layer in self._refused if layer >= depth]
+        if refused:
+            raise InputError(
+                f"{self.name} cannot be pruned at depth {depth}: {self._reason(refused[0])}; set the depth to "
+                f"{self.smallest_depth} or more (of {self.num_layers} layers)."
+            )
+
+    def _reason(self, layer: int) -> str:
+        return f"layer {layer} ({type(self.layers[layer]).__name__}) cannot be projected, {self._refused[layer]}"
+
+    def _find_body(self, model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+        for module in model.get_decoder().modules():  # of the text alone: a vision tower may look the same
+            norm = _part(module, ("norm", "final_layernorm", "final_norm", "embedding_norm", "norm_f"))
+            if isinstance(getattr(module, "layers", None), nn.ModuleList) and norm and hasattr(module, "config"):
+                return module, getattr(module, norm)
+        raise InputError(f"{self.name} is not supported: no decoder with `layers` and a final `norm` was found in it.")
 
     # --- the cache ------------------------------------------------------------------------------------------------
 
@@ -117,8 +338,8 @@ class Decoder:
         return DynamicCache(config=self.config)
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens, or None where it sees everything."""
-        return self._windows[layer]
+        """Sliding window (or chunk) of a layer in tokens, or None where it sees everything."""
+        return self.parts[layer].window if layer in self.parts else None
 
     def visible(self, layer: int, context: int) -> int:
         """How many of the last ``context`` tokens a layer can still see once a token follows them."""
@@ -161,46 +382,89 @@ class Decoder:
 
     def placement(self, layer: int) -> tuple[torch.device, torch.dtype]:
         """Where a layer computes, and in what dtype; its weights may wait elsewhere (offloading)."""
-        norm, linear = self.layers[layer].input_layernorm, self.attention(layer).k_proj
+        norm, linear = self.parts[layer].norm, self.parts[layer].keys.linear
         weight = linear.weight if _is_plain(linear) else norm.weight  # a quantised weight may have no such dtype
         device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None)
         return torch.device(norm.weight.device if device is None else device), weight.dtype
 
     @property
     def mlp_dim(self) -> int:
-        """Width of the feed-forward branch: what one layer's activations of a token are measured by."""
-        return getattr(self.config, "intermediate_size", None) or self.config.hidden_size
+        """Width of the feed-forward branch that a token takes: what one layer's activations of it are measured by."""
+        config = self.config
+        dense = getattr(config, "intermediate_size", None) or config.hidden_size
+        expert, active = getattr(config, "moe_intermediate_size", None), _active_experts(config)
+        return min(dense, expert * active) if expert and active else dense
 
     @property
     def kv_dim(self) -> int:
-        """Width of one layer's keys (and values): key-value heads times head_dim."""
-        return self.attention(0).k_proj.out_features
+        """Width of the widest layer's keys (and values): what memory is bounded by."""
+        return max(parts.kv_dim for parts in self.parts.values())
 
-    def branches(self, layer: int) -> tuple[nn.Module, nn.Module]:
-        """The modules whose outputs meet the residual stream: attention branch, feed-forward branch.
+    def branches(self, layer: int) -> tuple[nn.Module, ...]:
+        """The modules whose outputs meet the residual stream: attention branch, feed-forward branch, and any other.
 
-        Post-norm families (Gemma) add a branch after its post-norm, so there the post-norm is the branch's end.
+        Families with post-norms (Gemma, GLM-4) add a branch after its post-norm, which is the branch's end there.
+
+        Raises:
+            InputError: a layer is built otherwise.
         """
         block = self.layers[layer]
-        if hasattr(block, "pre_feedforward_layernorm"):
-            return block.post_attention_layernorm, block.post_feedforward_layernorm
-        return block.self_attn, block.mlp
+        if hasattr(block, "post_feedforward_layernorm"):
+            ends = ["post_attention_layernorm", "post_feedforward_layernorm"]
+        elif hasattr(block, "post_self_attn_layernorm"):
+            ends = ["post_self_attn_layernorm", "post_mlp_layernorm"]
+        else:
+            ends = [_part(block, ("self_attn", *RECURRENT)), _part(block, FEED_FORWARD)]
+        if hasattr(block, "post_per_layer_input_norm"):
+            ends.append("post_per_layer_input_norm")
+        found = tuple(getattr(block, end, None) for end in ends if end is not None)
+        if len(found) < 2 or None in found:
+            raise InputError(
+                f"{self.name} cannot be scored: what layer {layer} ({type(block).__name__}) adds to its residual "
+                f"stream was not found."
+            )
+        return found
+
+    def linear_weights(self, layer: int) -> int:
+        """How many weights of a layer's linear maps one token is multiplied with; of experts only those that run."""
+        total = 0
+        for module in self.layers[layer].modules():
+            own = list(module.parameters(recurse=False))
+            stacked = [weight.numel() // len(weight) for weight in own if weight.dim() == 3]
+            if stacked and hasattr(module, "num_experts"):
+                # Experts that are not told which tokens are theirs run on all tokens (Llama 4).
+                routed = "top_k_index" in inspect.signature(module.forward).parameters
+                total += sum(stacked) * (_active_experts(self.config) if routed else module.num_experts)
+            else:
+                total += sum(weight.numel() for weight in own if weight.dim() == 2)
+        return total
+
+    @property
+    def linear_weights_below(self) -> int:
+        """The same of linear maps that stand before the first layer and run on every token (per-layer inputs)."""
+        inside = set(self.layers.modules())
+        outside = (module for module in self.body.modules() if module not in inside)
+        return sum(module.weight.numel() for module in outside if isinstance(module, nn.Linear))
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """The unweighted normalised hidden state n(h), ``[..., hidden]`` in the dtype of ``hidden``.
 
         Root-mean-square norm, or centred where the family uses LayerNorm; statistics in float32, as the models do.
         """
-        norm = self.layers[0].input_layernorm
+        norm = self._any_norm
         x = hidden.float()
         if isinstance(norm, nn.LayerNorm):
             x = x - x.mean(-1, keepdim=True)
         return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._norm_eps)).to(hidden.dtype)
 
     @property
+    def _any_norm(self) -> nn.Module:
+        """All layers normalise alike but for the weights."""
+        return self.parts[self.num_layers - 1].norm
+
+    @property
     def _norm_eps(self) -> float:
-        norm = self.layers[0].input_layernorm
-        return getattr(norm, "variance_epsilon", None) or norm.eps
+        return getattr(self._any_norm, "variance_epsilon", None) or self._any_norm.eps
 
     @torch.no_grad()
     def reuse_map(self, layer: int) -> AffineMap | None:
@@ -209,54 +473,54 @@ class Decoder:
         The norm's weight is read by running the norm on a vector it only scales, so whether a family stores w or 1 + w
         makes no difference here.
         """
-        attention, norm = self.attention(layer), self.layers[layer].input_layernorm
-        linears = (attention.k_proj, attention.v_proj)
-        if not all(map(_is_plain, linears)):
+        parts, norm = self.parts[layer], self.parts[layer].norm
+        rows = (parts.keys, parts.values)
+        if not all(_is_plain(each.linear) for each in rows):
             return None
         if isinstance(norm, nn.LayerNorm):
             scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
         else:
-            ones = torch.ones(linears[0].in_features, device=norm.weight.device)
+            ones = torch.ones(self.config.hidden_size, device=norm.weight.device)
             scale, shift = norm(ones).float() * (1.0 + self._norm_eps) ** 0.5, None
-        weight = torch.cat([linear.weight for linear in linears]).float()
+        weight = torch.cat([each.linear.weight[each.span] for each in rows]).float()
         bias = None
-        if linears[0].bias is not None:
-            bias = torch.cat([linear.bias for linear in linears]).float()
+        if parts.keys.linear.bias is not None:
+            bias = torch.cat([each.linear.bias[each.span] for each in rows]).float()
         if shift is not None:
             bias = weight @ shift + (0.0 if bias is None else bias)
         return AffineMap(weight * scale, bias)
 
     def own_kv(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[k|v]`` of a layer before k_norm and RoPE, through its own modules: ``[batch, tokens, 2 kv_dim]``."""
-        normed = self.layers[layer].input_layernorm(hidden)
-        attention = self.attention(layer)
-        return torch.cat([attention.k_proj(normed), attention.v_proj(normed)], dim=-1)
+        """``[k|v]`` of a layer before its norms and RoPE, through its own modules: ``[batch, tokens, 2 kv_dim]``."""
+        parts = self.parts[layer]
+        normed = parts.norm(hidden)
+        if parts.keys.linear is not parts.values.linear:
+            return torch.cat([parts.keys(normed), parts.values(normed)], dim=-1)
+        output = parts.keys.linear(normed)
+        return torch.cat([output[..., parts.keys.span], output[..., parts.values.span]], dim=-1)
 
-    def to_cache(self, layer: int, kv: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def to_cache(self, layer: int, kv: Tensor, position_embeddings: Tables | None) -> tuple[Tensor, Tensor]:
         """Turn ``[batch, tokens, 2 kv_dim]`` into cacheable keys and values ``[batch, heads, tokens, head_dim]``.
 
-        Applies the family's k_norm, where it has one, and RoPE.
+        Applies what the layer has of key norm, value norm and RoPE.
         """
-        heads = kv.unflatten(-1, (2, -1, self.head_dim))
+        parts = self.parts[layer]
+        heads = kv.unflatten(-1, (2, -1, parts.head_dim))
         keys, values = heads[..., 0, :, :].transpose(1, 2), heads[..., 1, :, :].transpose(1, 2)
-        if (k_norm := getattr(self.attention(layer), "k_norm", None)) is not None:
-            keys = k_norm(keys)
-        return _rotate(keys, position_embeddings), values
-
-    def normalises_keys(self, layer: int) -> bool:
-        """Whether the family has a k_norm, after which the length of a key no longer matters."""
-        return getattr(self.attention(layer), "k_norm", None) is not None
+        if parts.v_norm is not None:
+            values = parts.v_norm(values)
+        return parts.place(keys, parts.k_norm, position_embeddings), values
 
     def attention_weights(
         self,
         layer: int,
         hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Tables | None,
         columns: Tensor,
         keys: Tensor,
         attention_mask: Tensor,
     ) -> Tensor:
-        """How a layer spreads the attention of some rows, recomputed from its q_proj, whatever kernel the model uses.
+        """How a layer spreads the attention of some rows, recomputed from its queries, whatever kernel the model uses.
 
         Args:
             hidden: the layer's input at the asking tokens, ``[batch, rows, hidden]``.
@@ -268,29 +532,41 @@ class Decoder:
         Returns:
             ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32.
         """
-        attention = self.attention(layer)
-        queries = attention.q_proj(self.layers[layer].input_layernorm(hidden))
-        queries = queries.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if (q_norm := getattr(attention, "q_norm", None)) is not None:
-            queries = q_norm(queries)
-        queries = _rotate(queries, position_embeddings).unflatten(1, (keys.shape[1], -1))
+        attention, parts = self.attention(layer), self.parts[layer]
+        queries = parts.queries(parts.norm(hidden)).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
+        queries = parts.place(queries, parts.q_norm, position_embeddings)
+        if parts.query_scale is not None:
+            queries = (queries * parts.query_scale(columns)[:, None, :, None]).to(queries.dtype)
+        queries = queries.unflatten(1, (keys.shape[1], -1))
         scores = torch.einsum("bghqd,bgtd->bghqt", queries, keys).float()
-        scores = scores * getattr(attention, "scaling", self.head_dim**-0.5)
+        scores = scores * getattr(attention, "scaling", parts.head_dim**-0.5)
         if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
             scores = torch.tanh(scores / cap) * cap
         tokens = torch.arange(keys.shape[2], device=columns.device)
         seen = (tokens <= columns[..., None]) & attention_mask[:, None].bool()
-        if (window := self.window(layer)) is not None:
-            seen &= tokens > columns[..., None] - window
+        if parts.chunked:
+            first = (attention_mask.cumsum(-1) == 0).sum(-1)  # chunks are counted from a row's first token
+            chunk, own = (tokens - first[:, None]) // parts.window, (columns - first[:, None]) // parts.window
+            seen &= chunk[:, None] == own[..., None]
+        elif parts.window is not None:
+            seen &= tokens > columns[..., None] - parts.window
         return scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
+
+    def arguments(self, layer: int, args: tuple, kwargs: dict) -> dict:
+        """What a model passes to one of its layers, by name, whether it stood in ``args`` or ``kwargs``."""
+        block = getattr(self.layers[layer], "_orig_mod", self.layers[layer])  # torch.compile wraps
+        names = list(inspect.signature(type(block).forward).parameters)[1:]
+        return dict(zip(names, args, strict=False)) | kwargs
 
     def run_layer(self, layer: int, hidden: Tensor, **kwargs) -> Tensor:
         output = self.layers[layer](hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm, head and, where the family has it, logit soft-cap: ``[..., hidden]`` to ``[..., vocabulary]``."""
+        """Final norm, head and what the family does to logits behind it: ``[..., hidden]`` to ``[..., vocabulary]``."""
         logits = self.head(self.norm(hidden))
+        if (scaling := getattr(self.config, "logits_scaling", None)) is not None:
+            logits = logits / scaling
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -336,16 +612,21 @@ class Decoder:
         return tuple(token for token in tokens if token is not None)
 
     @property
-    def smallest_depth(self) -> int:
-        """The smallest depth that can be pruned to: the model adds DeepStack features of the images to the outputs of
-        its first layers (https://arxiv.org/abs/2406.04334), one layer for each, and every token has to pass those."""
+    def _deepstack(self) -> int:
+        """To how many of its first layers' outputs the model adds features of the images, which every token of an
+        image has to pass (DeepStack, https://arxiv.org/abs/2406.04334)."""
         vision = getattr(self.model.config, "vision_config", None)
-        return max(1, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     @property
     def images_see_ahead(self) -> bool:
-        """Whether an image's tokens attend among themselves, later ones included; such models ask which they are."""
-        return self._types_name == "token_type_ids"
+        """Whether an image's tokens attend among themselves, later ones included.
+
+        Gemma 3 and PaliGemma, which do, call the tensor that says which they are otherwise than models that only give
+        them positions; Gemma 4 names it in its config.
+        """
+        named = getattr(self.config, "use_bidirectional_attention", None) == "vision"
+        return named or self._types_name == "token_type_ids"
 
     def splits_image(self, prompt: Sequence[int], boundary: int) -> bool:
         """Whether the boundary begins inside an image whose tokens attend to later ones: no context pass equals that.
@@ -353,8 +634,10 @@ class Decoder:
         Args:
             prompt: token ids of one row, without padding behind them.
         """
-        pair = prompt[-boundary - 1 : len(prompt) - boundary + 1] if boundary else ()
-        return self.images_see_ahead and len(pair) == 2 and set(pair) == {self.image_token}
+        if not self.images_see_ahead or not 0 < boundary < len(prompt):
+            return False
+        before, first = prompt[-boundary - 1], prompt[-boundary]
+        return before == first and first in self.vision_tokens
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         """1 at image tokens, 2 at video tokens, 0 elsewhere, as the processors number them."""
@@ -440,7 +723,10 @@ class Decoder:
             hidden: ``[batch, rows, hidden]``, only its shape, dtype and device count.
             attention_mask: ``[batch, cached + rows]`` of 1 (token) and 0 (padding), or None.
         """
-        create = create_causal_mask if self.window(layer) is None else create_sliding_window_causal_mask
+        parts = self.parts[layer]
+        create = create_chunked_causal_mask if parts.chunked else create_sliding_window_causal_mask
+        if parts.window is None:
+            create = create_causal_mask
         return create(
             config=self.config,
             inputs_embeds=hidden,
@@ -495,12 +781,14 @@ class Decoder:
         """
         trace = Trace()
         handles = []
-        names = ("position_embeddings", "position_ids") + (("attention_mask",) if masks else ())
 
         def record(index: int) -> Callable:
             def hook(module, args, kwargs):
-                trace.hidden[index] = args[0] if args else kwargs["hidden_states"]
-                trace.kwargs[index] = {k: v for k, v in kwargs.items() if k in names}
+                given = self.arguments(index, args, kwargs)
+                trace.hidden[index] = given["hidden_states"]
+                trace.kwargs[index] = {name: given[name] for name in PER_TOKEN if name in given}
+                if masks:
+                    trace.masks[index] = given.get("attention_mask")
 
             return hook
 
@@ -539,11 +827,23 @@ def _last_block(mask: BlockMask, rows: int, columns: int, behind: int) -> BlockM
     return create_block_mask(last, batch, heads, rows, columns, device=mask.kv_num_blocks.device)
 
 
-def _rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE in the half-split layout of Llama and its descendants; the attach check notices a family that differs."""
-    cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    half = x.shape[-1] // 2
-    rotated = x * cos
-    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return rotated
+def _active_experts(config) -> int | None:
+    """How many experts of a mixture a token takes, or None where the config names no number."""
+    return next((n for name in ("num_experts_per_tok", "top_k_experts") if (n := getattr(config, name, None))), None)
+
+
+def _rotate_halves(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE in the half-split layout of Llama and its descendants, over as many features as the tables are wide."""
+    cos, sin = (table.unsqueeze(1) for table in tables)
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    turned = x[..., :width]
+    rotated = turned * cos
+    rotated[..., :half].addcmul_(turned[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(turned[..., :half], sin[..., half:])
+    return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)
+
+
+def _rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    """RoPE on neighbouring features as complex numbers, in float32; ``turns`` complex, ``[batch, tokens, dim / 2]``."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).type_as(x)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.recipe import Budget
 
 
-def candidates(budget: Budget, prefill_importance: Sequence[float], smallest: int = 1) -> list[int]:
+def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Decoder) -> list[int]:
     """Depths to measure, shallowest pruning first.
 
     A number picks depths at even steps of the logarithm of what is removed, the summed prefill importance of the
@@ -16,26 +17,28 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], smallest: in
 
     Args:
         prefill_importance: one value per layer.
-        smallest: the smallest depth that the model allows (``Decoder.smallest_depth``).
 
     Raises:
-        InputError: ``budget.candidates`` or ``budget.min_pruned`` does not fit a model of so many layers.
+        InputError: ``budget.candidates`` or ``budget.min_pruned`` does not fit this model.
     """
-    wanted, layers = budget.candidates, len(prefill_importance)
+    wanted, layers, smallest = budget.candidates, decoder.num_layers, decoder.smallest_depth
     every = list(range(layers - 1, smallest - 1, -1))
     if wanted == "all":
         return every
     if isinstance(wanted, list):
-        odd = [depth for depth in wanted if not smallest <= depth <= layers]
+        odd = [depth for depth in wanted if not 1 <= depth <= layers]
         if odd:
-            why = "" if smallest == 1 else f" (to its first {smallest} layers the model adds image features)"
-            raise InputError(f"budget.candidates must lie in {smallest}..{layers} for this model{why}, found {odd[0]}.")
+            raise InputError(f"budget.candidates must lie in 1..{layers} for this model, found {odd[0]}.")
         if min(wanted) == layers:
             raise InputError(f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one.")
+        decoder.check_depth(min(wanted))
         return sorted({depth for depth in wanted if depth < layers}, reverse=True)
     every = [depth for depth in every if layers - depth >= budget.min_pruned]
     if not every:
-        raise InputError(f"budget.min_pruned {budget.min_pruned} leaves no depth of a model of {layers} layers.")
+        raise InputError(
+            f"budget.min_pruned {budget.min_pruned} leaves no depth of a model of {layers} layers whose smallest is "
+            f"{smallest}."
+        )
     if wanted >= len(every):
         return every
     removed = torch.tensor([sum(prefill_importance[depth:]) for depth in every], dtype=torch.float64)

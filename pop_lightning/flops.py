@@ -5,8 +5,6 @@ The pipeline reports the count of a fit, the benchmark sets its ratio beside the
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from pop_lightning.decoder import Decoder
 from pop_lightning.plan import PruningPlan
 
@@ -16,7 +14,8 @@ class PrefillFlops:
     """Operations of one prompt's prefill, 2 per multiply-add; embeddings, norms and rotary tables are left out.
 
     Attributes:
-        linear: the linear maps of the layers, over the tokens that run through them.
+        linear: the linear maps of the layers, over the tokens that run through them; of a mixture's experts those that
+            a token takes (and what stands before the first layer, on all tokens).
         attention: scores and weighted values, over the pairs that causality and the layer's window leave. (PyTorch's
             own counter counts every pair of the dense product.)
         projections: the context's keys and values of the pruned layers.
@@ -36,19 +35,18 @@ class PrefillFlops:
 def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFlops:
     """Count the prefill of one prompt of ``tokens`` tokens; at depth L it is the plain model's.
 
-    Every linear map of a layer is taken to run on every token of it, which holds for dense decoders.
+    Every linear map of a layer is taken to run on every token of it, but for experts. Of layers without queries and
+    keys (recurrent ones below the depth) the linear maps alone are counted.
     """
-    linear = attention = projections = 0
+    linear, attention, projections = 2 * decoder.linear_weights_below * tokens, 0, 0
     context = max(0, tokens - plan.boundary)
     for layer in range(decoder.num_layers):
         first = context if layer >= plan.depth else 0
-        weights = sum(m.weight.numel() for m in decoder.layers[layer].modules() if isinstance(m, nn.Linear))
-        linear += 2 * weights * (tokens - first)
-        width = decoder.attention(layer).q_proj.out_features
-        attention += 4 * width * visible_pairs(first, tokens, decoder.window(layer))
+        linear += 2 * decoder.linear_weights(layer) * (tokens - first)
+        if (parts := decoder.parts.get(layer)) is not None:
+            attention += 4 * parts.queries.count * visible_pairs(first, tokens, parts.window, parts.chunked)
         if first:
-            seen = decoder.visible(layer, context)
-            projections += 2 * 2 * decoder.kv_dim * decoder.config.hidden_size * seen
+            projections += 4 * parts.kv_dim * decoder.config.hidden_size * decoder.visible(layer, context)
     return PrefillFlops(linear, attention, projections, 2 * decoder.head.weight.numel())
 
 
@@ -57,8 +55,17 @@ def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
     return count_prefill(decoder, plan, tokens).total
 
 
-def visible_pairs(first: int, tokens: int, window: int | None) -> int:
-    """Query-key pairs of the queries ``first .. tokens-1``: each sees itself and what its window leaves before it."""
+def visible_pairs(first: int, tokens: int, window: int | None, chunked: bool = False) -> int:
+    """Query-key pairs of the queries ``first .. tokens-1``: each sees itself and what its window leaves before it.
+
+    ``chunked``: a query sees back to the start of its chunk of ``window`` tokens.
+    """
+    if chunked:
+        before, end = (
+            whole * window * (window + 1) // 2 + rest * (rest + 1) // 2
+            for whole, rest in (divmod(n, window) for n in (first, tokens))
+        )
+        return end - before
     if window is None or window >= tokens:
         return (tokens * (tokens + 1) - first * (first + 1)) // 2
     growing = min(window, tokens)  # the first ``window`` queries see all that came before

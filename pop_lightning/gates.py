@@ -51,7 +51,7 @@ def gated(decoder: Decoder, gates: Tensor, context: int):
     def hook(layer: int):
         def apply(module, args, output):
             first = output[0] if isinstance(output, tuple) else output
-            first = _Gate.apply(first, gates[:, layer], context)
+            first = _Gate.apply(_by_row(first, len(gates)), gates[:, layer], context).view_as(first)
             return (first, *output[1:]) if isinstance(output, tuple) else first
 
         return apply
@@ -77,19 +77,27 @@ def probed(decoder: Decoder, context: int):
         A list that the backward pass of the one forward pass run inside fills with ``(layer, [batch, 2])`` (prefill,
         decode), float32, an entry per branch; :func:`gate_gradients` sums it. The model's weights may be frozen.
     """
-    handles, found = [], []
+    handles, found, rows = [], [], []
+
+    def start(module, args, kwargs):
+        # A leaf below the first layer, so that gradients reach every branch of a frozen model.
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows[:] = [len(hidden)]
+        if hidden.requires_grad:
+            return None
+        hidden = hidden.detach().requires_grad_(True)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def hook(layer: int):
         def apply(module, args, output):
             branch = output[0] if isinstance(output, tuple) else output
-            held = branch.detach()
-            branch.register_hook(lambda grad: found.append((layer, _by_stage(held, grad, context))))
+            held = _by_row(branch.detach(), *rows)
+            branch.register_hook(lambda grad: found.append((layer, _by_stage(held, grad.view_as(held), context))))
 
         return apply
 
     try:
-        # A leaf below the first layer, so that gradients reach every branch of a frozen model.
-        handles.append(decoder.layers[0].register_forward_pre_hook(_ask_for_gradients, with_kwargs=True))
+        handles.append(decoder.layers[0].register_forward_pre_hook(start, with_kwargs=True))
         for layer in range(decoder.num_layers):
             for branch in decoder.branches(layer):
                 handles.append(branch.register_forward_hook(hook(layer)))
@@ -107,12 +115,9 @@ def gate_gradients(found: list[tuple[int, Tensor]], layers: int) -> Tensor:
     return total
 
 
-def _ask_for_gradients(module, args, kwargs):
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if hidden.requires_grad:
-        return None
-    hidden = hidden.detach().requires_grad_(True)
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+def _by_row(output: Tensor, rows: int) -> Tensor:
+    """A branch's output as ``[batch, tokens, hidden]``; some mixtures of experts give all tokens flat."""
+    return output if output.dim() == 3 else output.unflatten(0, (rows, -1))
 
 
 def _by_stage(output: Tensor, grad: Tensor, context: int) -> Tensor:

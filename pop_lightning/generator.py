@@ -62,7 +62,7 @@ class StageAwareGenerator:
         vision: VisionProcessor | None = None,
     ):
         decoder = projections.decoder if projections is not None else Decoder(model)
-        plan.check(decoder.num_layers, decoder.smallest_depth)
+        plan.check(decoder.num_layers)
         if projections is not None and projections.depth != plan.depth:
             raise InputError(f"the projections were made for depth {projections.depth}, the plan says {plan.depth}.")
         check_decoder(decoder)

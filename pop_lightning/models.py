@@ -30,7 +30,7 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device_map=None,
     **others,
@@ -40,6 +40,7 @@ def load_model(
     ``name`` is a hub id, a folder, or ``bundled:NAME``.
 
     Args:
+        attn_implementation: Transformers' own choice unless given (sdpa where the family has it).
         others: what else ``from_pretrained`` takes, such as ``quantization_config``.
 
     Raises:
@@ -62,6 +63,11 @@ def load_model(
             raise
         raise InputError(f"model.base {name!r} cannot be loaded like this: {_first_sentence(error)}") from error
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if attn_implementation is not None and "attn_implementation" in str(error):
+            raise InputError(
+                f"model.base {name!r} does not run with model.attn_implementation {attn_implementation!r}: set it to "
+                f"'eager' ({_first_sentence(error)})"
+            ) from error
         raise InputError(
             f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
             f"was expected): {_first_sentence(error)}"

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
-from pop_lightning.data import CalibrationData, Row
+from pop_lightning.data import CalibrationData, Row, until_end
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import candidates
 from pop_lightning.errors import InputError
@@ -65,7 +65,7 @@ class _Run:
         self._load()
         self.folder.settle()
         importance = self.folder.once("importance.json", self._score)
-        depths = candidates(self.recipe.budget, importance["prefill"], self.decoder.smallest_depth)
+        depths = candidates(self.recipe.budget, importance["prefill"], self.decoder)
         projections = self._fit_projections(depths)
         search = self.folder.once("state/search.json", lambda: self._search(projections))
         self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
@@ -107,6 +107,7 @@ class _Run:
             max_prompt_tokens=data.max_prompt_tokens,
             max_response_tokens=data.max_response_tokens,
             context=context_length(self.model),
+            end_tokens=end_tokens(self.model),
             limit=data.limit,
             batch_size=data.batch_size,
             splits=asdict(data.splits),
@@ -156,7 +157,7 @@ class _Run:
             pad_token_id=self.tokenizer.pad_token_id,
         )[:, prompt:].tolist()
         ends = end_tokens(self.model)
-        return [_until_end(tokens, ends) for tokens in output]
+        return [until_end(tokens, ends) for tokens in output]
 
     def _check_rows(self) -> None:
         budget, boundary = self.recipe.budget, self.recipe.boundary
@@ -383,11 +384,3 @@ class _Run:
             )
             rows[-1] |= {key: means[key] for key in ("exact_match", "agreement", "kl")}
         return rows
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:
-    """A generated response up to and with its end token; what generate pads behind it goes."""
-    for index, token in enumerate(tokens):
-        if token in ends:
-            return tuple(tokens[: index + 1])
-    return tuple(tokens)

@@ -27,20 +27,10 @@ class PruningPlan:
             if value < least:
                 raise InputError(f"{name} must be at least {least}, found {value}.")
 
-    def check(self, layers: int, smallest: int = 1) -> None:
-        """Raise :class:`InputError` where a model of ``layers`` layers cannot be pruned like this.
-
-        ``smallest`` is the smallest depth that the model allows (:attr:`pop_lightning.decoder.Decoder.smallest_depth`).
-        """
+    def check(self, layers: int) -> None:
+        """Raise :class:`InputError` where a model of ``layers`` layers cannot be pruned like this."""
         if self.depth > layers:
-            raise InputError(
-                f"depth must lie in {smallest}..{layers} for a model of {layers} layers, found {self.depth}."
-            )
-        if self.depth < smallest:
-            raise InputError(
-                f"depth {self.depth} lies inside the first {smallest} layers, to which this model adds image features "
-                f"(DeepStack); the smallest depth allowed is {smallest}."
-            )
+            raise InputError(f"depth must lie in 1..{layers} for a model of {layers} layers, found {self.depth}.")
 
     def pruned(self, layers: int) -> range:
         """The pruned layers ``depth .. layers-1``."""

@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from pop_lightning.decoder import Decoder, Trace
+from pop_lightning.decoder import Decoder, Tables, Trace, cut, of_tokens
 from pop_lightning.errors import InputError
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projections import KVProjections, Stack
@@ -55,8 +55,7 @@ class ContextProjector:
 
     def _share(self, stacks: tuple[Stack, ...]) -> dict[tuple[int, ...], int]:
         """How many layers of each stack may wait at once: all, or an even share of the bound, smallest need first."""
-        width = 2 * self.decoder.kv_dim
-        each = {stack.layers: width * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
+        each = {stack.layers: stack.height * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
         left, counts = 2 * self.decoder.mlp_dim * self.length, {}
         for layers in sorted(each, key=lambda layers: each[layers] * len(layers)):
             share = left // (len(each) - len(counts))
@@ -65,28 +64,27 @@ class ContextProjector:
         return counts
 
     def _project(self, stack: Stack, first: int, skipped: int) -> None:
-        width = 2 * self.decoder.kv_dim
         count = min(len(stack.layers) - first, self.at_once[stack.layers])
         weight, bias = stack.rows(first, count)
         # Flat, because a cut along the tokens would otherwise become one product per row of the batch.
         normed = self.normed[:, skipped:].flatten(0, 1).to(weight)
         product = torch.nn.functional.linear(normed, weight, bias).to(self.normed.dtype)
         product = product.unflatten(0, (-1, self.length - skipped))
-        self.waiting |= zip(stack.layers[first : first + count], product.split(width, dim=-1), strict=True)
+        self.waiting |= zip(stack.layers[first : first + count], product.split(stack.height, dim=-1), strict=True)
 
 
 def cache_context(
-    decoder: Decoder, layer: int, kv: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Cache
+    decoder: Decoder, layer: int, kv: Tensor, position_embeddings: Tables | None, context: int, cache: Cache
 ) -> None:
     """Put the context's ``[k|v]`` into one pruned layer's cache.
 
     Args:
         kv: ``[batch, visible context, 2 kv_dim]``.
-        position_embeddings: the layer's rotary tables for the whole context, ``[batch or 1, context, head_dim]`` each.
+        position_embeddings: the layer's rotary tables from the first context token on, ``[batch or 1, tokens, ...]``.
+        context: the number of context tokens.
     """
-    skipped = position_embeddings[0].shape[1] - kv.shape[1]
-    tables = tuple(table[:, skipped:].to(kv.device) for table in position_embeddings)
-    keys, values = decoder.to_cache(layer, kv, tables)
+    skipped = context - kv.shape[1]
+    keys, values = decoder.to_cache(layer, kv, cut(position_embeddings, slice(skipped, context), device=kv.device))
     decoder.append(cache, layer, keys, values, skipped)
 
 
@@ -100,7 +98,7 @@ class StageAwarePrefill:
     """
 
     def __init__(self, projections: KVProjections, plan: PruningPlan):
-        plan.check(projections.decoder.num_layers, projections.decoder.smallest_depth)
+        plan.check(projections.decoder.num_layers)
         self.projections = projections
         self.decoder = projections.decoder
         self.plan = plan
@@ -132,7 +130,7 @@ class _Run:
         self.decoder, self.projections, self.plan = prefill.decoder, prefill.projections, prefill.plan
         self.prompt_length, self.context_end = prompt_length, context_end
         self.seen = seen  # tokens read so far: counted here, because a static cache knows it on the device alone
-        self.keep = 0
+        self.keep = self.logits = 0
         self.context: ContextProjector | None = None
         self.last: Tensor | None = None
         self.handles: list = []
@@ -144,6 +142,8 @@ class _Run:
                 self.decoder.layers[layer], lambda args, kwargs, hook=hook, layer=layer: hook(layer, args, kwargs)
             )
         self._hook(self.decoder.norm, self.finish)
+        self._hook(self.decoder.model, self.start)
+        self._hook(self.decoder.head, self.head)
 
     def _hook(self, module, act):
         thread = threading.get_ident()
@@ -158,54 +158,63 @@ class _Run:
         while self.handles:
             self.handles.pop().remove()
 
+    def start(self, args: tuple, kwargs: dict):
+        """Before the forward: how many rows of logits are wanted (0 for all)."""
+        wanted = kwargs.get("logits_to_keep")
+        self.logits = wanted if isinstance(wanted, int) else 0
+
     def split(self, layer: int, args: tuple, kwargs: dict):
         """At the first pruned layer: keep the context aside, pass the boundary tokens on."""
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        kwargs = self.decoder.arguments(layer, args, kwargs)
+        hidden = kwargs.pop("hidden_states")
         if kwargs.get("past_key_values") is None:
             raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
         rows = hidden.shape[1]
         self.seen += rows
         self.keep = min(rows, max(0, self.seen - self.context_end))
         if self.keep == rows:
-            return (hidden, *args[1:]), kwargs
+            return (hidden,), kwargs
         context = hidden[:, : rows - self.keep]
         self.context = ContextProjector(self.projections, context)
         if not self.keep or self.plan.boundary == 0:
             self.last = context[:, -1:].clone()
         # Attention cannot be run on no rows: where every token is context, the last one goes on as a placeholder.
-        return self.follow(layer, (hidden[:, rows - max(self.keep, 1) :], *args[1:]), kwargs)
+        return self.follow(layer, (hidden[:, rows - max(self.keep, 1) :],), kwargs)
 
     def follow(self, layer: int, args: tuple, kwargs: dict):
         """At every pruned layer: fill the layer's cache with the context, cut the arguments to the boundary tokens."""
         if self.context is None:
             return None
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        kwargs = self.decoder.arguments(layer, args, kwargs)
+        hidden, cache = kwargs.pop("hidden_states"), kwargs["past_key_values"]
         rows, context = hidden.shape[1], self.context.length
-        cache, tables = kwargs["past_key_values"], kwargs["position_embeddings"]
-        past = tuple(table[:, :context] for table in tables)
-        cache_context(self.decoder, layer, self.context.take(layer), past, cache)
-        kwargs = dict(kwargs)
-        kwargs["position_embeddings"] = tuple(table[:, -rows:] for table in tables)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][..., -rows:]
+        cache_context(self.decoder, layer, self.context.take(layer), kwargs.get("position_embeddings"), context, cache)
+        kwargs = of_tokens(kwargs, slice(-rows, None))
         if self.keep:
             mask = kwargs.get("attention_mask")
             kwargs["attention_mask"] = self.decoder.tail_mask(layer, mask, hidden, self.seen - rows, cache)
         else:
             # The placeholder sees itself alone and leaves no key behind: its projected one is in the cache already.
             kwargs["attention_mask"] = kwargs["past_key_values"] = None
-        return (hidden, *args[1:]), kwargs
+        return (hidden,), kwargs
 
     def finish(self, args: tuple, kwargs: dict):
-        """Before the final norm: where the last prompt token was context, its h_d takes its place; then hooks go."""
+        """Before the final norm: where the last prompt token was context, its h_d takes its place."""
         hidden = args[0]
         if self.last is not None:
             last = self.last.to(hidden.device)
             hidden = torch.cat([last, hidden], dim=1) if self.keep else last
         self.context = self.last = None
+        return (hidden, *args[1:]), kwargs
+
+    def head(self, args: tuple, kwargs: dict):
+        """Before the head: only rows whose logits are wanted go in; where the prompt has been read, hooks go.
+
+        A model that finds fewer rows than tokens may take them for the wanted ones (Gemma 4).
+        """
         if self.seen >= self.prompt_length:
             self.release()
-        return (hidden, *args[1:]), kwargs
+        return (args[0][:, -self.logits :], *args[1:]), kwargs
 
 
 class _Compiler:
@@ -288,12 +297,11 @@ def student_hidden(
     def run(layer: int, hidden: Tensor) -> Tensor:
         # A cache of its own, so that a layer can be run twice.
         cache, kwargs = decoder.new_cache(), trace.kwargs[layer]
-        tables = kwargs["position_embeddings"]
         if context and context_visible:
             visible = slice(context - decoder.visible(layer, context), context)
             kv = projections(layer, source[:, visible], normed[:, visible])
-            cache_context(decoder, layer, kv, tuple(table[:, :context] for table in tables), cache)
-        if (whole := kwargs.get("attention_mask")) is not None:
+            cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
+        if (whole := trace.masks.get(layer)) is not None:
             seen = decoder.tail_mask(layer, whole, hidden, context, cache, behind=1)
         else:
             seen = decoder.mask(layer, hidden, mask, cache)
@@ -301,9 +309,8 @@ def student_hidden(
             layer,
             hidden,
             attention_mask=seen,
-            position_embeddings=tuple(table[:, context:tokens] for table in tables),
-            position_ids=kwargs["position_ids"][..., context:tokens],
             past_key_values=cache,
+            **of_tokens(kwargs, slice(context, tokens)),
         )
 
     if hidden.shape[1]:
@@ -326,14 +333,19 @@ _checked: "weakref.WeakSet" = weakref.WeakSet()
 def check_decoder(decoder: Decoder) -> None:
     """Refuse a model that this file would prune wrongly, by name and with what differed.
 
-    Two facts must hold on random tokens longer than one window: projecting each layer's true input reproduces the cache
-    that the plain model filled, and at depth L-1 the pruned prefill gives the plain model's logits. Once per model.
+    Three facts must hold on random tokens longer than one window: projecting the true input of each layer that can be
+    pruned reproduces the cache that the plain model filled, the last layer's output gives the plain model's logits, and
+    so does the pruned prefill at depth L-1. Once per model.
 
     Raises:
         InputError: naming the class and the first difference.
     """
     if decoder.model in _checked:
         return
+    if "flash" in decoder.config._attn_implementation and any(parts.chunked for parts in decoder.parts.values()):
+        raise InputError(
+            f"{decoder.name} attends in chunks, which flash attention cannot; load it with attn_implementation='sdpa'."
+        )
     window = max((decoder.window(layer) or 0 for layer in range(decoder.num_layers)), default=0)
     length = min(max(16, window + 8), getattr(decoder.config, "max_position_embeddings", 1 << 20))
     generator = torch.Generator().manual_seed(0)
@@ -341,48 +353,64 @@ def check_decoder(decoder: Decoder) -> None:
     training = decoder.model.training
     decoder.model.eval()
     try:
-        cache = decoder.new_cache()
-        with decoder.tracing() as trace:
-            plain = decoder.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        for layer in range(decoder.num_layers):
-            reuse = decoder.reuse_map(layer)
-            hidden = trace.hidden[layer]
-            if reuse is None:
-                kv = decoder.own_kv(layer, hidden)
-            else:
-                weight = reuse.weight.to(hidden.dtype)
-                bias = None if reuse.bias is None else reuse.bias.to(hidden.dtype)
-                kv = torch.nn.functional.linear(decoder.normalise(hidden), weight, bias)
-            keys, values = decoder.to_cache(layer, kv, trace.kwargs[layer]["position_embeddings"])
-            held = cache.layers[layer].keys.shape[-2]
-            for name, ours, theirs in (
-                ("keys", keys, cache.layers[layer].keys),
-                ("values", values, cache.layers[layer].values),
-            ):
-                error = _relative(ours[:, :, -held:], theirs)
-                if not error <= _tolerance(theirs.dtype):
-                    raise InputError(
-                        f"{decoder.name} is not supported: projecting the true input of layer {layer} "
-                        f"({type(decoder.layers[layer]).__name__}) does not give its cached {name} "
-                        f"(relative error {error:.1e})."
-                    )
-        depth = decoder.num_layers - 1
-        if depth >= 1:
-            plan = PruningPlan(depth)
-            prefill = StageAwarePrefill(KVProjections(decoder, depth), plan)
-            with prefill.attached(length):
-                pruned = decoder.model(
-                    input_ids=ids, past_key_values=decoder.new_cache(), use_cache=True, logits_to_keep=1
-                ).logits
-            worst = _relative(pruned, plain)
-            if not worst <= _tolerance(plain.dtype):
-                raise InputError(
-                    f"{decoder.name} is not supported: with only its last layer pruned, which loses nothing, its "
-                    f"logits move by {worst:.1e} (relative)."
-                )
+        _compare_with_plain(decoder, ids)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{decoder.name} is not supported: pruning its last layer fails with: {reason}.") from error
     finally:
         decoder.model.train(training)
     _checked.add(decoder.model)
+
+
+def _compare_with_plain(decoder: Decoder, ids: Tensor) -> None:
+    """The three facts of :func:`check_decoder` on the tokens ``ids`` ``[1, tokens]``."""
+    cache = decoder.new_cache()
+    with decoder.tracing() as trace:
+        plain = decoder.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    for layer in range(decoder.smallest_depth, decoder.num_layers):
+        reuse = decoder.reuse_map(layer)
+        hidden = trace.hidden[layer]
+        if reuse is None:
+            kv = decoder.own_kv(layer, hidden)
+        else:
+            weight = reuse.weight.to(hidden.dtype)
+            bias = None if reuse.bias is None else reuse.bias.to(hidden.dtype)
+            kv = torch.nn.functional.linear(decoder.normalise(hidden), weight, bias)
+        keys, values = decoder.to_cache(layer, kv, trace.kwargs[layer].get("position_embeddings"))
+        held = cache.layers[layer].keys.shape[-2]
+        for name, ours, theirs in (
+            ("keys", keys, cache.layers[layer].keys),
+            ("values", values, cache.layers[layer].values),
+        ):
+            error = _relative(ours[:, :, -held:], theirs)
+            if not error <= _tolerance(theirs.dtype):
+                raise InputError(
+                    f"{decoder.name} is not supported: projecting the true input of layer {layer} "
+                    f"({type(decoder.layers[layer]).__name__}) does not give its cached {name} "
+                    f"(relative error {error:.1e})."
+                )
+    depth = decoder.num_layers - 1
+    error = _relative(decoder.logits(trace.hidden[depth + 1][:, -1:]), plain)
+    if not error <= _tolerance(plain.dtype):
+        raise InputError(
+            f"{decoder.name} is not supported: the final norm and head over its last layer's output do not give "
+            f"its logits (relative error {error:.1e})."
+        )
+    if depth >= 1:
+        plan = PruningPlan(depth)
+        prefill = StageAwarePrefill(KVProjections(decoder, depth), plan)
+        with prefill.attached(ids.shape[1]):
+            pruned = decoder.model(
+                input_ids=ids, past_key_values=decoder.new_cache(), use_cache=True, logits_to_keep=1
+            ).logits
+        worst = _relative(pruned, plain)
+        if not worst <= _tolerance(plain.dtype):
+            raise InputError(
+                f"{decoder.name} is not supported: with only its last layer pruned, which loses nothing, its "
+                f"logits move by {worst:.1e} (relative)."
+            )
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

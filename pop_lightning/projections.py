@@ -22,7 +22,7 @@ _SAMPLES = 64  # numbers of each fitted map that its fingerprint reads
 
 @dataclass(frozen=True)
 class Stack:
-    """The maps of all pruned layers that see the same span of the context, as one.
+    """The maps of all pruned layers that see the same span of the context and are of one width, as one.
 
     Attributes:
         layers: in order.
@@ -34,10 +34,14 @@ class Stack:
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def height(self) -> int:
+        """2 kv_dim of each layer."""
+        return self.weight.shape[0] // len(self.layers)
+
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``count`` layers from the ``first``-th on."""
-        height = self.weight.shape[0] // len(self.layers)
-        part = slice(first * height, (first + count) * height)
+        part = slice(first * self.height, (first + count) * self.height)
         return self.weight[part], None if self.bias is None else self.bias[part]
 
 
@@ -50,10 +54,14 @@ class KVProjections(nn.Module):
     Args:
         decoder: the base.
         depth: the first pruned layer, 1..L.
+
+    Raises:
+        InputError: a layer above the depth has no keys and values of its own to project.
     """
 
     def __init__(self, decoder: Decoder, depth: int):
         super().__init__()
+        decoder.check_depth(depth)
         self.decoder = decoder
         self.depth = depth
         self.kind = "reuse"
@@ -90,7 +98,7 @@ class KVProjections(nn.Module):
     # --- stacked, for inference -----------------------------------------------------------------------------------
 
     def stack(self) -> tuple[Stack, ...]:
-        """The maps of layers that see the same span, stacked for one product; layers that cannot be are in none.
+        """The maps of layers of one span and width, stacked for one product; layers that cannot be are in none.
 
         Made on the first call: each layer's weight becomes a view of its stack. A map that was replaced, moved, cast or
         put under training since then is no longer such a view, which is noticed here and stacked anew, so the stacks
@@ -101,7 +109,7 @@ class KVProjections(nn.Module):
         for layer in range(self.depth, self.decoder.num_layers):
             linear = maps.get(str(layer))
             if type(linear) is nn.Linear and not linear.weight.requires_grad and linear.weight.numel():
-                key = (self.decoder.window(layer), linear.weight.device, linear.weight.dtype)
+                key = (self.decoder.window(layer), linear.weight.device, linear.weight.dtype, len(linear.weight))
                 spans.setdefault(key, []).append(layer)
         groups = [tuple(layers) for layers in spans.values()]
         if [stack.layers for stack in self._stacks] != groups or not all(map(self._holds, self._stacks)):
@@ -148,7 +156,7 @@ class KVProjections(nn.Module):
                     f"projections for depth {self.depth} belong to layers {self.depth + 1}.."
                     f"{self.decoder.num_layers - 1}, found layer {layer}."
                 )
-            expected = (2 * self.decoder.kv_dim, self.decoder.config.hidden_size)
+            expected = (2 * self.decoder.parts[layer].kv_dim, self.decoder.config.hidden_size)
             if tuple(weight.shape) != expected:
                 raise InputError(f"projection of layer {layer} must be {expected}, found {tuple(weight.shape)}.")
             self.maps[str(layer)] = _linear(weight, bias, *self.decoder.placement(layer))

@@ -27,7 +27,7 @@ from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.files import write_json, write_text, write_whole
 from pop_lightning.fitting import Distillation, FittedDepth, closed_form, quiet_lightning
 from pop_lightning.metrics import row_loss
-from pop_lightning.models import context_length, load_model, load_tokenizer, vision_processor
+from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer, vision_processor
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projection_training import JointTraining
@@ -245,6 +245,7 @@ def _rows(settings: Settings, tokenizer, decoder: Decoder) -> list[Row]:
             settings.calibration,
             tokenizer,
             context=context_length(decoder.model),
+            end_tokens=end_tokens(decoder.model),
             limit=settings.limit,
             vision=vision_processor(decoder.vision_tokens, settings.base),
         )

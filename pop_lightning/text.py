@@ -192,6 +192,7 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int, allow_urls:
         max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
         max_response_tokens=max_new_tokens,
         context=context,
+        end_tokens=end_tokens(generator.model),
         vision=generator.vision,
         allow_urls=allow_urls,
     )

@@ -3,18 +3,31 @@
 import importlib
 from contextlib import contextmanager
 
+import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 WINDOW = 8
@@ -31,6 +44,8 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
@@ -40,20 +55,61 @@ FAMILIES = {
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=SLIDING)),
-}
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **EXPERTS, num_experts=4, mlp_only_layers=[1])),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**COMMON, sliding_window=WINDOW, rope_parameters=PARTIAL)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**COMMON, no_rope_layers=[1, 0, 1, 0])),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**COMMON, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    ),
+    # Global layers with heads of another width and number, values made by k_proj, and an input of its own per layer.
+    "gemma4": lambda: Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **COMMON, sliding_window=WINDOW, layer_types=SLIDING, global_head_dim=16, num_global_key_value_heads=1,
+            attention_k_eq_v=True, hidden_size_per_layer_input=4, vocab_size_per_layer_input=COMMON["vocab_size"],
+        )
+    ),
+    # Chunks of WINDOW tokens; the layers without RoPE see everything and sharpen their attention from 5 tokens on.
+    "llama4": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            **COMMON, attention_chunk_size=WINDOW, no_rope_layers=[1, 0, 1, 0], intermediate_size_mlp=64, floor_scale=5,
+            interleave_moe_layer_step=2, num_local_experts=3,
+        )
+    ),
+}  # fmt: skip
+# `make test` runs these through everything; of the others it runs the exactness matrix's pairs and a few more.
+QUICK = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 
 
-def build(family, attention="sdpa", dtype=torch.float32, seed=0):
+def marked(families, quick=QUICK):
+    """``families`` for ``parametrize``, those that are not quick under the mark ``full``."""
+    return [family if family in quick else pytest.param(family, marks=pytest.mark.full) for family in families]
+
+
+EVERY = marked(FAMILIES)
+
+
+# Soft-capped scores are nothing that sdpa computes; Transformers refuses it for Gemma 2.
+ATTENTIONS = {family: ("eager",) if family == "gemma2" else ("sdpa", "eager") for family in FAMILIES}
+MATRIX = [(family, attention) for family in FAMILIES for attention in ATTENTIONS[family]]
+
+
+def build(family, attention=None, dtype=torch.float32, seed=0):
     """A random model whose norms and biases are not at their neutral start, so that a forgotten one shows."""
     torch.manual_seed(seed)
     model = FAMILIES[family]()
+    neutral = 0.0 if family in ("gemma2", "gemma3") else 1.0  # these add one to the weight of a norm
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, 0.0 if "gemma" in family or "bias" in name else 1.0, 0.2)
-        elif parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, 0.0 if "bias" in name else neutral, 0.2)
+        elif parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, 0.0, 0.15)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.8)
     model.generation_config.pad_token_id = 0
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention or ATTENTIONS[family][0])
+    if family == "qwen3_moe" and (attention == "eager" or dtype == torch.float64):
+        model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -69,37 +125,55 @@ def ragged(lengths, seed=0):
 def own_kv(model, layer, hidden, position_ids):
     """A layer's keys and values for its input ``hidden``, written as the model's own forward writes them."""
     block = model.model.layers[layer]
-    normed = block.input_layernorm(hidden)
-    keys, values = block.self_attn.k_proj(normed), block.self_attn.v_proj(normed)
+    attention, normed = block.self_attn, block.input_layernorm(hidden)
+    if model.config.model_type == "phi3":
+        qkv = attention.qkv_proj(normed)
+        kv_dim = model.config.num_key_value_heads * attention.head_dim
+        keys, values = qkv[..., -2 * kv_dim : -kv_dim], qkv[..., -kv_dim:]
+    elif model.config.model_type == "gemma4_text" and attention.v_proj is None:
+        keys = values = attention.k_proj(normed)
+    else:
+        keys, values = attention.k_proj(normed), attention.v_proj(normed)
     return to_heads(model, layer, keys, values, position_ids)
 
 
 def to_heads(model, layer, keys, values, position_ids):
-    """``[batch, tokens, kv_dim]`` to cacheable ``[batch, heads, tokens, head_dim]``: k_norm and RoPE."""
-    attention = model.model.layers[layer].self_attn
-    module = importlib.import_module(type(model).__module__)
+    """``[batch, tokens, kv_dim]`` to cacheable ``[batch, heads, tokens, head_dim]``: key and value norms, and RoPE."""
+    attention, kind = model.model.layers[layer].self_attn, model.config.model_type
+    module, rotary = importlib.import_module(type(model).__module__), model.model.rotary_emb
     shape = (*keys.shape[:-1], -1, attention.head_dim)
-    keys, values = keys.view(shape), values.view(shape).transpose(1, 2)
+    keys, values = keys.reshape(shape), values.reshape(shape)
+    if kind == "llama4_text":
+        if model.config.no_rope_layers[layer]:
+            _, keys = module.apply_rotary_emb(keys, keys, rotary(keys, position_ids))
+            keys = attention.qk_norm(keys)
+        return keys.transpose(1, 2), values.transpose(1, 2)
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
-    keys = keys.transpose(1, 2)
-    rotary = model.model.rotary_emb
-    if model.config.model_type == "gemma3_text":
+    if hasattr(attention, "v_norm"):
+        values = attention.v_norm(values)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if kind in ("gemma3_text", "gemma4_text"):
         cos, sin = rotary(keys, position_ids, model.config.layer_types[layer])
     else:
         cos, sin = rotary(keys, position_ids)
-    _, keys = module.apply_rotary_pos_emb(keys, keys, cos, sin)
-    return keys, values
+    if kind == "gemma4_text":
+        return module.apply_rotary_pos_emb(keys, cos, sin), values
+    if kind == "smollm3" and not model.config.no_rope_layers[layer]:
+        return keys, values
+    return module.apply_rotary_pos_emb(keys, keys, cos, sin)[1], values
 
 
-def random_maps(depth, seed=0):
-    """Fitted projections ``{layer: (W' [2 kv_dim, hidden], b')}`` of a model of COMMON's shape, at random."""
+def random_maps(depth, seed=0, model=None):
+    """Fitted projections ``{layer: (W' [2 kv_dim, hidden], b')}`` of a model (of COMMON's shape), at random."""
     generator = torch.Generator().manual_seed(seed)
-    height = 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"]
+    heights = dict.fromkeys(range(COMMON["num_hidden_layers"]), 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"])
+    if model is not None and model.config.model_type == "gemma4_text":
+        heights |= {layer: 2 * 1 * 16 for layer, kind in enumerate(SLIDING) if kind == "full_attention"}
     return {
         layer: (
-            0.2 * torch.randn(height, COMMON["hidden_size"], generator=generator),
-            0.2 * torch.randn(height, generator=generator),
+            0.2 * torch.randn(heights[layer], COMMON["hidden_size"], generator=generator),
+            0.2 * torch.randn(heights[layer], generator=generator),
         )
         for layer in range(depth + 1, COMMON["num_hidden_layers"])
     }
@@ -162,7 +236,9 @@ def two_pass(model, ids, mask, depth, boundary, project=None):
         return output.logits[:, -1:], output.past_key_values
     hidden, cache = context_pass(model, ids, mask, depth, context, project)
     if boundary == 0:
-        return model.lm_head(model.model.norm(hidden[:, -1:])), cache
+        logits = model.lm_head(model.model.norm(hidden[:, -1:]))
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap), cache
     second = model(
         input_ids=ids[:, context:],
         attention_mask=mask,

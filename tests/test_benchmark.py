@@ -14,7 +14,7 @@ from pop_lightning.decoder import Decoder
 from pop_lightning.flops import prefill_flops
 from pop_lightning.memory import peak_bytes
 
-from families import COMMON, FAMILIES, WINDOW, build, ragged, relative, two_pass
+from families import COMMON, EVERY, WINDOW, build, ragged, relative, two_pass
 from workbench import arguments, save_base, save_rows
 
 LAYERS = COMMON["num_hidden_layers"]
@@ -122,7 +122,7 @@ def test_edges_of_the_plan_are_measured_too(changes):
         assert point["bound"]["counted"] == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("boundary", [0, 1, 3])
 def test_the_bound_runs_the_real_work(family, boundary):
     """Its last step gives the pruned model's own logits, its first the plain model's shallow cache, and no more."""
@@ -137,9 +137,11 @@ def test_the_bound_runs_the_real_work(family, boundary):
     assert not any(getattr(layer, "is_initialized", False) for layer in shallow.layers[depth:])
     numbers = sum(product.numel() for product in steps["projections"]())
     context = ids.shape[1] - boundary
-    windows = [generator.decoder.window(layer) for layer in range(depth, LAYERS)]
-    seen = sum(min(context, window - 1) if window else context for window in windows)
-    assert numbers == len(ids) * seen * 2 * generator.decoder.kv_dim
+    expected = 0
+    for layer in range(depth, LAYERS):
+        window, width = generator.decoder.window(layer), generator.decoder.parts[layer].kv_dim
+        expected += len(ids) * (min(context, window - 1) if window else context) * 2 * width
+    assert numbers == expected
     for _ in range(2):  # a pass leaves its filled cache as it was
         logits = steps["boundary"]()
         assert logits.shape == reference.shape

@@ -294,17 +294,6 @@ def test_messages_without_a_chat_template_are_an_input_error(tmp_path):
         load(write(tmp_path / "rows.jsonl", [chat]))
 
 
-def test_a_response_ends_where_decode_stops_not_behind_it(tmp_path):
-    template = (
-        "{% for m in messages %}w8 {{ m['content'] }} w9\n{% endfor %}{% if add_generation_prompt %}w8 {% endif %}"
-    )
-    chat = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
-    tokenizer = make_tokenizer(chat=template)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # a line break is no space
-    row = load(write(tmp_path / "rows.jsonl", [chat, *pairs(8)]), tokenizer).read_rows()[0]
-    assert tokenizer.decode(row.response_ids) == "w2 w9"
-
-
 def test_a_template_whose_prompt_is_no_prefix_shows_both_renderings(tmp_path):
     template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     chat = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}

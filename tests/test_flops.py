@@ -11,7 +11,7 @@ from pop_lightning import PruningPlan, StageAwareGenerator, shapes
 from pop_lightning.decoder import Decoder
 from pop_lightning.flops import count_prefill, prefill_flops, visible_pairs
 
-from families import COMMON, FAMILIES, WINDOW, build, ragged
+from families import COMMON, EVERY, WINDOW, build, ragged
 
 LAYERS = COMMON["num_hidden_layers"]
 LENGTHS = (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 1)
@@ -53,7 +53,7 @@ def measured_by_torch(generator, tokens):
     return linear, attention
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("depth", [1, 2, LAYERS])
 def test_the_count_is_what_pytorch_counts_less_the_masked_pairs(family, depth):
     model = build(family, "eager")

@@ -13,7 +13,7 @@ from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
 
-from families import COMMON, FAMILIES, build
+from families import COMMON, EVERY, build
 
 LAYERS = COMMON["num_hidden_layers"]
 
@@ -42,15 +42,16 @@ def loss_under_gates(module, batch, gates, targets):
         return module.loss(batch, targets)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_gate_gradients_equal_finite_differences(family):
-    model = build(family, dtype=torch.float64)
+    # eager attention masks with float64's least number, which its own float32 softmax cannot hold
+    model = build(family, dtype=torch.float32 if family == "gemma2" else torch.float64)
     module, batch = ImportanceScoring(Decoder(model)), collate(rows(2), 0)
     targets = batch["input_ids"][:, batch["prompt_length"] :]
     gates = torch.ones(2, LAYERS, 2, dtype=torch.float64, requires_grad=True)
-    # float32 statistics inside the norms bound how close float64 differences can come
+    # the float32 statistics of norms and of the loss bound how close differences can come, so the step is not small
     loss_under_gates(module, batch, gates, targets).backward()
-    step = 1e-3
+    step = 4e-3
     for row, layer, stage in [(0, 0, 0), (1, 1, 1), (0, 2, 0), (1, 3, 1)]:
         moved = []
         for sign in (1, -1):
@@ -62,7 +63,7 @@ def test_gate_gradients_equal_finite_differences(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_probes_read_the_gradients_of_gates_at_one(family, dtype):
     module, batch = ImportanceScoring(Decoder(build(family, dtype=dtype))), collate(rows(3), 0)
     targets, context = batch["input_ids"][:, batch["prompt_length"] :], batch["prompt_length"] - 1
@@ -79,7 +80,7 @@ def test_probes_read_the_gradients_of_gates_at_one(family, dtype):
     assert not any(hooks)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_prefill_gates_at_zero_above_depth_are_the_pruned_model_with_reuse(family):
     model = build(family)
     decoder, plan, batch = Decoder(model), PruningPlan(2), collate(rows(3), 0)
@@ -94,7 +95,7 @@ def test_prefill_gates_at_zero_above_depth_are_the_pruned_model_with_reuse(famil
     torch.testing.assert_close(gated_logits[:, prompt - 1 : -1][real], pruned[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_last_layers_prefill_importance_is_exactly_zero(family):
     scores = score(build(family), [collate(rows(), 0)])
     assert scores[-1, 0] == 0
