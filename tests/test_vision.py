@@ -207,6 +207,22 @@ def test_a_boundary_that_holds_image_tokens_is_exact(family, boundary, attention
     assert relative(ours, whole) < 1e-5
 
 
+@pytest.mark.parametrize("boundary", [1, 8])
+def test_flex_attentions_block_masks_are_cut_around_images(boundary):
+    batch = prompts("gemma3", [[9, (4, 4), 2], [(4, 4), 2], [14]])
+    with torch.compiler.set_stance("force_eager"):  # flex attention's own reference instead of generated code
+        generator, _ = pruned_pair(shared("gemma3", "flex_attention"), "gemma3", 1, boundary, "reuse")
+        ours = generator.prefill(**arguments("gemma3", batch)).logits
+        rows = with_response(batch)
+        trace, _ = teacher_pass(generator.decoder, rows, 1)
+        student = student_logits(
+            generator.projections, generator.plan, trace, rows["attention_mask"], rows["prompt_length"]
+        )
+    expected = substituted(shared("gemma3"), rows, 1, boundary)[:, rows["prompt_length"] - 1 : -1]
+    assert relative(ours, expected[:, :1]) < 1e-5
+    assert relative(student, expected) < 1e-5
+
+
 def test_a_boundary_that_begins_inside_an_image_that_sees_ahead_is_refused():
     model, batch = shared("gemma3"), prompts("gemma3", [[9], [3, (4, 4), 1]])
     for boundary in (3, 4, 5):  # one word, the closing token, then one to three of the image's four tokens
