@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.benchmark import run as benchmark
+from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.decoder import Decoder
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
@@ -421,3 +422,22 @@ def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
     assert torch.allclose(scores, score(*alone), rtol=1e-4)
     assert (scores[:-1] > 0).all()
     assert scores[-1, 0] == 0  # nothing reads the last layer's context
+
+
+# --- closed form ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_closed_form_reads_images_whole_wherever_the_context_ends(family):
+    """The pass of the plain objective stops at the context where it may; with images its result is the same."""
+    batch = with_response(prompts(family, [[12, (4, 4)], [17], [(8, 8), 5]]))
+    boundary = 1 if family == "gemma3" else 3  # behind, or inside the first row's image
+    decoder, depth = Decoder(shared(family)), depths(family)[0]
+    fits = [ClosedFormFit(decoder, [depth], boundary, objectives=each) for each in (("plain",), ("plain", "token"))]
+    for fit in fits:
+        fit.validation_step(batch, 0)
+    stopped, whole = (fit.solve(depth, 0.1, "plain") for fit in fits)
+    for layer in stopped.fitted_layers:
+        for ours, expected in zip(stopped.affine(layer), whole.affine(layer), strict=True):
+            assert relative(ours, expected) < 1e-5
+    assert relative(stopped.affine(depth + 1)[0], KVProjections(decoder, depth).affine(depth + 1)[0]) > 1e-3
