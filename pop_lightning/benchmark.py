@@ -155,16 +155,15 @@ def _plans(target, depths: Sequence[int] | None, boundary: int | None) -> list[P
             raise InputError("the artifact says depth and boundary; drop --depths and --boundary, or take --base.")
         return [target.plan]
     decoder = Decoder(target)
-    layers, smallest = decoder.num_layers, decoder.smallest_depth
+    layers = decoder.num_layers
     plans = [
         PruningPlan(depth, 1 if boundary is None else boundary)
         for depth in ([a_third_pruned(layers)] if depths is None else depths)
     ]
     for plan in plans:
-        if not smallest <= plan.depth <= layers:
-            raise InputError(
-                f"--depths must lie in {smallest}..{layers} for this model of {layers} layers, found {plan.depth}."
-            )
+        if plan.depth > layers:
+            raise InputError(f"--depths must lie in 1..{layers} for this model of {layers} layers, found {plan.depth}.")
+        decoder.check_depth(plan.depth)
     if not plans:
         raise InputError("--depths must name at least one depth, found none.")
     return plans

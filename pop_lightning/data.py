@@ -309,7 +309,8 @@ def _shape(example: dict, where: str) -> dict:
     beside = {} if images is None else {"images": images}
     if "messages" in found:
         messages, parts = _messages(found["messages"], where)
-        return {"messages": messages} | ({"parts": parts} if parts else {}) | _chat_arguments(found, where) | beside
+        shown = {"parts": parts} if parts else {}
+        return {"messages": messages} | _chat_arguments(found, where) | shown | beside
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
@@ -507,8 +508,8 @@ class _Tokeniser:
             )
         render = partial(
             self.tokenizer.apply_chat_template,
-            tools=example.get("tools"),
             chat_template=template,
+            tools=example.get("tools"),
             tokenize=False,
             **example.get("chat_template_kwargs", {}),
         )
@@ -531,14 +532,13 @@ class _Tokeniser:
             )
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
-            response = []
-        elif full_ids[: len(prompt_ids)] == prompt_ids:
-            response = full_ids[len(prompt_ids) :]
-        else:
+            return prompt_ids, []
+        response = full_ids[len(prompt_ids) :]
+        if full_ids[: len(prompt_ids)] != prompt_ids:
             # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
             response = self._ids(full[len(prompt) :])
-        # An image's placeholder is a token of its own: expanding it moves no split.
-        prompt_ids = self.vision.encode(prompt, images, origin, special=False) if images else prompt_ids
+        if images:  # a placeholder is a token of its own, so expanding it moves no split
+            prompt_ids = self.vision.encode(prompt, images, origin, special=False)
         # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
         return prompt_ids, list(until_end(response, self.ends))
 

@@ -43,12 +43,13 @@ class Trace:
     Attributes:
         hidden: ``{layer: [batch, tokens, hidden]}``, each traced layer's input; key ``L`` is the last one's output.
         kwargs: ``{layer: keyword arguments}`` that the model passed to each layer, those that tell something of each
-            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them); the mask where it was
-            asked for.
+            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them).
+        masks: ``{layer: mask}`` as the model built it, where it was asked for.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kwargs: dict[int, dict] = field(default_factory=dict)
+    masks: dict[int, Tensor | BlockMask | None] = field(default_factory=dict)
 
 
 # --- what one layer is made of ----------------------------------------------------------------------------------------
@@ -617,15 +618,20 @@ class Decoder:
 
     @property
     def _deepstack(self) -> int:
-        """How many of the first layers the model adds DeepStack features of the images to
-        (https://arxiv.org/abs/2406.04334): every token has to pass those."""
+        """To how many of its first layers' outputs the model adds features of the images, which every token of an
+        image has to pass (DeepStack, https://arxiv.org/abs/2406.04334)."""
         vision = getattr(self.model.config, "vision_config", None)
         return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     @property
     def images_see_ahead(self) -> bool:
-        """Whether an image's tokens attend among themselves, later ones included; such models ask which they are."""
-        return self._types_name == "token_type_ids"
+        """Whether an image's tokens attend among themselves, later ones included.
+
+        Gemma 3 and PaliGemma, which do, call the tensor that says which they are otherwise than models that only give
+        them positions; Gemma 4 names it in its config.
+        """
+        named = getattr(self.config, "use_bidirectional_attention", None) == "vision"
+        return named or self._types_name == "token_type_ids"
 
     def splits_image(self, prompt: Sequence[int], boundary: int) -> bool:
         """Whether the boundary begins inside an image whose tokens attend to later ones: no context pass equals that.
@@ -633,8 +639,10 @@ class Decoder:
         Args:
             prompt: token ids of one row, without padding behind them.
         """
-        pair = prompt[-boundary - 1 : len(prompt) - boundary + 1] if boundary else ()
-        return self.images_see_ahead and len(pair) == 2 and set(pair) == {self.image_token}
+        if not self.images_see_ahead or not 0 < boundary < len(prompt):
+            return False
+        before, first = prompt[-boundary - 1], prompt[-boundary]
+        return before == first and first in self.vision_tokens
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         """1 at image tokens, 2 at video tokens, 0 elsewhere, as the processors number them."""
@@ -778,13 +786,14 @@ class Decoder:
         """
         trace = Trace()
         handles = []
-        names = [*PER_TOKEN, *(("attention_mask",) if masks else ())]
 
         def record(index: int) -> Callable:
             def hook(module, args, kwargs):
                 given = self.arguments(index, args, kwargs)
                 trace.hidden[index] = given["hidden_states"]
-                trace.kwargs[index] = {name: given[name] for name in names if name in given}
+                trace.kwargs[index] = {name: given[name] for name in PER_TOKEN if name in given}
+                if masks:
+                    trace.masks[index] = given.get("attention_mask")
 
             return hook
 

@@ -3,15 +3,18 @@
 The last part of the flow: it holds a base, a plan and projections, and lets Transformers' own ``generate`` run. Hooks
 stand on the pruned layers until the prompt has been read (``prefill.py``); decode steps meet none. Works: sampling,
 beams, several return sequences, logits processors, guidance, stopping criteria, streamers, assisted and prompt-lookup
-decoding, chunked prefill, prefixes, second turns, ``inputs_embeds``; dynamic, static, sliding and quantised caches;
-compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantised bases; sdpa, eager, flash and
-flex attention; several threads at once. Where pruning shows:
+decoding, chunked prefill, prefixes, second turns, ``inputs_embeds``, images and videos; dynamic, static, sliding and
+quantised caches; compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantised bases; sdpa,
+eager, flash and flex attention; several threads at once. Where pruning shows:
 
 - ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,
   ``[batch, boundary, ...]``, because no other exists; refused with ``boundary=0`` and with assisted decoding.
 - ``past_key_values``: a cache carries its plan and the identity of its projections; one of another plan or of other
   projections is refused, the plain model's is taken. A filled one is refused for assisted decoding, and so is one that
   holds the whole prompt. It can be cropped to the prompt's end, not into the prompt.
+- M-RoPE: a cache carries how many positions its images took, so a second turn starts where its own conversation
+  stopped, whatever the model ran in between.
+- ``pixel_values``: where images attend to their own later tokens (Gemma), a boundary that begins inside one is refused.
 - ``guidance_scale``: the unconditional branch is prefilled by the plain model.
 - Refused by name before the first token: ``use_cache=False``, offloaded and paged caches, ``token_healing``, the model
   as its own assistant, ``assistant_early_exit``, ``use_mtp``, ``speculation_type="dflash"``, flex attention together

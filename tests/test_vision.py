@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.benchmark import run as benchmark
+from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.decoder import Decoder
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
@@ -207,6 +208,22 @@ def test_a_boundary_that_holds_image_tokens_is_exact(family, boundary, attention
     assert relative(ours, whole) < 1e-5
 
 
+@pytest.mark.parametrize("boundary", [1, 8])
+def test_flex_attentions_block_masks_are_cut_around_images(boundary):
+    batch = prompts("gemma3", [[9, (4, 4), 2], [(4, 4), 2], [14]])
+    with torch.compiler.set_stance("force_eager"):  # flex attention's own reference instead of generated code
+        generator, _ = pruned_pair(shared("gemma3", "flex_attention"), "gemma3", 1, boundary, "reuse")
+        ours = generator.prefill(**arguments("gemma3", batch)).logits
+        rows = with_response(batch)
+        trace, _ = teacher_pass(generator.decoder, rows, 1)
+        student = student_logits(
+            generator.projections, generator.plan, trace, rows["attention_mask"], rows["prompt_length"]
+        )
+    expected = substituted(shared("gemma3"), rows, 1, boundary)[:, rows["prompt_length"] - 1 : -1]
+    assert relative(ours, expected[:, :1]) < 1e-5
+    assert relative(student, expected) < 1e-5
+
+
 def test_a_boundary_that_begins_inside_an_image_that_sees_ahead_is_refused():
     model, batch = shared("gemma3"), prompts("gemma3", [[9], [3, (4, 4), 1]])
     for boundary in (3, 4, 5):  # one word, the closing token, then one to three of the image's four tokens
@@ -367,9 +384,10 @@ def test_videos_and_images_of_several_sizes_are_exact():
 def test_a_depth_inside_the_deepstack_layers_is_refused_with_the_smallest_one_allowed():
     model = build("qwen3_vl")
     for depth in range(1, DEEPSTACK):
-        with pytest.raises(InputError, match=rf"DeepStack.*smallest depth allowed is {DEEPSTACK}"):
+        message = rf"depth {depth}: .*DeepStack.* the smallest depth allowed is {DEEPSTACK}"
+        with pytest.raises(InputError, match=message):
             StageAwareGenerator(model, PruningPlan(depth))
-        with pytest.raises(InputError, match=rf"--depths must lie in {DEEPSTACK}\.\.{LAYERS['qwen3_vl']}"):
+        with pytest.raises(InputError, match=message):
             benchmark(model, depths=[depth], lengths=[8], repeats=1)
     assert Decoder(build("gemma3")).smallest_depth == 1
 
@@ -384,10 +402,10 @@ def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
     def score(*batches):
         module = ImportanceScoring(Decoder(build(family)))
         trainer = lightning.Trainer(
-            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, inference_mode=False,
         )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
         return module.scores
 
     together = with_response(prompts(family, rows))
@@ -404,3 +422,22 @@ def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
     assert torch.allclose(scores, score(*alone), rtol=1e-4)
     assert (scores[:-1] > 0).all()
     assert scores[-1, 0] == 0  # nothing reads the last layer's context
+
+
+# --- closed form ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_closed_form_reads_images_whole_wherever_the_context_ends(family):
+    """The pass of the plain objective stops at the context where it may; with images its result is the same."""
+    batch = with_response(prompts(family, [[12, (4, 4)], [17], [(8, 8), 5]]))
+    boundary = 1 if family == "gemma3" else 3  # behind, or inside the first row's image
+    decoder, depth = Decoder(shared(family)), depths(family)[0]
+    fits = [ClosedFormFit(decoder, [depth], boundary, objectives=each) for each in (("plain",), ("plain", "token"))]
+    for fit in fits:
+        fit.validation_step(batch, 0)
+    stopped, whole = (fit.solve(depth, 0.1, "plain") for fit in fits)
+    for layer in stopped.fitted_layers:
+        for ours, expected in zip(stopped.affine(layer), whole.affine(layer), strict=True):
+            assert relative(ours, expected) < 1e-5
+    assert relative(stopped.affine(depth + 1)[0], KVProjections(decoder, depth).affine(depth + 1)[0]) > 1e-3

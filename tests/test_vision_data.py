@@ -114,13 +114,14 @@ def test_bytes_and_pil_images_are_taken(pictures, form):
 
 def test_a_row_is_known_by_its_text_and_its_images_wherever_the_files_lie(pictures, tmp_path):
     rows = [chat(picture(pictures / f"{n}.png")) for n in (0, 1)] + [chat()]
-    first, second, bare = read(tmp_path / "rows.jsonl", rows)
+    first, second, bare = read(tmp_path / "rows.jsonl", rows, "gemma3")  # whose images are all of one length
+    assert first.prompt_ids == second.prompt_ids
     assert len({first.seed, second.seed, bare.seed}) == 3
     shutil.copytree(pictures, tmp_path / "moved")
-    moved = read(tmp_path / "rows.jsonl", [chat(picture(tmp_path / "moved" / "0.png"))])[0]
+    moved = read(tmp_path / "rows.jsonl", [chat(picture(tmp_path / "moved" / "0.png"))], "gemma3")[0]
     assert moved.seed == first.seed
     assert moved.content == first.content
-    again = read(tmp_path / "rows.jsonl", [rows[0], rows[0], rows[1]])
+    again = read(tmp_path / "rows.jsonl", [rows[0], rows[0], rows[1]], "gemma3")
     assert len(again) == 2  # the doubled one goes
 
 

@@ -323,7 +323,11 @@ class ImagesOnlyQwen3VLProcessor(Qwen3VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-AutoProcessor.register(Qwen3VLConfig, ImagesOnlyQwen3VLProcessor, exist_ok=True)
+class ImagesOnlyQwen3VLConfig(Qwen3VLConfig):
+    """A key to register the processor under; AutoProcessor finds it by its name in the saved folder."""
+
+
+AutoProcessor.register(ImagesOnlyQwen3VLConfig, ImagesOnlyQwen3VLProcessor)
 
 
 def template(family):
