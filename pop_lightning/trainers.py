@@ -83,8 +83,16 @@ class Trainers:
 
     def make(self, what: str, *callbacks: lightning.Callback) -> "Trainer":
         """A trainer for a pass over rows, for the stage ``what``, which is printed."""
-        # What belongs to optimiser steps alone would be refused or warned about.
-        return self._make(what, callbacks, strategy=self._plain, accumulate_grad_batches=1, gradient_clip_val=None)
+        # What belongs to optimiser steps alone would be refused or warned about; the precision is training's too: sums
+        # and measurements are made in the base's own dtype and float32.
+        return self._make(
+            what,
+            callbacks,
+            strategy=self._plain,
+            accumulate_grad_batches=1,
+            gradient_clip_val=None,
+            precision="32-true",
+        )
 
     def train(
         self,

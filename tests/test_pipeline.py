@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -133,6 +134,18 @@ def test_keys_of_training_reach_the_training_alone(base, data, tmp_path):
     assert fit.main(arguments(base, data, tmp_path / "run", **changes)) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["depth"] == LAYERS - 2  # one candidate, and one that is worth an artifact
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_precision_of_training_leaves_scores_and_statistics_as_they_are(fitted, base, data, tmp_path, precision):
+    changes = {"projection__kind": "full", "projection__steps": 2, "trainer__precision": precision}
+    run = tmp_path / "run"
+    assert fit.main(arguments(base, data, run, **changes)) == 0
+    for name in ("importance.json", "state/closed_form-depth1.safetensors"):
+        assert (run / name).read_bytes() == (fitted / name).read_bytes()
+    trained = [entry for entry in json.loads((run / "metrics.json").read_text())["curve"] if "steps" in entry]
+    assert trained
+    assert all(math.isfinite(entry["kl"]) for entry in trained)
 
 
 def test_prompts_without_responses_are_answered_by_the_full_model_once(base, tmp_path):
