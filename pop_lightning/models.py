@@ -2,7 +2,7 @@
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pop_lightning.data import resolve_bundled
 from pop_lightning.errors import InputError
@@ -38,6 +38,23 @@ def load_model(
             f"was expected): {_first_sentence(error)}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> torch.dtype:
+    """What :func:`load_model` would load ``name`` in; ``auto`` is the checkpoint's own.
+
+    Raises:
+        InputError: nothing loadable stands under that name.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve_bundled(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.base {name!r} has no config.json that loads: {_first_sentence(error)}") from error
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
 def load_tokenizer(
