@@ -110,6 +110,23 @@ def load_processor(name: str, *, revision: str | None = None, trust_remote_code:
     return processor
 
 
+def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> torch.dtype:
+    """What :func:`load_model` would load ``name`` in; ``auto`` is the checkpoint's own.
+
+    Raises:
+        InputError: nothing loadable stands under that name.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve_bundled(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.base {name!r} has no config.json that loads: {_first_sentence(error)}") from error
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, required: bool = True
 ) -> PreTrainedTokenizerBase | None:

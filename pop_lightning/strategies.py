@@ -64,7 +64,7 @@ def for_training(name: str) -> Strategy | str:
     if name not in DEEPSPEED:
         return name
     strategy = _deepspeed(name)
-    zero = {k: v for k, v in strategy.config["zero_optimization"].items() if not k.startswith(("stage3", "offload"))}
+    zero = {k: v for k, v in _zero(strategy).items() if not k.startswith(("stage3", "offload"))}
     # DeepSpeed's own count of rows per second goes by the batch size, which steps of rows of our choice do not have.
     strategy.config |= {"zero_optimization": zero | {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
     return strategy
@@ -72,7 +72,7 @@ def for_training(name: str) -> Strategy | str:
 
 def shards_base(name: str) -> bool:
     """Whether the base is to be held in shards."""
-    return name in DEEPSPEED and _deepspeed(name).config["zero_optimization"]["stage"] == 3
+    return name in DEEPSPEED and _zero(_deepspeed(name)).get("stage") == 3
 
 
 class ShardedBase(lightning.Callback):
@@ -86,18 +86,19 @@ class ShardedBase(lightning.Callback):
     """
 
     def __init__(self, name: str):
-        zero = _deepspeed(name).config["zero_optimization"]
-        zero = {k: v for k, v in zero.items() if k != "offload_optimizer"}
+        zero = {k: v for k, v in _zero(_deepspeed(name)).items() if k != "offload_optimizer"}
         # Passes over some of the layers follow whole ones: what would be prefetched is rarely what comes next.
         zero |= {"stage3_prefetch_bucket_size": 0}
         self.config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         self.engine = None
 
-    def load(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        """The model that ``load`` reads by ``from_pretrained``, in shards from its first weight on."""
+    def load(self, load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+        """The model that ``load`` reads by ``from_pretrained``, in shards of ``dtype`` from its first weight on."""
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
+        # DeepSpeed goes by these switches alone, and makes float32 of whatever a checkpoint holds where both are off.
+        self.config |= {"bf16": {"enabled": dtype is torch.bfloat16}, "fp16": {"enabled": dtype is torch.float16}}
         self._held = HfDeepSpeedConfig(self.config)  # Transformers shards, and generates in step, while it lives
         model = load()
         self.engine, *_ = deepspeed.initialize(model=model, config=self.config, dist_init_required=False)
@@ -193,3 +194,7 @@ class _DeepSpeed(DeepSpeedStrategy):
 
 def _deepspeed(name: str) -> _DeepSpeed:
     return _DeepSpeed(**StrategyRegistry[name]["init_params"], exclude_frozen_parameters=True)
+
+
+def _zero(strategy: _DeepSpeed) -> dict:
+    return strategy.config.get("zero_optimization", {})

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from pop_lightning import launch, ranks, strategies
 from pop_lightning.errors import InputError
 from pop_lightning.files import restore_folder
+from pop_lightning.models import stored_dtype
 from pop_lightning.recipe import Recipe
 
 # They would cut the rows or steps of every stage alike.
@@ -73,7 +74,9 @@ class Trainers:
     def load(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """The base where the stages run: on this process's device, as ``model.device_map`` says, or in shards."""
         if self._sharded is not None:
-            return self._sharded.load(load)
+            model = self.recipe.model
+            dtype = stored_dtype(model.base, model.dtype, model.revision, model.trust_remote_code)
+            return self._sharded.load(load, dtype)
         model = ranks.first_then_others(load)
         return model if self.recipe.model.device_map is not None else model.to(self.device)
 

@@ -12,14 +12,15 @@ from pop_lightning.cli import fit
 def noting(load):
     """``ShardedBase.load`` with a note of what is held: right after loading, and while any module runs."""
 
-    def wrapped(sharded, read):
-        model = load(sharded, read)
+    def wrapped(sharded, *arguments):
+        model = load(sharded, *arguments)
         parameters = list(model.parameters())
         note = {
             "whole": sum(parameter.ds_numel for parameter in parameters),
             "share": sum(parameter.ds_tensor.numel() for parameter in parameters),
             "after_loading": sum(parameter.numel() for parameter in parameters),
             "most_while_running": 0,
+            "dtypes": sorted({str(parameter.dtype) for parameter in parameters}),
         }
 
         def look(*_):

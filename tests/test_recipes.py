@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,12 +133,21 @@ def test_the_sharded_recipe_runs_on_two_processes(tmp_path):
     whole_in_shards = {"stage": 3, "stage3_param_persistence_threshold": 0}
     settings = {"zero_allow_untested_optimizer": True, "zero_optimization": whole_in_shards}
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PL_DEEPSPEED_CONFIG_PATH": str(tmp_path / "zero3.json")}
-    process = [sys.executable, "-m", "pop_lightning.cli.fit", *command]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PL_DEEPSPEED_CONFIG_PATH": str(tmp_path / "zero3.json"),
+        "NOTES": str(tmp_path),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = [*torchrun, str(Path(__file__).with_name("sharded_fit.py")), *command]
     result = subprocess.run(process, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["depth"] in (1, 2)
     assert metrics["ttft"] is None  # a base in shards is no served model
+    for rank in (0, 1):
+        note = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert note["dtypes"] == ["torch.bfloat16"]
+        assert note["share"] <= 0.51 * note["whole"]
     generator = StageAwareGenerator.from_artifact(tmp_path / "run" / "artifact")
     assert next(generator.model.parameters()).dtype == torch.bfloat16
