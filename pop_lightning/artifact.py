@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pop_lightning import ranks
 from pop_lightning.errors import InputError
+from pop_lightning.files import replace_folder
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projections import KINDS
 
@@ -150,22 +151,24 @@ def _difference(there: Any, here: Any, key: str = "") -> str | None:
 def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """``{"samples": {tensor: {"shape", "dtype", "values"}}}``; tensors that hold no plain numbers are left out."""
     parameters = {
-        name: parameter.detach()
+        name: parameter
         for name, parameter in model.named_parameters()  # names tied weights once
-        if parameter.dim() >= 2
-        and parameter.numel()  # a shard of another rank
+        if len(ranks.whole_shape(parameter)) >= 2
+        and (parameter.numel() or ranks.is_sharded(parameter))
         and parameter.device.type != "meta"
         and parameter.dtype in _PLAIN.values()
     }
     samples = {}
     for name in _chosen(parameters) if wanted is None else [name for name in wanted if name in parameters]:
-        tensor = parameters[name]
-        places = [_place(name, index, tensor.numel()) for index in range(SAMPLES)]
-        where = torch.unravel_index(torch.tensor(places, device=tensor.device), tensor.shape)
+        with ranks.gathered([parameters[name]]):
+            tensor = parameters[name].detach()
+            places = [_place(name, index, tensor.numel()) for index in range(SAMPLES)]
+            where = torch.unravel_index(torch.tensor(places, device=tensor.device), tensor.shape)
+            values = tensor[where].float().tolist()
         samples[name] = {
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "values": [float(f"{value:.9g}") for value in tensor[where].float().tolist()],  # 9 digits: all of float32
+            "values": [float(f"{value:.9g}") for value in values],  # 9 digits: all of float32
         }
     return {"samples": samples}
 
@@ -237,7 +240,7 @@ def write_artifact(
     folder = Path(os.path.abspath(folder))  # "." has no name to put a sibling beside
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} holds something that is no artifact; name another folder.")
-    partial, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
@@ -260,25 +263,11 @@ def write_artifact(
         (partial / CARD).write_text(
             model_card(plan, kind, base, measured, recipe) if card is None else card, encoding="utf-8"
         )
-        _put(partial, folder, replaced)
+        replace_folder(partial, folder)
     except OSError as error:
         raise InputError(f"the artifact cannot be written to {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put(partial: Path, folder: Path, replaced: Path) -> None:
-    """Rename the complete artifact into place; a folder cannot be replaced in one step, so the old one steps aside."""
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(folder, replaced)
-    try:
-        os.rename(partial, folder)
-    except BaseException:
-        with suppress(OSError):
-            os.rename(replaced, folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _stated(tensor: Tensor) -> dict[str, Any]:
@@ -409,6 +398,11 @@ def model_card(
     if data:
         sources = [data] if isinstance(data, str) else data
         head.append(f"- Calibration data: {', '.join(f'`{source}`' for source in sources)}")
+    if speedup := measured.get("speedup"):
+        head.append(
+            f"- Wanted was a prefill speedup of {_figure(speedup['wanted'])}: counted in operations it is "
+            f"{_figure(speedup['counted'])} at {speedup['prompt_tokens']} prompt tokens."
+        )
     load = [
         "",
         "## Load",
@@ -428,7 +422,9 @@ def _verified(verified: dict[str, Any] | None) -> list[str]:
     text = f"`{verified.get('metric')}`: measured {_figure(verified.get('value'))}"
     if verified.get("bound") is not None:
         text += f", loss at most {_figure(verified['bound'])} with {_figure(verified.get('confidence'))} confidence"
-    text += f" on {verified.get('rows')} rows that nothing was fitted or chosen on"
+    prompts = verified.get("prompts")
+    of = f" of {prompts} prompts" if prompts not in (None, verified.get("rows")) else ""
+    text += f" on {verified.get('rows')} rows{of} that nothing was fitted or chosen on"
     if verified.get("max_drop") is not None:
         text += f" (budget: {_figure(verified['max_drop'])})"
     return ["", "## Verified", "", f"{text}."]

@@ -239,19 +239,23 @@ def measure(
 
 
 def measure_ttft(generator: StageAwareGenerator, tokens: int, *, batch: int = 1, repeats: int = REPEATS) -> dict:
-    """Time of one prefill, plain and pruned alternating after warm-up: medians in milliseconds and their ratio."""
+    """Time of one prefill, plain and pruned alternating after warm-up: medians and p90 in milliseconds, and a ratio."""
     device = generator.model.device
     laps = _alternate(_passes(generator, _random_prompts(generator, tokens, batch)), device, repeats)
     full, pruned = ([total for total, _ in laps[name]] for name in ("full", "pruned"))
+    spreads = _spread(full), _spread(pruned)
     machine = describe_machine(device)
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return {
         "prompt_tokens": tokens,
         "batch": batch,
-        "full_ms": statistics.median(full),
-        "pruned_ms": statistics.median(pruned),
+        "full_ms": spreads[0]["median"],
+        "full_p90_ms": spreads[0]["p90"],
+        "pruned_ms": spreads[1]["median"],
+        "pruned_p90_ms": spreads[1]["p90"],
         "ratio": _median_ratio(full, pruned),
         "repeats": repeats,
-        "device": machine["device"] if device.type == "cuda" else f"CPU, {machine['threads']} threads",
+        "device": machine["device"] if device.type == "cuda" else f"CPU, {threads}",
     }
 
 

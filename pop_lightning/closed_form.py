@@ -20,6 +20,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from pop_lightning import ranks
 from pop_lightning.decoder import Decoder, Tables, cut, each_table
 from pop_lightning.errors import InputError
 from pop_lightning.plan import PruningPlan
@@ -173,14 +174,13 @@ class ClosedFormFit(lightning.LightningModule):
         self.decoder, self.depths, self.boundary = decoder, list(depths), boundary
         self.grouping, self.queries = grouping, queries
         self.objectives = collected(grouping, objectives)
-        self.base = decoder.model
         self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in self.depths}
         self.sums = _Sums()
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
         context = batch["prompt_length"] - self.boundary
-        if context <= 0:
+        if context <= 0:  # of the widest prompt of all processes, so all of them return
             return
         # Causal: what follows the context cannot change it, so where nothing is asked the pass stops there. An image
         # is read whole, wherever the context ends.
@@ -221,6 +221,9 @@ class ClosedFormFit(lightning.LightningModule):
                 for depth in fitted:
                     if depth < layer:
                         self.sums.add_cross(("token", depth), layer, targets, weighted[depth])
+
+    def on_validation_epoch_end(self) -> None:
+        self.sums.add_up()
 
     def _add_keys(self, depth: int, layer: int, n: Tensor, targets: Tensor, weights: Tensor) -> None:
         weighted = n * weights.unsqueeze(-1)
@@ -272,7 +275,6 @@ class ValueRefit(lightning.LightningModule):
         self.starts, self.boundary, self.queries = dict(starts), boundary, queries
         self.decoder = next(iter(self.starts.values())).decoder
         self.grouping = grouping
-        self.base = self.decoder.model
         self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in self.starts}
         self.sums = _Sums()
 
@@ -302,6 +304,9 @@ class ValueRefit(lightning.LightningModule):
                 asked = _Asked(seen, layer, kv, self.queries, rows)
                 rest = wanted[layer] - asked.read(slice(context, None), every)
                 _add_values(self.sums, depth, layer, asked, self.grouping, _with_one(n), rest)
+
+    def on_validation_epoch_end(self) -> None:
+        self.sums.add_up()
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
         """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
@@ -468,6 +473,11 @@ class _Sums:
     def add_cross(self, name: tuple, layer: int, targets: Tensor, inputs: Tensor) -> None:
         """Targets ``[tokens, outputs]`` against inputs ``[tokens, hidden + 1]``."""
         _add(self.cross, (name, layer), targets.T @ inputs)
+
+    def add_up(self) -> None:
+        """Make them the sums over the rows of all processes, in place; every process has the same names in order."""
+        for each in (*self.gram.values(), *self.cross.values()):
+            ranks.add_up(each)
 
     def solve(self, name: tuple, layer: int, prior: Tensor, ridge: float) -> Tensor:
         """argmin over W of sum |y - W x|^2 + ridge * mean diagonal * |W - prior|^2, ``[outputs, hidden + 1]``."""

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pop_lightning import ranks
 from pop_lightning.errors import InputError
 from pop_lightning.files import write_json
 from pop_lightning.images import KEYS as IMAGE_KEYS
@@ -74,6 +75,11 @@ class Row:
     def seed(self) -> int:
         """A 63-bit hash of the content: the same on every machine, in every process and for every file order."""
         return _hash63(*self.prompt, self.response_ids)
+
+    @property
+    def prompt_seed(self) -> int:
+        """The same hash of the prompt alone: rows that share it are one draw of a prompt, not several."""
+        return _hash63(*self.prompt)
 
     @property
     def length(self) -> int:
@@ -303,8 +309,7 @@ def _shape(example: dict, where: str) -> dict:
     beside = {} if images is None else {"images": images}
     if "messages" in found:
         messages, parts = _messages(found["messages"], where)
-        shown = {"parts": parts} if parts else {}
-        return {"messages": messages} | _chat_arguments(found, where) | shown | beside
+        return {"messages": messages} | ({"parts": parts} if parts else {}) | _chat_arguments(found, where) | beside
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
@@ -504,6 +509,7 @@ class _Tokeniser:
             self.tokenizer.apply_chat_template,
             chat_template=template,
             tools=example.get("tools"),
+            chat_template=template,
             tokenize=False,
             **example.get("chat_template_kwargs", {}),
         )
@@ -526,13 +532,14 @@ class _Tokeniser:
             )
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
-            return prompt_ids, []
-        response = full_ids[len(prompt_ids) :]
-        if full_ids[: len(prompt_ids)] != prompt_ids:
+            response = []
+        elif full_ids[: len(prompt_ids)] == prompt_ids:
+            response = full_ids[len(prompt_ids) :]
+        else:
             # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
             response = self._ids(full[len(prompt) :])
-        if images:  # a placeholder is a token of its own, so expanding it moves no split
-            prompt_ids = self.vision.encode(prompt, images, origin, special=False)
+        # An image's placeholder is a token of its own: expanding it moves no split.
+        prompt_ids = self.vision.encode(prompt, images, origin, special=False) if images else prompt_ids
         # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
         return prompt_ids, list(until_end(response, self.ends))
 
@@ -567,34 +574,51 @@ def _hash63(*parts) -> int:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def collate(rows: Sequence[Row], pad_token_id: int, vision: VisionProcessor | None = None) -> dict:
-    """A batch in which every row's response starts at the same column.
+def collate(
+    rows: Sequence[Row], pad_token_id: int, vision: VisionProcessor | None = None, *, rank: int = 0, size: int = 1
+) -> dict:
+    """A batch in which every row's response starts at the same column, or one process's share of it.
 
     Prompts are padded on the left to the longest prompt P, responses on the right; a missing response is empty, so
     rows without responses give the left-padded prompts that ``generate`` takes.
 
+    Every process's share has the same shape, so that all run the same operations, as weights in shards need. Where rows
+    are missing for that, ghosts stand behind the real ones: rows that are padding alone (:func:`real_rows`).
+
+    Args:
+        rank, size: the share holds every ``size``-th row from the ``rank``-th on.
+
     Returns:
-        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed``, long
-        ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the rows ``vision``: the
-        tensors of all of them, in order, by the names that the model's forward gives them.
+        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
+        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the
+        rows ``vision``: the tensors of all of them, in order, by the names that the model's forward gives them.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
-    input_ids = torch.full((len(rows), total), pad_token_id, dtype=torch.long)
+    share = rows[rank::size]
+    input_ids = torch.full((-(-len(rows) // size), total), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    for index, row in enumerate(rows):
+    row_seed, prompt_seed = torch.zeros(2, len(input_ids), dtype=torch.long)
+    for index, row in enumerate(share):
         span = slice(prompt_length - len(row.prompt_ids), prompt_length + len(row.response_ids or ()))
         input_ids[index, span] = torch.tensor(row.prompt_ids + (row.response_ids or ()), dtype=torch.long)
         attention_mask[index, span] = 1
+        row_seed[index], prompt_seed[index] = row.seed, row.prompt_seed
     batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "prompt_length": prompt_length,
-        "row_seed": torch.tensor([row.seed for row in rows], dtype=torch.long),
+        "row_seed": row_seed,
+        "prompt_seed": prompt_seed,
     }
-    if any(row.images for row in rows):
-        batch["vision"] = vision.tensors([row.images for row in rows])
+    if any(row.images for row in share):
+        batch["vision"] = vision.tensors([row.images for row in share])
     return batch
+
+
+def real_rows(batch: Mapping) -> int:
+    """How many rows of a batch are no ghosts; those come first."""
+    return int(batch["attention_mask"].any(1).sum())
 
 
 def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Row]]:
@@ -770,6 +794,11 @@ class CalibrationData(lightning.LightningDataModule):
         key = _hash63(self.seed, written)
         return (key, _ByImages(partial(self._tokenise.images, example, origin)))
 
+    def rows(self) -> Iterator[Row]:
+        """The rows of all splits."""
+        self.setup()
+        return chain.from_iterable(self._splits.values())
+
     def rows_of(self, name: str) -> list[Row]:
         """The rows of one split, in the order of their hash.
 
@@ -781,26 +810,31 @@ class CalibrationData(lightning.LightningDataModule):
             raise InputError(f"data.splits has no split {name!r}: expected one of {', '.join(self._splits)}.")
         return list(self._splits[name])
 
-    def loader(self, name: str, limit: int | None = None) -> DataLoader:
-        """Batches of :meth:`batch` over one split, every row once.
+    def prompts_of(self, name: str) -> int:
+        """How many different prompts the rows of one split have: the independent draws that a bound counts."""
+        return len({row.prompt_seed for row in self.rows_of(name)})
 
-        The longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
-        first rows of :meth:`rows_of`.
+    def loader(self, name: str, limit: int | None = None) -> DataLoader:
+        """Batches of :func:`collate` over one split, every row once; each process gets its share of every batch.
+
+        ``batch_size`` rows are one process's. The longest rows come first: little padding, and what does not fit in
+        memory shows at once. ``limit`` takes the first rows of :meth:`rows_of`.
 
         Raises:
             InputError: a row's response is still missing.
         """
         rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.batch)
+        return DataLoader(rows, batch_size=self.batch_size * ranks.size(), collate_fn=self._share)
 
     def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
         """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.
 
-        Which rows a step reads follows from the seed and the step's number alone, so that a resumed training goes on
-        with the batches that it would have read.
+        ``batch_size`` rows are those of all processes together, so that their number changes nothing. Which rows a step
+        reads follows from the seed and the step's number alone, so that a resumed training goes on with the batches
+        that it would have read.
         """
         steps = _TrainingSteps(self._complete("fit"), batch_size or self.batch_size, self.seed, start)
-        return DataLoader(steps, batch_size=None, collate_fn=self.batch)
+        return DataLoader(steps, batch_size=None, collate_fn=self._share)
 
     def _complete(self, name: str) -> list[Row]:
         rows = self.rows_of(name)
@@ -813,12 +847,19 @@ class CalibrationData(lightning.LightningDataModule):
         return rows
 
     def batch(self, rows: Sequence[Row]) -> dict:
-        """:func:`collate` of some rows; their images are read and prepared here.
+        """:func:`collate` of some rows, all of them on this process; their images are read and prepared here.
 
         Raises:
             InputError: an image can no longer be read.
         """
         return collate(rows, self.pad_token_id, self.vision)
+
+    @property
+    def _share(self) -> Callable[[Sequence[Row]], dict]:
+        """:func:`collate` for this process's share of a batch."""
+        return partial(
+            collate, pad_token_id=self.pad_token_id, vision=self.vision, rank=ranks.rank(), size=ranks.size()
+        )
 
     @property
     def digest(self) -> str:
@@ -841,10 +882,12 @@ class CalibrationData(lightning.LightningDataModule):
     ) -> None:
         """Give every row without a response the one that ``generate`` returns, and keep them in ``cache``.
 
+        Each process generates for its share of every batch.
+
         Args:
             generate: from a batch of rows to their response ids, without padding, in the same order.
-            cache: a JSON file; responses found there are not generated again. It is saved after every batch, so an
-                interrupted run goes on where it stopped.
+            cache: a JSON file, the first process's; responses found there are not generated again. It is saved after
+                every batch, so an interrupted run goes on where it stopped.
             made_with: what the responses depend on besides the prompt (model, decoding). A cache that was made with
                 something else, or with another data.max_response_tokens, is started anew.
 
@@ -857,17 +900,23 @@ class CalibrationData(lightning.LightningDataModule):
             return
         cache = Path(cache)
         stamp = {"made_with": made_with, "max_response_tokens": self.max_response_tokens}
-        responses = _read_cache(cache, stamp)
+        responses = ranks.from_first(lambda: _read_cache(cache, stamp))
         todo = sorted(
             (row for row in waiting if str(row.seed) not in responses), key=lambda row: (-row.length, row.seed)
         )
-        with tqdm(total=len(todo), desc="responses of the full model", unit="row", disable=not todo) as bar:
-            for start in range(0, len(todo), self.batch_size):
-                batch = todo[start : start + self.batch_size]
-                generated = generate(batch)
-                for row, ids in zip(batch, generated, strict=True):
-                    responses[str(row.seed)] = [int(token) for token in ids]
-                _write_cache(cache, {**stamp, "responses": responses})
+        hidden = not todo or not ranks.is_first()
+        with tqdm(total=len(todo), desc="responses of the full model", unit="row", disable=hidden) as bar:
+            step = self.batch_size * ranks.size()
+            for start in range(0, len(todo), step):
+                batch = todo[start : start + step]
+                # A process without a row of its own repeats one: all have to generate in step.
+                share = batch[ranks.rank() :: ranks.size()]
+                generated = ranks.gather(generate(share or batch[-1:])[: len(share)])
+                for number, ids_of_rank in enumerate(generated):
+                    for row, ids in zip(batch[number :: ranks.size()], ids_of_rank, strict=True):
+                        responses[str(row.seed)] = [int(token) for token in ids]
+                if ranks.is_first():
+                    _write_cache(cache, {**stamp, "responses": responses})
                 bar.update(len(batch))
         self._take(responses)
 

@@ -24,6 +24,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from pop_lightning import ranks
 from pop_lightning.errors import InputError
 
 
@@ -42,8 +43,8 @@ class Trace:
     Attributes:
         hidden: ``{layer: [batch, tokens, hidden]}``, each traced layer's input; key ``L`` is the last one's output.
         kwargs: ``{layer: keyword arguments}`` that the model passed to each layer, those that tell something of each
-            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them).
-        masks: ``{layer: mask}`` as the model built it, where it was asked for.
+            token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them); the mask where it was
+            asked for.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -265,8 +266,6 @@ class Decoder:
 
     Attributes:
         parts: ``{layer: LayerParts}`` of the layers that can be pruned.
-        smallest_depth: the smallest depth whose pruned layers all have their own keys and values to project, and no
-            image features to wait for.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -290,7 +289,6 @@ class Decoder:
         read = [layer_parts(*each) for each in zip(self.layers, kinds, windows, strict=True)]
         self.parts = {layer: parts for layer, parts in enumerate(read) if isinstance(parts, LayerParts)}
         self._refused = {layer: reason for layer, reason in enumerate(read) if isinstance(reason, str)}
-        self.smallest_depth = max(max(self._refused, default=0) + 1, self._deepstack)
         # What gives image tokens rotary positions of several axes (M-RoPE), and how the model's forward calls the
         # tensor that says which tokens they are.
         self._rope = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
@@ -305,14 +303,17 @@ class Decoder:
                 f"{self._reason(self.num_layers - 1)}."
             )
 
+    @property
+    def smallest_depth(self) -> int:
+        """The smallest depth whose pruned layers all have keys and values of their own to project, above DeepStack."""
+        return max(1, max(self._refused, default=-1) + 1, self._deepstack)
+
     def check_depth(self, depth: int) -> None:
-        """Raise :class:`InputError` where a layer above ``depth`` has no keys and values of its own to project, or is
-        one that image features are added to."""
+        """Raise :class:`InputError` where the model cannot be pruned at ``depth``, with the smallest one allowed."""
         if depth < self._deepstack:
             raise InputError(
-                f"{self.name} cannot be pruned at depth {depth}: it adds image features to its first {self._deepstack} "
-                f"layers (DeepStack); set the depth to {self.smallest_depth}, the smallest allowed, or more (of "
-                f"{self.num_layers} layers)."
+                f"{self.name} cannot be pruned at depth {depth}: to the first {self._deepstack} layers it adds image "
+                f"features (DeepStack); the smallest depth allowed is {self.smallest_depth}."
             )
         refused = [layer for layer in self._refused if layer >= depth]
         if refused:
@@ -430,13 +431,14 @@ class Decoder:
         total = 0
         for module in self.layers[layer].modules():
             own = list(module.parameters(recurse=False))
-            stacked = [weight.numel() // len(weight) for weight in own if weight.dim() == 3]
+            shapes = [ranks.whole_shape(weight) for weight in own]
+            stacked = [shape[1:].numel() for shape in shapes if len(shape) == 3]
             if stacked and hasattr(module, "num_experts"):
                 # Experts that are not told which tokens are theirs run on all tokens (Llama 4).
                 routed = "top_k_index" in inspect.signature(module.forward).parameters
                 total += sum(stacked) * (_active_experts(self.config) if routed else module.num_experts)
             else:
-                total += sum(weight.numel() for weight in own if weight.dim() == 2)
+                total += sum(shape.numel() for shape in shapes if len(shape) == 2)
         return total
 
     @property
@@ -444,7 +446,7 @@ class Decoder:
         """The same of linear maps that stand before the first layer and run on every token (per-layer inputs)."""
         inside = set(self.layers.modules())
         outside = (module for module in self.body.modules() if module not in inside)
-        return sum(module.weight.numel() for module in outside if isinstance(module, nn.Linear))
+        return sum(ranks.whole_shape(each.weight).numel() for each in outside if isinstance(each, nn.Linear))
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """The unweighted normalised hidden state n(h), ``[..., hidden]`` in the dtype of ``hidden``.
@@ -477,18 +479,21 @@ class Decoder:
         rows = (parts.keys, parts.values)
         if not all(_is_plain(each.linear) for each in rows):
             return None
-        if isinstance(norm, nn.LayerNorm):
-            scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
-        else:
+        centred = isinstance(norm, nn.LayerNorm)
+        if not centred:
             ones = torch.ones(self.config.hidden_size, device=norm.weight.device)
             scale, shift = norm(ones).float() * (1.0 + self._norm_eps) ** 0.5, None
-        weight = torch.cat([each.linear.weight[each.span] for each in rows]).float()
-        bias = None
-        if parts.keys.linear.bias is not None:
-            bias = torch.cat([each.linear.bias[each.span] for each in rows]).float()
-        if shift is not None:
-            bias = weight @ shift + (0.0 if bias is None else bias)
-        return AffineMap(weight * scale, bias)
+        modules = (parts.keys.linear, parts.values.linear, norm)
+        with ranks.gathered(parameter for module in modules for parameter in module.parameters()):
+            if centred:
+                scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
+            weight = torch.cat([each.linear.weight[each.span] for each in rows]).float()
+            bias = None
+            if parts.keys.linear.bias is not None:
+                bias = torch.cat([each.linear.bias[each.span] for each in rows]).float()
+            if shift is not None:
+                bias = weight @ shift + (0.0 if bias is None else bias)
+            return AffineMap(weight * scale, bias)
 
     def own_kv(self, layer: int, hidden: Tensor) -> Tensor:
         """``[k|v]`` of a layer before its norms and RoPE, through its own modules: ``[batch, tokens, 2 kv_dim]``."""
@@ -613,8 +618,8 @@ class Decoder:
 
     @property
     def _deepstack(self) -> int:
-        """To how many of its first layers' outputs the model adds features of the images, which every token of an
-        image has to pass (DeepStack, https://arxiv.org/abs/2406.04334)."""
+        """How many of the first layers the model adds DeepStack features of the images to
+        (https://arxiv.org/abs/2406.04334): every token has to pass those."""
         vision = getattr(self.model.config, "vision_config", None)
         return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
@@ -781,14 +786,13 @@ class Decoder:
         """
         trace = Trace()
         handles = []
+        names = [*PER_TOKEN, *(("attention_mask",) if masks else ())]
 
         def record(index: int) -> Callable:
             def hook(module, args, kwargs):
                 given = self.arguments(index, args, kwargs)
                 trace.hidden[index] = given["hidden_states"]
-                trace.kwargs[index] = {name: given[name] for name in PER_TOKEN if name in given}
-                if masks:
-                    trace.masks[index] = given.get("attention_mask")
+                trace.kwargs[index] = {name: given[name] for name in names if name in given}
 
             return hook
 
@@ -806,7 +810,7 @@ class Decoder:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer's weight can be read as numbers: not quantised (by module or by tensor), offloaded or sharded."""
+    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantised, not offloaded."""
     return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
 
 

@@ -7,6 +7,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from pop_lightning.data import real_rows
 from pop_lightning.decoder import Decoder
 from pop_lightning.metrics import ROW_METRICS, RowMetrics, response_metrics
 from pop_lightning.plan import PruningPlan
@@ -39,12 +40,9 @@ class Evaluation(lightning.LightningModule):
 
     def __init__(self, decoder: Decoder, variants: Mapping[str, Variant]):
         super().__init__()
-        self.decoder, self.base, self.variants = decoder, decoder.model, dict(variants)
+        self.decoder, self.variants = decoder, dict(variants)
         self._names = list(self.variants)
         self.meters = torch.nn.ModuleList(RowMetrics(ROW_METRICS) for _ in self._names)
-        self.projections = torch.nn.ModuleList(
-            {id(v.projections): v.projections for v in self.variants.values()}.values()
-        )
 
     def on_validation_start(self) -> None:
         for meter in self.meters:
@@ -54,10 +52,16 @@ class Evaluation(lightning.LightningModule):
         mask, prompt = batch["attention_mask"], batch["prompt_length"]
         first = min(variant.plan.depth for variant in self.variants.values())
         trace, teacher = teacher_pass(self.decoder, batch, first)
-        targets, real = batch["input_ids"][:, prompt:], mask[:, prompt:]
+        rows = slice(real_rows(batch))
+        targets, real = batch["input_ids"][rows, prompt:], mask[rows, prompt:]
+        seeds = batch["row_seed"][rows], batch["prompt_seed"][rows]
         for variant, meter in zip(self.variants.values(), self.meters, strict=True):
             logits = self._logits(variant, trace, mask, prompt)
-            meter.update(response_metrics(logits, teacher, targets, real), batch["row_seed"])
+            meter.update(response_metrics(logits[rows], teacher[rows], targets, real), *seeds)
+
+    def on_validation_epoch_end(self) -> None:
+        for meter in self.meters:
+            meter.compute()  # gathers the processes' rows while their tensors lie where the process group reaches them
 
     def _logits(self, variant: Variant, trace, mask: Tensor, prompt: int) -> Tensor:
         if variant.remove_layers:
@@ -67,5 +71,5 @@ class Evaluation(lightning.LightningModule):
         )
 
     def rows(self, name: str) -> dict[str, Tensor]:
-        """Per-row metrics of one variant, ``[rows]`` each, in an order that follows from the rows' content."""
+        """Per-row metrics of one variant and each row's ``prompt``, ``[rows]`` each (:meth:`RowMetrics.compute`)."""
         return self.meters[self._names.index(name)].compute()

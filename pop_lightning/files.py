@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,31 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1))
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Rename the complete ``partial`` to ``folder``; what stands there steps aside, and comes back on failure.
+
+    A process killed between the two renames leaves it aside: :func:`restore_folder` brings it back.
+    """
+    replaced = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
+    try:
+        os.rename(partial, folder)
+    except BaseException:
+        with suppress(OSError):
+            os.rename(replaced, folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo a :func:`replace_folder` that was cut between its renames."""
+    if not folder.exists() and _aside(folder).is_dir():
+        os.rename(_aside(folder), folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")

@@ -47,12 +47,18 @@ def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFl
             attention += 4 * parts.queries.count * visible_pairs(first, tokens, parts.window, parts.chunked)
         if first:
             projections += 4 * parts.kv_dim * decoder.config.hidden_size * decoder.visible(layer, context)
-    return PrefillFlops(linear, attention, projections, 2 * decoder.head.weight.numel())
+    return PrefillFlops(linear, attention, projections, 2 * decoder.head.in_features * decoder.head.out_features)
 
 
 def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
     """The sum of :func:`count_prefill`."""
     return count_prefill(decoder, plan, tokens).total
+
+
+def speedup(decoder: Decoder, plan: PruningPlan, tokens: int) -> float:
+    """The counted prefill speedup of one prompt: the plain model's operations over the pruned prefill's."""
+    full = prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens)
+    return full / prefill_flops(decoder, plan, tokens)
 
 
 def visible_pairs(first: int, tokens: int, window: int | None, chunked: bool = False) -> int:

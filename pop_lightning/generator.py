@@ -66,6 +66,7 @@ class StageAwareGenerator:
     ):
         decoder = projections.decoder if projections is not None else Decoder(model)
         plan.check(decoder.num_layers)
+        decoder.check_depth(plan.depth)
         if projections is not None and projections.depth != plan.depth:
             raise InputError(f"the projections were made for depth {projections.depth}, the plan says {plan.depth}.")
         check_decoder(decoder)

@@ -8,15 +8,18 @@ import lightning
 import torch
 from torch import Tensor
 
+from pop_lightning import ranks
+from pop_lightning.data import real_rows
 from pop_lightning.decoder import Decoder
 from pop_lightning.gates import gate_gradients, probed
 
 
 class ImportanceScoring(lightning.LightningModule):
-    """Score all layers for both stages; after ``fit``, :attr:`scores` holds ``[L, 2]`` (prefill, decode), float64.
+    """Score all layers for both stages; after ``validate``, :attr:`scores` holds ``[L, 2]`` (prefill, decode), float64.
 
     Batches are those of :func:`pop_lightning.data.collate`. Targets depend on (seed, row content) alone, so scores do
-    not depend on batch size, padding or order.
+    not depend on batch size, padding, order or the number of processes. Nothing is trained, so it is a ``validate``
+    pass, of a ``Trainer(inference_mode=False)``: gradients flow through the activations.
 
     Args:
         decoder: the base; its weights stay frozen.
@@ -26,24 +29,24 @@ class ImportanceScoring(lightning.LightningModule):
 
     def __init__(self, decoder: Decoder, boundary: int = 1, seed: int = 0):
         super().__init__()
-        self.automatic_optimization = False
         self.decoder, self.boundary, self.seed = decoder, boundary, seed
-        self.base = decoder.model  # registered, so that Lightning places it
         self.register_buffer("sums", torch.zeros(decoder.num_layers, 2, dtype=torch.float64), persistent=False)
         self.rows = 0
 
-    def configure_optimizers(self):
-        return None
-
-    def on_fit_start(self):
+    def on_validation_start(self) -> None:
         self.sums.zero_()
         self.rows = 0
 
-    def training_step(self, batch: dict, batch_index: int) -> None:
-        with probed(self.decoder, max(0, batch["prompt_length"] - self.boundary)) as found:
-            self.manual_backward(self.loss(batch))
+    def validation_step(self, batch: dict, batch_index: int) -> None:
+        with torch.enable_grad(), probed(self.decoder, max(0, batch["prompt_length"] - self.boundary)) as found:
+            self.loss(batch).backward()
+        # The square is taken per row, before any sum over rows or processes.
         self.sums += gate_gradients(found, self.decoder.num_layers).double().pow(2).sum(0)
-        self.rows += len(batch["input_ids"])
+        self.rows += real_rows(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        ranks.add_up(self.sums)
+        self.rows = sum(ranks.counts(self.rows, self.sums.device))
 
     def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""

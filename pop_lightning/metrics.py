@@ -1,9 +1,9 @@
 """What a pruned prefill costs, per row, and how much of that cost can be promised for rows not yet seen.
 
 Teacher-forced logits of the pruned model (student) and the full model (teacher) become one number per row and metric;
-a metric becomes a loss; the losses of the verify split become an upper confidence bound; fixed-sequence testing turns
-the bounds of several depths into one choice. The budget callback and the pipeline call this file, the report shows
-what it returned.
+a metric becomes a loss, averaged over the rows of a prompt; the losses become an upper confidence bound; fixed-sequence
+testing turns the bounds of several depths into one choice. The budget callback and the pipeline call this file, the
+report shows what it returned.
 """
 
 import math
@@ -113,24 +113,106 @@ def row_loss(metrics: Mapping[str, Tensor], metric: str) -> Tensor:
     return metrics["nll_increase"]
 
 
-def upper_bound(losses: Sequence[float], metric: str, confidence: float = 0.95, seed: int = 0) -> float:
-    """One-sided upper confidence bound of the mean loss, for independent rows drawn from the same source.
+@dataclass(frozen=True)
+class Losses:
+    """One variant's losses over a split: one value per prompt, because rows of one prompt are one draw.
 
-    - `exact_match` (0/1 losses): Clopper and Pearson, Biometrika 1934. Exact: holds at every number of rows.
-    - `agreement` (losses in [0, 1]): Hoeffding-Bentkus (Bates et al., "Distribution-Free, Risk-Controlling Prediction
-      Sets", 2021, section 3.1): the largest mean that the p-value does not reject. Holds at every number of rows.
+    Attributes:
+        values: the mean of `row_loss` over the rows of each prompt, in an order that follows from the prompts alone.
+        rows: how many rows there were; as many as values unless given.
+    """
+
+    values: Sequence[float]
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", len(self.values) if self.rows is None else self.rows)
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether some prompt has several rows, so that its loss of a 0/1 metric can lie between 0 and 1."""
+        return self.rows > len(self.values)
+
+    def bound(self, metric: str, confidence: float) -> float:
+        """`upper_bound` of the mean."""
+        return upper_bound(self.values, metric, confidence, averaged=self.averaged)
+
+    def expected_bound(self, metric: str, confidence: float, prompts: int) -> float:
+        """The bound that `prompts` other prompts give if they lose as these do: what a verify split may show.
+
+        Rates: the bound at the same mean. `nll_increase`: this bound's distance from the mean shrinks (or grows) with
+        the square root of the number of prompts.
+        """
+        bound = self.bound(metric, confidence)
+        if metric == "nll_increase":
+            return self.mean + (bound - self.mean) * math.sqrt(len(self.values) / prompts)
+        total = min(self.mean, 1.0) * prompts
+        if metric == "exact_match" and not self.averaged:
+            return _clopper_pearson(min(prompts, math.ceil(total - 1e-7 * prompts)), prompts, confidence)
+        return _hoeffding_bentkus(total, prompts, confidence)
+
+
+def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
+    """Means over each prompt's rows, float64 `[prompts]` in order of the seeds; both arguments are `[rows]`."""
+    _, where, rows = prompts.cpu().unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values.cpu().double()) / rows
+
+
+def prompt_losses(rows: Mapping[str, Tensor], metric: str) -> Losses:
+    """The losses of `RowMetrics.compute`'s rows, averaged per prompt."""
+    return Losses(tuple(prompt_means(row_loss(rows, metric), rows["prompt"]).tolist()), len(rows["prompt"]))
+
+
+def summary(rows: Mapping[str, Tensor], metric: str, confidence: float, prompts: int) -> dict[str, float]:
+    """What `RowMetrics.compute`'s rows come to, as plain data; every mean is one over prompts.
+
+    Returns:
+        `rows` and `prompts`; means `kl`, `agreement`, `nll_increase` and `exact_match`; `loss`, its `bound`, and
+        `expected_bound`, the one that a verify split of `prompts` prompts would give if it lost the same.
+    """
+    losses = prompt_losses(rows, metric)
+    means = {
+        name: prompt_means(rows[name], rows["prompt"]).mean().item()
+        for name in ("kl", "agreement", "nll_increase", "exact_match")
+    }
+    return {
+        "rows": losses.rows,
+        "prompts": len(losses.values),
+        **means,
+        "loss": losses.mean,
+        "bound": losses.bound(metric, confidence),
+        "expected_bound": losses.expected_bound(metric, confidence, prompts),
+    }
+
+
+def upper_bound(
+    losses: Sequence[float], metric: str, confidence: float = 0.95, seed: int = 0, *, averaged: bool = False
+) -> float:
+    """One-sided upper confidence bound of the mean loss, for independent prompts drawn from the same source.
+
+    - `exact_match` with one row per prompt (0/1 losses): Clopper and Pearson, Biometrika 1934. Exact: holds at every
+      number of prompts.
+    - `agreement`, and `exact_match` averaged over several rows of a prompt (losses in [0, 1]): Hoeffding-Bentkus (Bates
+      et al., "Distribution-Free, Risk-Controlling Prediction Sets", 2021, section 3.1): the largest mean that the
+      p-value does not reject. Holds at every number of prompts.
     - `nll_increase` (unbounded): BCa bootstrap (Efron 1987) as in `scipy.stats.bootstrap`, 9999 resamples. Holds
-      asymptotically only: with few rows or heavy tails the true confidence is lower than stated. Rows that are all
-      equal have nothing to resample and give their value; a single row gives infinity.
+      asymptotically only: with few prompts or heavy tails the true confidence is lower than stated. Prompts that are
+      all equal have nothing to resample and give their value; a single prompt gives infinity.
 
     Args:
-        losses: one value per row, from `row_loss`.
+        losses: one value per prompt.
         metric: one of `METRICS`.
-        confidence: probability, over draws of the rows, that the bound is at or above the true mean.
+        confidence: probability, over draws of the prompts, that the bound is at or above the true mean.
         seed: of the bootstrap's resampling; the two other bounds are not random.
+        averaged: some prompt has several rows. It is how the rows are, not how the losses came out, that decides
+            between the two bounds of `exact_match`: choosing by the losses would void both.
 
     Raises:
-        InputError: no rows, a loss outside the metric's range or not a number, an unknown metric, or a confidence
+        InputError: no losses, a loss outside the metric's range or not a number, an unknown metric, or a confidence
             outside (0, 1).
     """
     _check_metric(metric)
@@ -144,17 +226,17 @@ def upper_bound(losses: Sequence[float], metric: str, confidence: float = 0.95, 
         )
     if metric == "nll_increase":
         return _bootstrap(values, confidence, seed)
-    if metric == "exact_match":
+    if metric == "exact_match" and not averaged:
         if not np.isin(values, (0.0, 1.0)).all():
-            raise InputError("exact_match losses must be 0 or 1; use row_loss to make them.")
+            raise InputError("exact_match losses of one row per prompt must be 0 or 1; use row_loss to make them.")
         return _clopper_pearson(int(values.sum()), values.size, confidence)
     if values.min() < 0 or values.max() > 1:
-        raise InputError(f"agreement losses must lie in [0, 1], found {values.min():g} to {values.max():g}.")
-    return _hoeffding_bentkus(values, confidence)
+        raise InputError(f"{metric} losses must lie in [0, 1], found {values.min():g} to {values.max():g}.")
+    return _hoeffding_bentkus(math.fsum(values), values.size, confidence)
 
 
-def smallest_certifiable(rows: int, metric: str, confidence: float = 0.95) -> float | None:
-    """The smallest `max_drop` that this many rows can certify: the bound at zero loss, 1 - (1 - confidence)^(1/rows).
+def smallest_certifiable(prompts: int, metric: str, confidence: float = 0.95) -> float | None:
+    """The smallest `max_drop` that so many prompts certify: the bound at zero loss, 1 - (1 - confidence)^(1/prompts).
 
     None for `nll_increase`, whose bootstrap bound has no such floor.
     """
@@ -162,11 +244,11 @@ def smallest_certifiable(rows: int, metric: str, confidence: float = 0.95) -> fl
     _check_confidence(confidence)
     if metric == "nll_increase":
         return None
-    return 1.0 if rows < 1 else -math.expm1(math.log1p(-confidence) / rows)
+    return 1.0 if prompts < 1 else -math.expm1(math.log1p(-confidence) / prompts)
 
 
 def rows_needed(max_drop: float, metric: str, confidence: float = 0.95) -> int | None:
-    """The fewest verify rows with which a lossless depth keeps `max_drop`: 299 for 1% at 95%.
+    """The fewest verify rows, each of its own prompt, with which a lossless depth keeps `max_drop`: 299 for 1% at 95%.
 
     A depth that does lose something needs more. None for `nll_increase`, whose bootstrap bound has no such
     floor.
@@ -191,22 +273,24 @@ class Verdict:
 
     Attributes:
         depth: layers that context tokens run through.
-        value: mean loss over the rows (a fraction, or nats per response token for `nll_increase`).
+        value: mean loss over the prompts (a fraction, or nats per response token for `nll_increase`).
         bound: upper confidence bound of that mean.
         rows: number of rows.
-        passed: whether the bound keeps the budget.
+        prompts: number of different prompts, which the bound counts.
+        passed: whether the bound keeps the budget; None where no budget was a condition.
     """
 
     depth: int
     value: float
     bound: float
     rows: int
-    passed: bool
+    prompts: int
+    passed: bool | None
 
 
 def fixed_sequence(
     depths: Sequence[int],
-    losses: Mapping[int, Sequence[float]],
+    losses: Mapping[int, Losses],
     metric: str,
     max_drop: float,
     confidence: float = 0.95,
@@ -219,7 +303,7 @@ def fixed_sequence(
 
     Args:
         depths: the candidates, strictly falling: the shallowest pruning first.
-        losses: per depth the losses of the verify rows; a depth after the first failure is never looked up, so a lazy
+        losses: per depth the losses on the verify split; a depth after the first failure is never looked up, so a lazy
             mapping measures only what is needed.
         metric, max_drop, confidence: the budget; `max_drop` is an absolute fraction, or nats per response token.
 
@@ -230,13 +314,17 @@ def fixed_sequence(
         raise InputError(f"Candidate depths must fall strictly, found {list(depths)}; list the largest depth first.")
     verdicts: list[Verdict] = []
     for depth in depths:
-        values = [float(loss) for loss in losses[depth]]
-        bound = upper_bound(values, metric, confidence)
-        passed = bound <= max_drop
-        verdicts.append(Verdict(depth, math.fsum(values) / len(values), bound, len(values), passed))
-        if not passed:
+        verdicts.append(judge(depth, losses[depth], metric, confidence, max_drop))
+        if not verdicts[-1].passed:
             break
     return verdicts
+
+
+def judge(depth: int, losses: Losses, metric: str, confidence: float, max_drop: float | None) -> Verdict:
+    """One depth's verdict; without a `max_drop` nothing can fail."""
+    bound = losses.bound(metric, confidence)
+    passed = None if max_drop is None else bound <= max_drop
+    return Verdict(depth, losses.mean, bound, losses.rows, len(losses.values), passed)
 
 
 class RowMetrics(Metric):
@@ -246,7 +334,7 @@ class RowMetrics(Metric):
         names: what each `update` holds, for example `ROW_METRICS`.
 
     `compute` returns float32 tensors `[rows]` sorted by row seed (rows that share a seed by their values), so that
-    batch size, shuffling and the number of ranks change nothing.
+    batch size, shuffling and the number of ranks change nothing, and the rows' prompts, int64 `[rows]`, as `prompt`.
     """
 
     full_state_update = False
@@ -256,12 +344,16 @@ class RowMetrics(Metric):
         super().__init__(**kwargs)
         self.names = tuple(names)
         self.add_state("row_seeds", default=[], dist_reduce_fx="cat")
+        self.add_state("prompt_seeds", default=[], dist_reduce_fx="cat")
         for name in self.names:
             # The prefix keeps a name such as "device" apart from Metric's own attributes.
             self.add_state(f"value_{name}", default=[], dist_reduce_fx="cat")
 
-    def update(self, values: Mapping[str, Tensor], row_seed: Tensor) -> None:
-        """Add the rows of one batch: `[batch]` values per name, and the rows' seeds `[batch]` (int64)."""
+    def update(self, values: Mapping[str, Tensor], row_seed: Tensor, prompt_seed: Tensor | None = None) -> None:
+        """Add the rows of one batch: `[batch]` values per name, the rows' seeds and their prompts' `[batch]` (int64).
+
+        Unless prompts are given, every row counts as a prompt of its own.
+        """
         for name in self.names:
             if name not in values:
                 raise InputError(f"The values of a batch lack '{name}'; found {sorted(values)}.")
@@ -271,6 +363,8 @@ class RowMetrics(Metric):
                     "both must be [batch]."
                 )
         self.row_seeds.append(row_seed.detach().to(self.device, torch.int64))
+        prompt_seed = row_seed if prompt_seed is None else prompt_seed
+        self.prompt_seeds.append(prompt_seed.detach().to(self.device, torch.int64))
         for name in self.names:
             getattr(self, f"value_{name}").append(values[name].detach().to(self.device, torch.float32))
 
@@ -278,22 +372,24 @@ class RowMetrics(Metric):
         """Gather the ranks' rows; torchmetrics calls this before `compute`."""
         if not self._is_synced and not self.row_seeds:
             # A rank without rows would send torchmetrics' default, an empty float32 tensor, into a gather of int64.
-            self.row_seeds.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+            for seeds in (self.row_seeds, self.prompt_seeds):
+                seeds.append(torch.zeros(0, dtype=torch.int64, device=self.device))
             for name in self.names:
                 getattr(self, f"value_{name}").append(torch.zeros(0, dtype=torch.float32, device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """All rows seen, per name a float32 tensor `[rows]`; empty where there was none."""
+        """All rows seen, per name a float32 tensor `[rows]`, and `prompt`; empty where there was none."""
         if isinstance(self.row_seeds, list) and not self.row_seeds:
-            return {name: torch.zeros(0, dtype=torch.float32, device=self.device) for name in self.names}
+            empty = {name: torch.zeros(0, dtype=torch.float32, device=self.device) for name in self.names}
+            return empty | {"prompt": torch.zeros(0, dtype=torch.int64, device=self.device)}
         values = {name: dim_zero_cat(getattr(self, f"value_{name}")) for name in self.names}
-        seeds = dim_zero_cat(self.row_seeds)
+        seeds, prompts = dim_zero_cat(self.row_seeds), dim_zero_cat(self.prompt_seeds)
         order = torch.arange(seeds.numel(), device=seeds.device)
         # Stable sorts from the least to the most significant key make a lexicographic order.
         for key in (*reversed(values.values()), seeds):
             order = order[key[order].argsort(stable=True)]
-        return {name: value[order] for name, value in values.items()}
+        return {name: value[order] for name, value in values.items()} | {"prompt": prompts[order]}
 
 
 def _clopper_pearson(errors: int, rows: int, confidence: float) -> float:
@@ -302,8 +398,8 @@ def _clopper_pearson(errors: int, rows: int, confidence: float) -> float:
     return float(stats.beta.ppf(confidence, errors + 1, rows - errors))
 
 
-def _hoeffding_bentkus(values: np.ndarray, confidence: float) -> float:
-    total, rows = math.fsum(values), values.size
+def _hoeffding_bentkus(total: float, rows: int, confidence: float) -> float:
+    """The bound where `rows` losses in [0, 1] sum to `total`."""
     low, high = min(total / rows, 1.0), 1.0
     if low == 1.0:
         return 1.0

@@ -5,34 +5,34 @@ behind is kept by ``run_folder.py``, so that a run can be killed anywhere and re
 """
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import lightning
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pop_lightning import ranks
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
 from pop_lightning.data import CalibrationData, Row, until_end
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import candidates
+from pop_lightning.depths import candidates, reaching
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
-from pop_lightning.files import write_json
 from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
-from pop_lightning.flops import prefill_flops
+from pop_lightning.flops import prefill_flops, speedup
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.importance import ImportanceScoring
-from pop_lightning.metrics import row_loss, rows_needed, smallest_certifiable, upper_bound
+from pop_lightning.metrics import Verdict, rows_needed, smallest_certifiable
 from pop_lightning.models import context_length, end_tokens, load_model, load_tokenizer, vision_processor
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
 from pop_lightning.report import print_table, write_report
-from pop_lightning.run_folder import RunFolder
+from pop_lightning.run_folder import RunFolder, file_name
+from pop_lightning.selection import Choice, Training
 from pop_lightning.trainers import Trainers
 
 EXPORTED, NOTHING_QUALIFIES = 0, 3
@@ -46,17 +46,21 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
     quiet_lightning()
-    folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
-    with folder.undone_on_bad_input():
-        return _Run(recipe, folder).run()
+    trainers = Trainers(recipe)
+    with trainers.processes():
+        folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
+        with folder.undone_on_bad_input():
+            return _Run(recipe, folder, trainers).run()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: RunFolder):
-        self.recipe, self.folder = recipe, folder
-        self.budget = AccuracyBudget(
-            recipe.budget.metric, recipe.budget.max_drop, recipe.budget.confidence, recipe.budget.min_pruned
-        )
+    """One run; of several processes each goes through the same steps, and ``folder`` writes on the first alone."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, trainers: Trainers):
+        self.recipe, self.folder, self.trainers = recipe, folder, trainers
+        # Fitting does not wait for the choice of a boundary: k = 1 leaves the most context tokens to fit on, and what
+        # is a good key or value of a token does not depend on k.
+        self.fit_boundary = 1 if recipe.boundary == "auto" else recipe.boundary
 
     def run(self) -> int:
         if metrics := self.folder.read("metrics.json"):
@@ -65,13 +69,15 @@ class _Run:
         self._load()
         self.folder.settle()
         importance = self.folder.once("importance.json", self._score)
-        depths = candidates(self.recipe.budget, importance["prefill"], self.decoder)
-        projections = self._fit_projections(depths)
-        search = self.folder.once("state/search.json", lambda: self._search(projections))
-        self.budget.sequence, self.budget.decisions = search["sequence"], search["decisions"]
-        metrics = self._verify(projections, search, importance)
-        write_report(metrics, importance, self.folder / "report.html")
-        write_json(self.folder / "metrics.json", metrics)  # last: it says that the run is complete
+        depths = self._depths(importance)
+        if "closed_form" in self._untrained:
+            self._closed_form(depths)
+        curve = self._search(depths)
+        self._verify(curve)
+        metrics = self._metrics(curve)
+        if ranks.is_first():
+            write_report(metrics, importance, self.folder / "report.html")
+        self.folder.write("metrics.json", metrics)  # last: it says that the run is complete
         print(print_table(metrics))
         print(f"report: {self.folder / 'report.html'}")
         if metrics["depth"] is None:
@@ -84,20 +90,22 @@ class _Run:
     def _load(self) -> None:
         recipe = self.recipe
         model, data = recipe.model, recipe.data
-        self.trainers = Trainers(recipe, self.folder.root)
         lightning.seed_everything(recipe.seed, verbose=False)
-        self.tokenizer = load_tokenizer(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
+        self.tokenizer = ranks.first_then_others(
+            lambda: load_tokenizer(
+                model.base, revision=model.revision, trust_remote_code=model.trust_remote_code, required=True
+            )
         )
-        self.model = load_model(
-            model.base,
-            revision=model.revision,
-            dtype=model.dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            device_map=model.device_map,
+        self.model = self.trainers.load(
+            lambda: load_model(
+                model.base,
+                revision=model.revision,
+                dtype=model.dtype,
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+                device_map=model.device_map,
+            )
         )
-        self._place()
         self.decoder = Decoder(self.model)
         check_decoder(self.decoder)
         self.data = CalibrationData(
@@ -120,7 +128,7 @@ class _Run:
             ),
             allow_urls=data.allow_urls,
         )
-        self.data.setup()
+        ranks.first_then_others(self.data.setup)
         self.base = base_identity(self.model, model.base, model.revision)
         base = self.base["fingerprint"]
         stored = self.folder.once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
@@ -140,12 +148,15 @@ class _Run:
             self.data.fill_responses(self._respond, self.folder.state / "responses.json", made_with=made_with)
         print(f"data: {self.data.report}")
         self._check_rows()
-
-    def _place(self, *projections: KVProjections) -> None:
-        """Put the base where the trainer runs; after each stage Lightning leaves it on the CPU."""
-        if self.recipe.model.device_map is None:
-            for each in (self.model, *projections):
-                each.to(self.trainers.device)
+        budget = recipe.budget
+        self.budget = AccuracyBudget(
+            budget.metric,
+            budget.max_drop,
+            budget.confidence,
+            budget.min_pruned,
+            speedup=budget.speedup,
+            verify_prompts=self.data.prompts_of("verify"),
+        )
 
     def _respond(self, rows: list[Row]) -> list[tuple[int, ...]]:
         batch = self.data.batch(rows)
@@ -160,90 +171,130 @@ class _Run:
         return [until_end(tokens, ends) for tokens in output]
 
     def _check_rows(self) -> None:
-        budget, boundary = self.recipe.budget, self.recipe.boundary
-        for name in ("fit", "tune", "search", "verify"):
-            for row in self.data.rows_of(name):
-                if row.images and self.decoder.splits_image(row.prompt_ids, boundary):
-                    raise InputError(
-                        f"boundary {boundary} begins inside an image of {row.origin}, whose tokens attend to one "
-                        "another: choose a boundary that ends before the image or holds all of it."
-                    )
-        rows = len(self.data.rows_of("verify"))
+        """Refuse what the rows cannot give, whatever is fitted."""
+        budget = self.recipe.budget
+        with_images = [row for row in self.data.rows() if row.images]
+        if with_images and self.trainers.shards_base:
+            raise InputError(
+                f"{with_images[0].origin} has images, and trainer.strategy {self.recipe.trainer['strategy']} needs "
+                "every process to read as many at once: take ddp or deepspeed_stage_2, or rows of text."
+            )
+        for k in self._boundaries:
+            if (row := self._split_by(k)) is not None:
+                raise InputError(
+                    f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose "
+                    "a boundary that ends before the image or holds all of it."
+                )
+        if budget.speedup is not None:
+            reaching(budget, self.decoder, self._boundaries, self.tokens)
+            return
+        prompts = self.data.prompts_of("verify")
         needed = rows_needed(budget.max_drop, budget.metric, budget.confidence)
-        if needed is not None and rows < needed:
-            least = smallest_certifiable(rows, budget.metric, budget.confidence)
+        if needed is not None and prompts < needed:
+            least = smallest_certifiable(prompts, budget.metric, budget.confidence)
             certifies = "" if least is None else f" (they can show a drop of {least:.4f} at best)"
             raise InputError(
-                f"budget.max_drop {budget.max_drop:g} at confidence {budget.confidence:g} needs {needed} rows in the "
-                f"verify split, found {rows}{certifies}; give more rows or raise data.splits.verify or budget.max_drop."
+                f"budget.max_drop {budget.max_drop:g} at confidence {budget.confidence:g} needs {needed} different "
+                f"prompts in the verify split, found {prompts}{certifies}; give more rows or raise data.splits.verify "
+                "or budget.max_drop."
             )
+
+    @property
+    def tokens(self) -> int:
+        """The prompt length that operations are counted at: the rows' median."""
+        return int(self.data.report.prompt_tokens["median"])
+
+    @property
+    def _boundaries(self) -> list[int]:
+        """What ``boundary`` may become."""
+        if self.recipe.boundary != "auto":
+            return [self.recipe.boundary]
+        return self._listed_boundaries or [min(self.recipe.budget.boundaries)]
+
+    @property
+    def _listed_boundaries(self) -> list[int]:
+        """``budget.boundaries`` that leave a context: at or above the prompt's length nothing is pruned."""
+        return sorted({k for k in self.recipe.budget.boundaries if k < self.tokens and self._split_by(k) is None})
+
+    def _split_by(self, boundary: int) -> Row | None:
+        """The first row that has an image in which the boundary begins, where that cannot be."""
+        rows = (row for row in self.data.rows() if row.images)
+        return next((row for row in rows if self.decoder.splits_image(row.prompt_ids, boundary)), None)
 
     # --- score ----------------------------------------------------------------------------------------------------
 
     def _score(self) -> dict:
-        scoring = ImportanceScoring(self.decoder, self.recipe.boundary, self.recipe.seed)
+        scoring = ImportanceScoring(self.decoder, self.fit_boundary, self.recipe.seed)
         loader = self.data.loader("fit", limit=self.recipe.importance.rows)
-        # Scoring steps no optimiser: what belongs to training is refused there by Lightning.
-        alone = {"max_epochs": 1, "accumulate_grad_batches": 1, "gradient_clip_val": None}
-        self.trainers.make("scoring layers", **alone).fit(scoring, loader)
+        self.trainers.make("scoring layers").validate(scoring, loader, verbose=False)
         prefill, decode = scoring.scores.T.tolist()
         return {
             "layers": self.decoder.num_layers,
             "rows": scoring.rows,
             "seed": self.recipe.seed,
-            "boundary": self.recipe.boundary,
+            "boundary": self.fit_boundary,
             "prefill": prefill,
             "decode": decode,
         }
 
+    def _depths(self, importance: dict) -> list[int]:
+        """Depths to fit and measure, shallowest pruning first; under a wanted speedup those that reach it."""
+        budget = self.recipe.budget
+        if budget.speedup is None:
+            return candidates(budget, importance["prefill"], self.decoder)
+        found = reaching(budget, self.decoder, self._boundaries, self.tokens)
+        return sorted(set(found.values()), reverse=True)
+
     # --- fit projections ------------------------------------------------------------------------------------------
 
-    def _fit_projections(self, depths: list[int]) -> dict[tuple[int, str], KVProjections]:
-        """Projections by (depth, kind): reuse, and the kinds up to the recipe's."""
-        kind = self.recipe.projection.kind
-        found = {(depth, "reuse"): KVProjections(self.decoder, depth) for depth in depths}
-        trained = kind in ("lora", "full")
-        start = self.recipe.projection.start if trained else kind
-        if start == "closed_form":
-            found |= {(depth, start): each for depth, each in self._closed_form(depths).items()}
-        if trained:
-            for depth in depths:
-                found[depth, kind] = self._train(depth, found[depth, start])
-        return found
+    @property
+    def _trains(self) -> bool:
+        return self.recipe.projection.kind in ("lora", "full")
 
-    def _closed_form(self, depths: list[int]) -> dict[int, KVProjections]:
+    @property
+    def _start(self) -> str:
+        """The recipe's kind without training: what is measured everywhere, and where training starts."""
+        return self.recipe.projection.start if self._trains else self.recipe.projection.kind
+
+    @property
+    def _untrained(self) -> list[str]:
+        return list(dict.fromkeys(("reuse", self._start)))
+
+    def _projections(self, choice: Choice) -> KVProjections:
+        return self.folder.read_projections(self.decoder, choice)
+
+    def _closed_form(self, depths: list[int]) -> None:
         """Closed form for every depth, each choice about it made on the tune split; reuse is one of the choices."""
         settings = self.recipe.projection
         if self.folder.read("state/ridge.json"):
-            return {depth: self.folder.read_projections(self.decoder, depth, "closed_form") for depth in depths}
-        chosen, ridges = {}, {}
+            return
+        ridges = {}
         for fitted in closed_form(
             self.decoder,
             depths,
-            boundary=self.recipe.boundary,
+            boundary=self.fit_boundary,
             ridges=settings.ridge,
             grouping=settings.grouping,
             queries=settings.queries,
             refit=settings.refit,
-            memory=int(settings.memory_gib * 2**30),
+            memory=self._memory,
             fit_rows=self.data.loader("fit"),
             tune_rows=self.data.loader("tune"),
             validate=lambda what, module, rows: self.trainers.make(what).validate(module, rows, verbose=False),
         ):
-            chosen[fitted.depth] = fitted.options[fitted.best()]
             ridges[fitted.depth] = fitted.summary()
-            self.folder.write_projections(chosen[fitted.depth])
-        write_json(self.folder / "state/ridge.json", ridges)
-        return chosen
+            self.folder.write_projections(Choice(fitted.depth, "closed_form"), fitted.options[fitted.best()])
+        self.folder.write("state/ridge.json", ridges)
 
-    def _train(self, depth: int, start: KVProjections) -> KVProjections:
+    def _train(self, choice: Choice) -> None:
+        """Train up to ``choice.steps``, from where the last round or an interrupted run left off."""
         settings = self.recipe.projection
-        kind = settings.kind
-        if self.folder.has_projections(depth, kind):
-            return self.folder.read_projections(self.decoder, depth, kind)
+        depth, kind, steps = choice
+        if self.folder.has_projections(choice):
+            return
         distillation = Distillation(
-            start,
-            PruningPlan(depth, self.recipe.boundary),
+            self._projections(Choice(depth, self._start)),
+            PruningPlan(depth, self.boundary),
             lora_arguments=asdict(settings.lora) if kind == "lora" else None,
             seed=self.recipe.seed,
             temperature=settings.temperature,
@@ -251,118 +302,222 @@ class _Run:
             weight_decay=settings.weight_decay,
             warmup=settings.warmup,
             decay=settings.decay,
+            round_steps=settings.steps,
             kv_match=settings.kv_match,
             hidden_match=settings.hidden_match,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
         if distillation.module is not None:
-            folder = self.folder / "checkpoints" / f"{kind}-depth{depth}"
-            keep = ModelCheckpoint(folder, save_last=True, every_n_train_steps=settings.checkpoint_every, save_top_k=0)
-            last = folder / "last.ckpt"
-            start = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
-            trainer = self.trainers.make(
-                f"training depth {depth}" + (f" from step {start}" if start else ""),
-                keep,
-                max_steps=settings.steps,
-                max_epochs=-1,
-                enable_checkpointing=True,
+            self.trainers.train(
+                f"training depth {depth} for {steps} steps",
+                distillation.module,
+                lambda start: self.data.train_dataloader(settings.batch_size, start),
+                steps=steps,
+                rounds=steps // settings.steps,
+                checkpoints=self.folder / "checkpoints" / f"{kind}-depth{depth}",
+                every=settings.checkpoint_every,
             )
-            batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
-            loader = self.data.train_dataloader(settings.batch_size, batches)
-            trainer.fit(distillation.module, loader, ckpt_path=last if start else None, weights_only=True)
-        projections = distillation.finish(self.folder / "adapters" / f"depth{depth}")
-        self.folder.write_projections(projections)
-        return projections
+        adapters = self.folder / "adapters" / f"depth{depth}-steps{steps}"
+        projections = distillation.finish(adapters if ranks.is_first() else None)
+        self.folder.write_projections(choice, projections)
 
-    # --- search and verify ----------------------------------------------------------------------------------------
+    # --- search ---------------------------------------------------------------------------------------------------
 
-    def _search(self, projections: dict[tuple[int, str], KVProjections]) -> dict:
-        """Measure every depth and kind on the search split; the budget narrows the depths of the recipe's kind."""
-        boundary, kind = self.recipe.boundary, self.recipe.projection.kind
-        variants = {
-            f"{depth} {name}": Variant(PruningPlan(depth, boundary), each)
-            for (depth, name), each in projections.items()
-        }
-        evaluation = Evaluation(self.decoder, variants)
-        self.budget.watch("search", {depth: f"{depth} {kind}" for depth, name in projections if name == kind})
-        self.trainers.make("searching", self.budget).validate(evaluation, self.data.loader("search"), verbose=False)
-        ridges = self.folder.read("state/ridge.json")
-        curve = []
-        for depth, name in sorted(projections, key=lambda each: -each[0]):
-            rows = evaluation.rows(f"{depth} {name}")
-            losses = row_loss(rows, self.budget.metric).tolist()
-            entry = {"depth": depth, "projection": name, "rows": len(losses)}
-            entry |= {key: rows[key].mean().item() for key in ("kl", "agreement", "nll_increase", "exact_match")}
-            entry["loss"] = sum(losses) / len(losses)
-            entry["bound"] = upper_bound(losses, self.budget.metric, self.budget.confidence)
-            if name == "closed_form":
-                # No ridge: reuse did best on tune.
-                entry |= {key: ridges[str(depth)][key] for key in ("objective", "ridge")}
+    @property
+    def _memory(self) -> int:
+        return int(self.recipe.projection.memory_gib * 2**30)
+
+    def _search(self, depths: list[int]) -> list[dict]:
+        """Measure on the search split, choose the boundary, and train what the budget asks for; returns the curve."""
+        choices = [Choice(depth, kind) for depth in depths for kind in self._untrained]
+        measured = self.folder.once(
+            "state/search.json", lambda: {"curve": self._measure("searching", choices, self._boundaries)}
+        )["curve"]
+        self.boundary = self._boundaries[0]
+        if self.recipe.boundary == "auto":
+            self.boundary = self._choose_boundary(measured, depths)
+        curve = [entry for entry in measured if entry["boundary"] == self.boundary]
+        if self.recipe.budget.speedup is not None:
+            depth = reaching(self.recipe.budget, self.decoder, [self.boundary], self.tokens)[self.boundary]
+            curve = [entry for entry in curve if entry["depth"] == depth]
+        settings = self.recipe.projection
+        training = Training(settings.kind, settings.steps, self.recipe.budget.extensions) if self._trains else None
+        self.budget.search(curve, self._start, self.decoder.num_layers, training)
+        told = self._tell(0)
+        while (proposal := self.budget.propose()) is not None:
+            self._train(proposal.choice)
+            (entry,) = self.folder.once(
+                f"state/search-{file_name(proposal.choice)}.json",
+                lambda choice=proposal.choice: {"curve": self._measure("searching", [choice], [self.boundary])},
+            )["curve"]
             curve.append(entry)
-        return {"curve": curve, "sequence": self.budget.sequence, "decisions": self.budget.decisions}
+            self.budget.record(entry)
+            told = self._tell(told)
+        return self._one_round_each(curve)
 
-    def _verify(self, projections: dict[tuple[int, str], KVProjections], search: dict, importance: dict) -> dict:
-        """Open the verify split once, export what it lets through, and measure what the report compares."""
-        recipe, kind, layers = self.recipe, self.recipe.projection.kind, self.decoder.num_layers
-        measured = {"curve": search["curve"]}
-        if self.budget.sequence:
-            variants = {
-                str(depth): Variant(PruningPlan(depth, recipe.boundary), projections[depth, kind])
-                for depth in self.budget.sequence
-            }
-            evaluation = Evaluation(self.decoder, variants)
-            export = ExportArtifact(self.folder / "artifact", self.budget, self.base, recipe.to_dict(), measured)
-            self.budget.watch("verify", {depth: str(depth) for depth in self.budget.sequence})
-            self.trainers.make("verifying", self.budget, export).validate(
-                evaluation, self.data.loader("verify"), verbose=False
+    def _one_round_each(self, curve: list[dict]) -> list[dict]:
+        """One entry per depth and kind, shallowest pruning first: of a training's rounds the best."""
+        grouped: dict[tuple[int, str], list[dict]] = {}
+        for entry in curve:
+            grouped.setdefault((-entry["depth"], entry["projection"]), []).append(entry)
+        kept = []
+        for _, entries in sorted(grouped.items()):
+            rounds = [{name: entry[name] for name in ("steps", "loss", "kl")} for entry in entries if "steps" in entry]
+            kept.append(self.budget.best(entries) | ({"rounds": rounds} if rounds else {}))
+        return kept
+
+    def _tell(self, told: int) -> int:
+        """Print the decisions that were not printed yet."""
+        for line in self.budget.decisions[told:]:
+            print(line, flush=True)
+        return len(self.budget.decisions)
+
+    def _choose_boundary(self, measured: list[dict], depths: list[int]) -> int:
+        wanted = [(depth, k) for depth in depths for k in self._boundaries]
+        if self.recipe.budget.speedup is not None:
+            found = reaching(self.recipe.budget, self.decoder, self._boundaries, self.tokens)
+            wanted = [(depth, k) for k, depth in found.items()]
+        speedups = {(depth, k): self._speedup(depth, k) for depth, k in wanted}
+        return self.budget.choose_boundary(measured, self._start, speedups, self.decoder.num_layers)
+
+    def _speedup(self, depth: int, boundary: int) -> float:
+        return speedup(self.decoder, PruningPlan(depth, boundary), self.tokens)
+
+    def _measure(self, what: str, choices: Sequence[Choice], boundaries: Sequence[int]) -> list[dict]:
+        """Curve entries of ``choices`` at each boundary, on the search split."""
+        ridges = self.folder.read("state/ridge.json")
+        entries = []
+        for group in self._groups(choices):
+            variants = {}
+            for choice in group:
+                projections = self._projections(choice)
+                variants |= {(choice, k): Variant(PruningPlan(choice.depth, k), projections) for k in boundaries}
+            names = {key: f"{key[0]}, boundary {key[1]}" for key in variants}
+            self.budget.watch("search", names.values())
+            evaluation = Evaluation(self.decoder, {names[key]: variant for key, variant in variants.items()})
+            depths = ", ".join(dict.fromkeys(str(choice.depth) for choice in group))
+            self.trainers.make(f"{what} at depth {depths}", self.budget).validate(
+                evaluation, self.data.loader("search"), verbose=False
             )
-        depth = self.budget.depth
-        deepest = depth if depth is not None else min(d for d, _ in projections)
-        plan = PruningPlan(deepest, recipe.boundary)
-        tokens = int(self.data.report.prompt_tokens["median"])
+            for choice, k in variants:
+                entry = {"depth": choice.depth, "projection": choice.projection, "boundary": k}
+                if choice.steps:
+                    entry["steps"] = choice.steps
+                entry |= self.budget.measured[names[choice, k]]
+                if choice.projection == "closed_form":
+                    # No ridge: reuse did best on tune.
+                    entry |= {key: ridges[str(choice.depth)][key] for key in ("objective", "ridge")}
+                entries.append(entry)
+        return entries
+
+    def _groups(self, choices: Sequence[Choice]) -> Iterator[list[Choice]]:
+        """``choices`` in order, as many at a time as ``projection.memory_gib`` holds the projections of."""
+        decoder, group, room = self.decoder, [], self._memory
+        layer = 2 * decoder.kv_dim * decoder.config.hidden_size * self.model.dtype.itemsize
+        for choice in choices:
+            needed = layer * (decoder.num_layers - choice.depth)
+            if group and needed > room:
+                yield group
+                group, room = [], self._memory
+            group.append(choice)
+            room -= needed
+        if group:
+            yield group
+
+    # --- verify ---------------------------------------------------------------------------------------------------
+
+    def _verify(self, curve: list[dict]) -> None:
+        """Open the verify split once, and export what it lets through."""
+        stored = self.folder.once("state/verify.json", lambda: self._open_verify(curve))
+        self.budget.verdicts = [Verdict(**verdict) for verdict in stored["verdicts"]]
+        told = len(self.budget.decisions)
+        self.budget.conclude(self.decoder.num_layers)
+        self._tell(told)
+
+    def _open_verify(self, curve: list[dict]) -> dict:
+        measured: dict = {"curve": curve}
+        if (wanted := self.recipe.budget.speedup) is not None:
+            counted = self._speedup(self.budget.sequence[0].depth, self.boundary)
+            measured["speedup"] = {"wanted": wanted, "counted": counted, "prompt_tokens": self.tokens}
+        export = ExportArtifact(self.folder / "artifact", self.budget, self.base, self.recipe.to_dict(), measured)
+        for group in self._groups(self.budget.sequence):
+            if self.budget.verified:
+                break
+            names = {choice.depth: str(choice.depth) for choice in group}
+            variants = {
+                names[choice.depth]: Variant(PruningPlan(choice.depth, self.boundary), self._projections(choice))
+                for choice in group
+            }
+            self.budget.watch("verify", names)
+            self.trainers.make("verifying", self.budget, export).validate(
+                Evaluation(self.decoder, variants), self.data.loader("verify"), verbose=False
+            )
+        return {"verdicts": [asdict(verdict) for verdict in self.budget.verdicts]}
+
+    # --- report ---------------------------------------------------------------------------------------------------
+
+    def _metrics(self, curve: list[dict]) -> dict:
+        recipe, layers, tokens = self.recipe, self.decoder.num_layers, self.tokens
+        shown = self.budget.choice or self._nearest(curve)
+        plan = PruningPlan(shown.depth, self.boundary)
         full, pruned = (prefill_flops(self.decoder, each, tokens) for each in (PruningPlan(layers), plan))
-        self._place(projections[deepest, kind])
-        generator = StageAwareGenerator(self.model, plan, projections[deepest, kind])
+        listed = self._listed_boundaries
+        compared = sorted({*listed, self.boundary}) if listed else []
+        boundaries = self._measure("comparing boundaries", [shown], compared) if compared else []
+        comparison = self._compare(shown, curve)
+        generator = StageAwareGenerator(self.model, plan, self._projections(shown))
+        used = {choice.depth: choice for choice in self.budget.sequence}
         return {
             "format": 1,
-            "depth": depth,
+            "depth": self.budget.depth,
             "layers": layers,
-            "boundary": recipe.boundary,
-            "projection": kind,
+            "boundary": self.boundary,
+            "projection": shown.projection,
             "budget": {k: v for k, v in asdict(recipe.budget).items() if k != "candidates"},
             "rows": {name: len(self.data.rows_of(name)) for name in ("fit", "tune", "search", "verify")}
             | {"unusable": dict(self.data.report.unusable)},
+            "prompts": {name: self.data.prompts_of(name) for name in ("search", "verify")},
             "smallest_certifiable_drop": smallest_certifiable(
-                len(self.data.rows_of("verify")), recipe.budget.metric, recipe.budget.confidence
+                self.data.prompts_of("verify"), recipe.budget.metric, recipe.budget.confidence
             ),
-            "verified": measured.get("verified"),
-            "verification": [asdict(verdict) for verdict in self.budget.verdicts],
-            "curve": search["curve"],
+            "verified": self.budget.promise(),
+            "verification": [
+                asdict(verdict) | {"projection": used[verdict.depth].projection} for verdict in self.budget.verdicts
+            ],
+            "curve": curve,
+            "boundaries": [entry | {"speedup": self._speedup(shown.depth, entry["boundary"])} for entry in boundaries],
             "decisions": self.budget.decisions,
-            "comparison": self._compare(deepest, projections),
+            "comparison": comparison,
             "arithmetic": {
+                "depth": shown.depth,
                 "prompt_tokens": tokens,
                 "full_flops": full,
                 "pruned_flops": pruned,
                 "saved": 1 - pruned / full,
                 "ratio": full / pruned,
             },
-            "ttft": measure_ttft(generator, tokens),
+            # A base in shards spends its time in gathering them, which says nothing about a served model.
+            "ttft": None if self.trainers.shards_base else measure_ttft(generator, tokens),
             "versions": {name: version(name) for name in ("pop-lightning", "torch", "transformers", "lightning")},
             "device": str(self.model.device),
         }
 
-    def _compare(self, depth: int, projections: dict[tuple[int, str], KVProjections]) -> list[dict]:
+    def _nearest(self, curve: list[dict]) -> Choice:
+        """Where nothing qualifies: what lost least among the depths that would have been worth an artifact."""
+        worth = [e for e in curve if self.decoder.num_layers - e["depth"] >= self.recipe.budget.min_pruned] or curve
+        return Choice.of(min(worth, key=lambda each: (each["loss"], each["kl"])))
+
+    def _compare(self, shown: Choice, curve: list[dict]) -> list[dict]:
         """The same depth pruned in every way, on the search split (the verify split is for the one test)."""
-        plan = PruningPlan(depth, self.recipe.boundary)
-        kind = self.recipe.projection.kind
-        best, reuse = projections[depth, kind], projections[depth, "reuse"]
+        plan = PruningPlan(shown.depth, self.boundary)
+        measured = [e for e in curve if e["depth"] == shown.depth]
+        fitted = {e["projection"]: self._projections(Choice.of(e)) for e in measured}
+        best, reuse = fitted[shown.projection], fitted["reuse"]
         table = {
             "full model": ("no pruning", Variant(PruningPlan(self.decoder.num_layers), reuse)),
             **{
                 f"POP, {name}": (f"prefill pruned, {name.replace('_', ' ')} projections", Variant(plan, each))
-                for (d, name), each in projections.items()
-                if d == depth
+                for name, each in fitted.items()
             },
             "layers removed": (
                 "the same layers removed in both stages, as older pruning does",
@@ -370,17 +525,15 @@ class _Run:
             ),
             "no boundary handling": (
                 "the last prompt token is pruned like the context",
-                Variant(PruningPlan(depth, 0), best),
+                Variant(replace(plan, boundary=0), best),
             ),
             "no KV projection": ("the pruned layers see no context", Variant(plan, reuse, context_visible=False)),
         }
         evaluation = Evaluation(self.decoder, {name: variant for name, (_, variant) in table.items()})
-        self.trainers.make("comparing").validate(evaluation, self.data.loader("search"), verbose=False)
-        rows = []
-        for name, (what, variant) in table.items():
-            means = {key: value.mean().item() for key, value in evaluation.rows(name).items()}
-            rows.append(
-                {"name": name, "what": what, "depth": variant.plan.depth, "rows": len(evaluation.rows(name)["kl"])}
-            )
-            rows[-1] |= {key: means[key] for key in ("exact_match", "agreement", "kl")}
-        return rows
+        self.budget.watch("search", table)
+        self.trainers.make("comparing", self.budget).validate(evaluation, self.data.loader("search"), verbose=False)
+        return [
+            {"name": name, "what": what, "depth": variant.plan.depth}
+            | {key: self.budget.measured[name][key] for key in ("rows", "exact_match", "agreement", "kl")}
+            for name, (what, variant) in table.items()
+        ]

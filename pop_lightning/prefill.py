@@ -301,16 +301,15 @@ def student_hidden(
             visible = slice(context - decoder.visible(layer, context), context)
             kv = projections(layer, source[:, visible], normed[:, visible])
             cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
-        if (whole := trace.masks.get(layer)) is not None:
+        if (whole := kwargs.get("attention_mask")) is not None:
             seen = decoder.tail_mask(layer, whole, hidden, context, cache, behind=1)
         else:
             seen = decoder.mask(layer, hidden, mask, cache)
         return decoder.run_layer(
             layer,
             hidden,
-            attention_mask=seen,
             past_key_values=cache,
-            **of_tokens(kwargs, slice(context, tokens)),
+            **of_tokens(kwargs, slice(context, tokens)) | {"attention_mask": seen},
         )
 
     if hidden.shape[1]:

@@ -5,14 +5,16 @@ and backward of the pruned layers on boundary and response tokens (``prefill.stu
 of positions at a time, in the forward and again in the backward pass, so a large vocabulary costs no memory.
 """
 
+import math
+from functools import partial
 from typing import Literal
 
 import lightning
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from transformers import get_scheduler
 
+from pop_lightning import ranks
 from pop_lightning.decoder import Decoder, Trace
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_hidden
@@ -43,8 +45,11 @@ def chunked_kl(
 ) -> Tensor:
     """T^2 KL(teacher || student) at temperature T, mean over positions, from what goes into the final norm.
 
+    With several processes the mean is over the positions of all of them: each one returns its own part times their
+    number, so that the average that DDP and ZeRO make of gradients is the gradient of that mean.
+
     Args:
-        student, teacher: ``[positions, hidden]``; no gradient flows into ``teacher``.
+        student, teacher: ``[positions, hidden]``, of this process; no gradient flows into ``teacher``.
         chunk: positions whose logits are alive at a time; as many as :data:`CHUNK_LOGITS` allows unless given.
 
     Returns:
@@ -58,14 +63,16 @@ def chunked_kl(
         return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
 
     chunk = chunk or max(1, CHUNK_LOGITS // decoder.config.vocab_size)
-    if len(student) <= chunk:
+    positions = ranks.counts(len(student), student.device)
+    chunks = -(-max(positions) // chunk)  # as many as the others make: weights in shards are gathered together
+    if chunks <= 1:
         total = divergence(student, teacher)
     else:
         total = sum(
             torch.utils.checkpoint.checkpoint(divergence, *pair, use_reentrant=False)
-            for pair in zip(student.split(chunk), teacher.split(chunk), strict=True)
+            for pair in zip(student.tensor_split(chunks), teacher.tensor_split(chunks), strict=True)
         )
-    return temperature**2 * total / len(student)
+    return temperature**2 * total * len(positions) / sum(positions)
 
 
 class KVProjectionTraining(lightning.LightningModule):
@@ -83,6 +90,8 @@ class KVProjectionTraining(lightning.LightningModule):
         seed: of the adapters' dropout, together with the step's number.
         learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
         decay: its shape.
+        round_steps: the learning rate rises and falls over so many steps, and again where a training goes on from a
+            round's end; over the whole training unless given.
         gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
     """
 
@@ -96,6 +105,7 @@ class KVProjectionTraining(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.1,
         decay: Literal["cosine", "linear"] = "cosine",
+        round_steps: int | None = None,
         kv_match: float = 0.0,
         hidden_match: float = 0.0,
         gradient_checkpointing: bool = False,
@@ -105,14 +115,14 @@ class KVProjectionTraining(lightning.LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained, never the base
         self.plan, self.temperature, self.seed = plan, temperature, seed
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
+        self.round_steps = round_steps
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
-        self.decoder = projections.decoder
-        self.base = self.decoder.model
+        self.decoder = projections.decoder  # no module: the base is placed, and maybe sharded, by its owner
         self.projections = projections
 
     def on_fit_start(self):
-        self.base.eval()
+        self.decoder.model.eval()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -120,13 +130,14 @@ class KVProjectionTraining(lightning.LightningModule):
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         # Checkpoints hold no state of the random generator: dropout follows from the step, resumed or not.
-        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * ranks.size() + ranks.rank())
         loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        self.log("validation_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]))
+        loss = self.loss(batch)
+        self.log("validation_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
 
     def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
         """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
@@ -201,14 +212,20 @@ class JointTraining(lightning.LightningModule):
 
 def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer) -> dict:
     optimizer = torch.optim.AdamW([each.parameter_group() for each in trainings])
-    steps = max(1, int(trainer.estimated_stepping_batches))
-    scheduler = get_scheduler(
-        trainings[0].decay,
-        optimizer,
-        num_warmup_steps=round(trainings[0].warmup * steps),
-        num_training_steps=steps,
-    )
+    first = trainings[0]
+    steps = first.round_steps or max(1, int(trainer.estimated_stepping_batches))
+    factor = partial(learning_rate_factor, steps=steps, warmup=round(first.warmup * steps), decay=first.decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["cosine", "linear"]) -> float:
+    """The share of the peak at ``step``: up from zero over ``warmup`` steps, down to zero at ``steps``, then anew."""
+    step %= steps
+    if step < warmup:
+        return step / warmup
+    left = 1 - (step - warmup) / max(1, steps - warmup)
+    return left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 def make_trainable(projections: KVProjections) -> KVProjections:
@@ -232,4 +249,6 @@ def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found.float() - wanted.float()).square().mean() / wanted.float().square().mean().clamp(min=1e-12)
+    """The squared error over the mean square of ``wanted``; of several processes as in :func:`chunked_kl`."""
+    size = ranks.total(wanted.float().square().sum()).clamp(min=1e-12)
+    return ranks.size() * (found.float() - wanted.float()).square().sum() / size

@@ -127,13 +127,16 @@ class Projection:
 
 @dataclass
 class Budget:
-    """How much may be lost, how sure that has to be, and which depths are tried."""
+    """How much may be lost or how fast it has to be, how sure that has to be, and what is tried."""
 
     metric: Literal["agreement", "nll_increase", "exact_match"] = "agreement"
     max_drop: float = 0.01
+    speedup: float | None = None
     confidence: float = 0.95
     min_pruned: int = 2
     candidates: int | list[int] | Literal["all"] = 8
+    boundaries: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
+    extensions: int = 2
 
 
 @dataclass
@@ -142,7 +145,7 @@ class Recipe:
 
     seed: int = 0
     output: str = "runs/pop"
-    boundary: int = 1
+    boundary: int | Literal["auto"] = 1
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     importance: Importance = field(default_factory=Importance)
@@ -217,7 +220,8 @@ def usage() -> str:
         lines.append(f"  {key:<{width}}  {_describe(hint)} ({default})")
     trainer = ", ".join(key.removeprefix("trainer.") for key in _keys() if key.startswith("trainer."))
     trainer = textwrap.fill(trainer, 110, initial_indent="    ", subsequent_indent="    ")
-    return USAGE.format(bundled=", ".join(bundled_recipes()), keys="\n".join(lines), trainer=trainer)
+    bundled = textwrap.fill(", ".join(bundled_recipes()), 110, subsequent_indent=" " * 25, initial_indent=" " * 25)
+    return USAGE.format(bundled=bundled.strip(), keys="\n".join(lines), trainer=trainer)
 
 
 def bundled_recipes() -> list[str]:
@@ -243,7 +247,7 @@ def _problems(recipe: Recipe) -> list[str]:
             problems.append(f"{key} is required: expected {what}, found nothing")
     least = {
         "seed": (recipe.seed, 0),
-        "boundary": (recipe.boundary, 0),
+        "boundary": (None if recipe.boundary == "auto" else recipe.boundary, 0),
         "data.max_prompt_tokens": (data.max_prompt_tokens, 1),
         "data.max_response_tokens": (data.max_response_tokens, 1),
         "data.limit": (data.limit, 1),
@@ -259,6 +263,8 @@ def _problems(recipe: Recipe) -> list[str]:
         "projection.lora.r": (projection.lora.r, 1),
         "budget.max_drop": (budget.max_drop, 0),
         "budget.min_pruned": (budget.min_pruned, 1),
+        "budget.extensions": (budget.extensions, 0),
+        **{f"budget.boundaries[{index}]": (k, 0) for index, k in enumerate(budget.boundaries)},
     }
     for key, (value, bound) in least.items():
         if value is not None and not (math.isfinite(value) and value >= bound):
@@ -274,6 +280,10 @@ def _problems(recipe: Recipe) -> list[str]:
     for key, value in positive.items():
         if not (math.isfinite(value) and value > 0):
             problems.append(f"{key} must be above 0, found {value}")
+    if budget.speedup is not None and not (math.isfinite(budget.speedup) and budget.speedup > 1):
+        problems.append(f"budget.speedup must be a ratio above 1, or null, found {budget.speedup}")
+    if recipe.boundary == "auto" and not budget.boundaries:
+        problems.append("budget.boundaries must name what boundary: auto chooses from, found an empty list")
     if recipe.seed >= 2**32:
         problems.append(f"seed must be below 2**32, found {recipe.seed}")
     if not 0 <= projection.warmup <= 1:

@@ -23,6 +23,7 @@ from pop_lightning.files import write_text
 from pop_lightning.metrics import rows_needed
 
 DASH = "–"
+NOISY = 0.2  # a p90 this share above the median is worth a warning
 
 # Matplotlib draws in placeholder colours; each becomes a CSS variable, so that one SVG fits light and dark pages.
 _INK, _MUTED, _GRID, _BAND, _LIMIT = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -80,7 +81,7 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
 
 
 def print_table(metrics: dict[str, Any]) -> str:
-    """The run as plain text for the terminal: the curve, the comparison and the line that says what was chosen."""
+    """The run as plain text for the terminal: what search and verify rows said, and what was chosen."""
     metric = metrics["budget"]["metric"]
     blocks = [
         text_table(
@@ -99,6 +100,47 @@ def print_table(metrics: dict[str, Any]) -> str:
             ],
         )
     ]
+    if metrics.get("verification"):
+        blocks.append(
+            text_table(
+                ["verify rows: depth", "projection", "loss", "bound", "verdict"],
+                [
+                    [
+                        str(row["depth"]),
+                        _or_dash(row.get("projection")),
+                        amount(row["value"], metric),
+                        amount(row["bound"], metric),
+                        verdict(row["passed"]),
+                    ]
+                    for row in metrics["verification"]
+                ],
+            )
+        )
+    if metrics.get("boundaries"):
+        blocks.append(
+            text_table(
+                [
+                    f"boundary at depth {metrics['boundaries'][0]['depth']}",
+                    "KL",
+                    "agreement",
+                    "loss",
+                    "bound",
+                    "counted",
+                ],
+                [
+                    [
+                        str(row["boundary"]),
+                        number(row.get("kl")),
+                        percent(row.get("agreement")),
+                        amount(row.get("loss"), metric),
+                        amount(row.get("bound"), metric),
+                        ratio(row["speedup"]),
+                    ]
+                    for row in metrics["boundaries"]
+                ],
+                left=(),
+            )
+        )
     if metrics.get("comparison"):
         blocks.append(
             text_table(
@@ -131,27 +173,37 @@ def headline(metrics: dict[str, Any]) -> str:
             f"loss of {budget['metric']} within {allowed}; nothing was exported."
         )
     start = f"Context tokens run through {depth} of {layers} layers"
+    if wanted := budget.get("speedup"):
+        counted = metrics["arithmetic"]
+        start = (
+            f"{ratio(counted['ratio'])} counted at {count(counted['prompt_tokens'], 'prompt token')} "
+            f"({ratio(wanted)} wanted): {start[0].lower()}{start[1:]}"
+        )
     verified = metrics.get("verified")
     if not verified:
         return f"{start}; no verify split was opened, so the loss of {budget['metric']} carries no bound."
     metric = verified["metric"]
+    condition = "" if wanted else f"; budget {amount(budget['max_drop'], budget['metric'])}"
     return (
-        f"{start}: the loss of {metric} is {amount(verified['value'], metric)}, and at most "
+        f"{start}{'; ' if wanted else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
-        f"({count(verified['rows'], 'verify row')}; budget {amount(budget['max_drop'], budget['metric'])})."
+        f"({draws(verified)}{condition})."
     )
 
 
 def advice(metrics: dict[str, Any]) -> str:
     """What to change where the verify rows are too few to show that the budget is kept; empty where they are enough."""
     budget, smallest = metrics["budget"], metrics.get("smallest_certifiable_drop")
+    if budget.get("speedup"):
+        return ""
     if smallest is None or smallest <= budget["max_drop"]:
         return _near_miss(metrics)
-    found = f"The {count(metrics['rows']['verify'], 'verify row')} can certify no drop below {percent(smallest)}"
+    verify = {"rows": metrics["rows"]["verify"], "prompts": (metrics.get("prompts") or {}).get("verify")}
+    found = f"The {draws(verify)} can certify no drop below {percent(smallest)}"
     if budget["max_drop"] <= 0:
         return f"{found}, and no number of rows certifies 0; raise budget.max_drop."
     needed = rows_needed(budget["max_drop"], budget["metric"], budget["confidence"])
-    return f"{found}; give at least {needed} verify rows, or raise budget.max_drop."
+    return f"{found}; give at least {needed} verify rows of different prompts, or raise budget.max_drop."
 
 
 def _near_miss(metrics: dict[str, Any]) -> str:
@@ -166,6 +218,38 @@ def _near_miss(metrics: dict[str, Any]) -> str:
         f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; give more "
         "rows, or raise budget.max_drop."
     )
+
+
+def noise(ttft: dict[str, Any] | None) -> str:
+    """A warning where the times of one prefill spread so far that their ratio says little; else empty."""
+    spreads = [
+        (name, ttft[f"{name}_p90_ms"] / ttft[f"{name}_ms"] - 1)
+        for name in ("full", "pruned")
+        if ttft and ttft.get(f"{name}_p90_ms")
+    ]
+    name, spread = max(spreads, key=lambda each: each[1], default=("", 0.0))
+    if spread <= NOISY:
+        return ""
+    return (
+        f"The times are noisy: the {name} prefill's p90 lies {spread:.0%} above its median. Take the ratio as rough; "
+        "pop-generate --benchmark on an idle machine gives a better one."
+    )
+
+
+def draws(found: dict[str, Any]) -> str:
+    """`600 verify rows`, and of how many prompts where some prompt has several."""
+    rows, prompts = count(found["rows"], "verify row"), found.get("prompts")
+    return rows if prompts in (None, found["rows"]) else f"{rows} of {count(prompts, 'prompt')}"
+
+
+def verdict(passed: bool | None) -> str:
+    """What a verify row of the table says; `measured` where no budget was a condition."""
+    return {True: "passed", False: "failed", None: "measured"}[passed]
+
+
+def ratio(value: float | None) -> str:
+    """A speedup: `1.52x`."""
+    return DASH if value is None else f"{value:.2f}x"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -226,7 +310,14 @@ def milliseconds(value: float | None) -> str:
 def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        number=number, percent=percent, amount=amount, flops=flops, ms=milliseconds, confidence=confidence
+        number=number,
+        percent=percent,
+        amount=amount,
+        flops=flops,
+        ms=milliseconds,
+        confidence=confidence,
+        ratio=ratio,
+        verdict=verdict,
     )
     template = environment.from_string(files("pop_lightning").joinpath("report.html.jinja").read_text("utf-8"))
     metric = metrics["budget"]["metric"]
@@ -254,11 +345,15 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         saved=1 - arithmetic["pruned_flops"] / arithmetic["full_flops"] if arithmetic else None,
         ttft=ttft,
         speedup=ttft["full_ms"] / ttft["pruned_ms"] if ttft else None,
+        noise=noise(ttft),
+        wanted=metrics["budget"].get("speedup"),
+        boundaries=metrics.get("boundaries") or [],
         comparison=metrics.get("comparison") or [],
         verification=metrics.get("verification") or [],
         decisions=metrics.get("decisions") or [],
         curve=_by_depth(metrics["curve"]),
         has_ridge=any(row.get("ridge") is not None for row in metrics["curve"]),
+        has_steps=any(row.get("steps") for row in metrics["curve"]),
         rows=metrics["rows"],
         unusable=metrics["rows"].get("unusable") or {},
         versions=metrics.get("versions") or {},
@@ -361,7 +456,7 @@ def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
 
 def _loss_plot(metrics: dict[str, Any]) -> Markup:
     budget, curve = metrics["budget"], metrics["curve"]
-    metric, limit = budget["metric"], float(budget["max_drop"])
+    metric, limit = budget["metric"], None if budget.get("speedup") else float(budget["max_drop"])
 
     def draw(axes: Axes) -> None:
         bounded = False
@@ -375,13 +470,14 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
             bounded = bounded or any(math.isfinite(bound) for bound in bounds)
         if bounded:
             axes.plot([], [], linewidth=1.1, linestyle=(0, (3, 2)), color=_MUTED, label="upper bound")
-        axes.axhline(limit, color=_LIMIT, linewidth=1.4, label=f"budget {amount(limit, metric)}")
+        if limit is not None:
+            axes.axhline(limit, color=_LIMIT, linewidth=1.4, label=f"budget {amount(limit, metric)}")
         if metrics["depth"] is not None:
             axes.axvline(metrics["depth"], color=_MUTED, linewidth=1, linestyle=":", label=f"depth {metrics['depth']}")
-        threshold = limit if limit > 0 else 1e-3
+        threshold = limit or 1e-3
         axes.set_yscale("symlog", linthresh=threshold)
         values = [_plotted(row.get(key)) for row in curve for key in ("loss", "bound")]
-        finite = [value for value in values if math.isfinite(value)] + [limit]
+        finite = [value for value in values if math.isfinite(value)] + [threshold]
         axes.set_ylim(min(0.0, *finite) - 0.06 * threshold, max(finite) * 1.4 + 0.06 * threshold)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
         axes.yaxis.set_minor_locator(NullLocator())

@@ -1,7 +1,8 @@
 """The output folder of one ``pop-fit`` run: opening it, and the state that a resumed run finds in it.
 
 The pipeline asks here for whatever a stage left behind. Each stage leaves one complete file (``state/`` for what only a
-resumed run reads), so that a run can be killed anywhere and resumed.
+resumed run reads), so that a run can be killed anywhere and resumed. Of several processes the first one alone writes,
+and what it finds goes for all; the others read large files themselves, so the folder must be one that all of them see.
 """
 
 import json
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import safetensors.torch
 
+from pop_lightning import ranks
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.files import write_json, write_whole
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
+from pop_lightning.selection import Choice
 
 
 class RunFolder:
@@ -30,10 +33,19 @@ class RunFolder:
     def __init__(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False):
         self.root = Path(recipe.output)
         self.state = self.root / "state"
+        ranks.from_first(lambda: self._open(recipe, resume, overwrite))
+        blind = [rank for rank, seen in enumerate(ranks.gather((self.root / "recipe.yaml").is_file())) if not seen]
+        if blind:
+            raise InputError(
+                f"output {self.root} is not seen by process {blind[0]}: it must lie on a file system that every node "
+                "mounts; choose another with --output."
+            )
+
+    def _open(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"output {self.root} is a file; name a folder.")
         stored = self.root / "recipe.yaml"
-        if self.root.is_dir() and any(self.root.iterdir()):
+        if self.root.is_dir() and not self._blank():
             if overwrite:
                 self._set_aside()
             elif not resume:
@@ -58,6 +70,13 @@ class RunFolder:
 
     # --- opening --------------------------------------------------------------------------------------------------
 
+    def _blank(self) -> bool:
+        """Whether nothing stands here but what a run that was killed while opening the folder left."""
+        return all(
+            path == self.state or (path.name.startswith(".") and path.name.endswith(".recipe.yaml"))
+            for path in self.root.rglob("*")
+        )
+
     @property
     def _aside(self) -> Path:
         """Where a run that ``--overwrite`` replaces waits until the new one's input was found good."""
@@ -74,7 +93,8 @@ class RunFolder:
 
     def settle(self) -> None:
         """The input was found good: what this run replaces can go."""
-        shutil.rmtree(self._aside, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(self._aside, ignore_errors=True)
 
     @contextmanager
     def undone_on_bad_input(self):
@@ -85,6 +105,8 @@ class RunFolder:
         try:
             yield
         except (InputError, KeyboardInterrupt):
+            if not ranks.is_first():
+                raise
             found = {path.relative_to(self.root).as_posix() for path in self.root.rglob("*")}
             if found <= {"recipe.yaml", "state", "state/data.json"}:
                 shutil.rmtree(self.root)
@@ -95,28 +117,41 @@ class RunFolder:
     # --- what stages leave behind -----------------------------------------------------------------------------------
 
     def once(self, name: str, compute: Callable[[], dict]) -> dict:
-        """What the JSON file ``name`` holds; ``compute`` makes it where the stage has not ended yet."""
-        path = self.root / name
-        if not path.is_file():
-            write_json(path, compute())
-        return json.loads(path.read_text())
+        """What the JSON file ``name`` holds; where the stage has not ended yet, every process runs ``compute``."""
+        if not ranks.from_first((self.root / name).is_file):
+            self.write(name, compute())
+        return self.read(name)
 
     def read(self, name: str) -> dict:
         """What the JSON file ``name`` holds; empty where there is none."""
         path = self.root / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return ranks.from_first(lambda: json.loads(path.read_text()) if path.is_file() else {})
 
-    def has_projections(self, depth: int, kind: str) -> bool:
-        return self._projections(depth, kind).is_file()
+    def write(self, name: str, content: dict) -> None:
+        if ranks.is_first():
+            write_json(self.root / name, content)
 
-    def write_projections(self, projections: KVProjections) -> None:
-        state, path = projections.fitted_state(), self._projections(projections.depth, projections.kind)
-        write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary))
+    def has_projections(self, choice: Choice) -> bool:
+        return ranks.from_first(self._projections(choice).is_file)
 
-    def read_projections(self, decoder: Decoder, depth: int, kind: str) -> KVProjections:
-        return KVProjections.from_state(
-            decoder, depth, kind, safetensors.torch.load_file(self._projections(depth, kind))
-        )
+    def write_projections(self, choice: Choice, projections: KVProjections) -> None:
+        if ranks.is_first():
+            state = projections.fitted_state()
+            write_whole(self._projections(choice), lambda temporary: safetensors.torch.save_file(state, temporary))
+        ranks.barrier()  # the others may read it next
 
-    def _projections(self, depth: int, kind: str) -> Path:
-        return self.state / f"{kind}-depth{depth}.safetensors"
+    def read_projections(self, decoder: Decoder, choice: Choice) -> KVProjections:
+        """What was fitted under ``choice``; reuse is made from the base's own weights."""
+        if choice.projection == "reuse":
+            return KVProjections(decoder, choice.depth)
+        state = safetensors.torch.load_file(self._projections(choice))
+        return KVProjections.from_state(decoder, choice.depth, choice.projection, state)
+
+    def _projections(self, choice: Choice) -> Path:
+        return self.state / f"{file_name(choice)}.safetensors"
+
+
+def file_name(choice: Choice) -> str:
+    """The name, without its ending, that files about a choice have."""
+    steps = f"-steps{choice.steps}" if choice.steps else ""
+    return f"{choice.projection}-depth{choice.depth}{steps}"

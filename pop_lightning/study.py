@@ -88,7 +88,7 @@ def run(settings: Settings) -> dict:
         InputError: base, rows or settings do not fit.
     """
     quiet_lightning()
-    decoder = Decoder(load_model(settings.base))
+    decoder = Decoder(load_model(settings.base).to(_trainer().strategy.root_device))
     check_decoder(decoder)
     tokenizer = load_tokenizer(settings.base)
     rows = _rows(settings, tokenizer, decoder)

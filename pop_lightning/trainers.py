@@ -1,12 +1,24 @@
-"""Lightning trainers for the stages of ``pop-fit``, made from the recipe's ``trainer`` section."""
+"""Lightning trainers for the stages of ``pop-fit``, made from the recipe's ``trainer`` section.
 
+The pipeline asks here for everything that depends on where it runs: the processes, the base on its device or in shards,
+a trainer for a pass over rows, and one whole training with its checkpoints.
+"""
+
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
+from pop_lightning import launch, ranks, strategies
 from pop_lightning.errors import InputError
+from pop_lightning.files import restore_folder
 from pop_lightning.recipe import Recipe
 
 # They would cut the rows or steps of every stage alike.
@@ -17,14 +29,14 @@ class Trainers:
     """A trainer per stage, all from one recipe.
 
     Attributes:
-        device: where they run; the base is loaded there.
+        device: where this process's stages run.
 
     Raises:
-        InputError: there is no such device, more than one, or a key that would cut the rows of a stage.
+        InputError: there is no such device or strategy, or a key would cut the rows of a stage.
     """
 
-    def __init__(self, recipe: Recipe, output: Path):
-        self.recipe, self.output = recipe, output
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
         given = recipe.trainer
         for key in _CUTTING:
             if given.get(key) not in (None, False, -1):
@@ -32,25 +44,107 @@ class Trainers:
                     f"trainer.{key} is {given[key]!r}, which would cut the rows or steps of every stage: leave it out; "
                     "data.limit and projection.steps are the keys for that."
                 )
-        trainer = _lightning_trainer(recipe.trainer_arguments())
-        if trainer.world_size != 1:
+        self.strategy = given.get("strategy") or "auto"
+        strategies.check(self.strategy, given.get("accelerator"))
+        self._plain = "ddp" if self.strategy in strategies.DEEPSPEED else self.strategy
+        probe = _lightning_trainer(recipe.trainer_arguments() | {"strategy": self._plain})
+        self.device: torch.device = probe.strategy.root_device
+        self._ranked = probe.strategy if isinstance(probe.strategy, DDPStrategy) else None
+        if self._ranked and recipe.model.device_map is not None:
             raise InputError(
-                f"trainer.devices {given.get('devices')!r} asks for {trainer.world_size} processes, and pop-fit runs "
-                "in one: set trainer.devices to 1."
+                f"model.device_map {recipe.model.device_map!r} does not go with trainer.strategy {self.strategy}, "
+                "which places the base itself: leave model.device_map out."
             )
-        self.device: torch.device = trainer.strategy.root_device
+        self._sharded = strategies.ShardedBase(self.strategy) if strategies.shards_base(self.strategy) else None
 
-    def make(self, what: str, *callbacks: lightning.Callback, **overrides) -> "Trainer":
-        """A trainer for the stage ``what``, which is printed; ``overrides`` are arguments of ``lightning.Trainer``."""
+    @contextlib.contextmanager
+    def processes(self):
+        """Inside, every process of the run is there; see :func:`pop_lightning.launch.joined`."""
+        if self._ranked is None:
+            yield
+            return
+        with launch.joined(self._ranked, self.recipe):
+            try:
+                yield
+            finally:
+                if self._sharded is not None:
+                    self._sharded.close()
+
+    def load(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The base where the stages run: on this process's device, as ``model.device_map`` says, or in shards."""
+        if self._sharded is not None:
+            return self._sharded.load(load)
+        model = ranks.first_then_others(load)
+        return model if self.recipe.model.device_map is not None else model.to(self.device)
+
+    @property
+    def shards_base(self) -> bool:
+        return self._sharded is not None
+
+    def make(self, what: str, *callbacks: lightning.Callback) -> "Trainer":
+        """A trainer for a pass over rows, for the stage ``what``, which is printed."""
+        # What belongs to optimiser steps alone would be refused or warned about.
+        return self._make(what, callbacks, strategy=self._plain, accumulate_grad_batches=1, gradient_clip_val=None)
+
+    def train(
+        self,
+        what: str,
+        module: lightning.LightningModule,
+        loader: Callable[[int], DataLoader],
+        *,
+        steps: int,
+        rounds: int,
+        checkpoints: Path,
+        every: int,
+    ) -> None:
+        """Train ``module`` for ``steps`` optimiser steps, from the last checkpoint where there is one.
+
+        Args:
+            loader: endless batches from the one with the given number on.
+            rounds: how often the training was or will be stopped and gone on with, this time included.
+            checkpoints: a folder of this training alone.
+            every: steps between checkpoints.
+        """
+        last = checkpoints / "last.ckpt"
+        if ranks.is_first():
+            restore_folder(last)
+        start = ranks.from_first(lambda: strategies.training_step_of(last) if last.exists() else 0)
+        keep = _Checkpoints(checkpoints, every)
+        trainer = self._make(
+            what + (f", from step {start}" if start else ""),
+            [keep],
+            strategy=strategies.for_training(self.strategy),
+            max_steps=steps,
+            max_epochs=rounds,  # the rows have no end, so a fit is one epoch: one per round
+            enable_checkpointing=True,
+            plugins=strategies.whole_checkpoints(self.strategy, self.recipe.trainer_arguments().get("plugins")),
+        )
+        batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
+        trainer.fit(module, loader(batches), ckpt_path=last if start else None, weights_only=True)
+
+    def _make(self, what: str, callbacks, **overrides) -> "Trainer":
         arguments = self.recipe.trainer_arguments()
-        arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
+        own = [*callbacks, self._sharded] if self._sharded is not None else callbacks
+        arguments["callbacks"] = [*own, *(arguments.get("callbacks") or [])]
         arguments |= {
             "enable_checkpointing": False,
             "enable_model_summary": False,
-            "default_root_dir": str(self.output),
+            "default_root_dir": self.recipe.output,
+            "use_distributed_sampler": False,  # the loaders give each process its share, and no row twice
+            "inference_mode": False,  # what is made in one stage is trained or differentiated in another
         } | overrides
         print(f"{what} ...", flush=True)
         return Trainer(_lightning_trainer(arguments))
+
+
+class _Checkpoints(ModelCheckpoint):
+    """``last.ckpt``, anew every so many steps and at the end of a training, from which a further round goes on."""
+
+    def __init__(self, folder: Path, every: int):
+        super().__init__(folder, save_last=True, every_n_train_steps=every, save_top_k=0, enable_version_counter=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
 class Trainer:

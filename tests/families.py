@@ -65,7 +65,7 @@ FAMILIES = {
     "gemma4": lambda: Gemma4ForCausalLM(
         Gemma4TextConfig(
             **COMMON, sliding_window=WINDOW, layer_types=SLIDING, global_head_dim=16, num_global_key_value_heads=1,
-            attention_k_eq_v=True, hidden_size_per_layer_input=4, vocab_size_per_layer_input=COMMON["vocab_size"],
+            attention_k_eq_v=True, hidden_size_per_layer_input=16, vocab_size_per_layer_input=COMMON["vocab_size"],
         )
     ),
     # Chunks of WINDOW tokens; the layers without RoPE see everything and sharpen their attention from 5 tokens on.
@@ -103,6 +103,8 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
             torch.nn.init.normal_(parameter, 0.0 if "bias" in name else neutral, 0.2)
         elif parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, 0.0, 0.15)
+        if family == "gemma4" and "k_norm" in name:
+            parameter.data.mul_(0.25)  # its scores are not scaled: the norms learn it, or attention is all or nothing
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.8)
@@ -111,6 +113,15 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
     if family == "qwen3_moe" and (attention == "eager" or dtype == torch.float64):
         model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def take_all_experts(model):
+    """Every token goes to every expert: for comparisons in half precision, where a near tie between two of them falls
+    one way in one computation and the other way in the other, which no bound on rounding covers."""
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts
+    return model
 
 
 def ragged(lengths, seed=0):

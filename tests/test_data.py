@@ -452,8 +452,10 @@ def test_collate_aligns_where_the_responses_start():
     assert batch["prompt_length"] == 3
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 1], [1, 1, 9, 10, 11], [1, 12, 13, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]
-    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == batch["row_seed"].dtype == torch.long
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == batch["prompt_seed"].dtype == torch.long
+    assert batch["row_seed"].dtype == torch.long
     assert batch["row_seed"].tolist() == [row.seed for row in rows]
+    assert batch["prompt_seed"].tolist() == [row.prompt_seed for row in rows]
 
 
 def test_a_rows_seed_is_63_bits_of_its_content_and_never_changes():

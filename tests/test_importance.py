@@ -30,10 +30,10 @@ def rows(count=6, seed=0):
 def score(model, batches, seed=0):
     module = ImportanceScoring(Decoder(model), seed=seed)
     trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, inference_mode=False,
     )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
     return module.scores
 
 

@@ -11,12 +11,15 @@ from pop_lightning.errors import InputError
 from pop_lightning.metrics import (
     METRICS,
     ROW_METRICS,
+    Losses,
     RowMetrics,
     fixed_sequence,
+    prompt_losses,
     response_metrics,
     row_loss,
     rows_needed,
     smallest_certifiable,
+    summary,
     upper_bound,
 )
 
@@ -178,12 +181,15 @@ def test_bounds_refuse_bad_losses():
         upper_bound([0.5], "exact_match")
     with pytest.raises(InputError, match=r"\[0, 1\]"):
         upper_bound([1.5], "agreement")
+    with pytest.raises(InputError, match=r"exact_match losses must lie in \[0, 1\]"):
+        upper_bound([1.5], "exact_match", averaged=True)
     with pytest.raises(InputError, match="confidence"):
         upper_bound([0.0], "agreement", 95)
 
 
 def test_fixed_sequence_stops_at_the_first_failure():
     losses = {11: [0.0] * 400, 8: [0.0] * 400, 6: [1.0] * 40 + [0.0] * 360}  # depth 4 would raise if looked up
+    losses = {depth: Losses(values) for depth, values in losses.items()}
     verdicts = fixed_sequence([11, 8, 6, 4], losses, "exact_match", 0.01)
     assert [(v.depth, v.passed, v.rows) for v in verdicts] == [(11, True, 400), (8, True, 400), (6, False, 400)]
     assert verdicts[-1].value == pytest.approx(0.1)
@@ -191,6 +197,66 @@ def test_fixed_sequence_stops_at_the_first_failure():
     assert fixed_sequence([], {}, "agreement", 0.01) == []
     with pytest.raises(InputError, match="largest depth first"):
         fixed_sequence([4, 8], losses, "agreement", 0.01)
+
+
+# --- several rows of one prompt -------------------------------------------------------------------------------------
+
+
+def measured(prompts, losses):
+    """Rows as `RowMetrics.compute` returns them, whose agreement loses `losses`."""
+    lost = torch.tensor(losses)
+    same = {name: torch.zeros(len(losses)) for name in ROW_METRICS}
+    exact = {"exact_match": (lost == 0).float(), "teacher_exact_match": torch.ones(len(losses))}
+    return same | exact | {"agreement": 1 - lost, "prompt": torch.tensor(prompts)}
+
+
+@pytest.mark.parametrize("metric", ["agreement", "exact_match"])
+def test_rows_of_one_prompt_are_one_draw(metric):
+    once = prompt_losses(measured([5, 3, 9], [0.0, 1.0, 0.0]), metric)
+    thrice = prompt_losses(measured([5, 3, 9] * 3, [0.0, 1.0, 0.0] * 3), metric)
+    assert list(thrice.values) == list(once.values) == [1.0, 0.0, 0.0]  # in order of the prompts
+    assert (once.rows, thrice.rows) == (3, 9)
+    assert thrice.bound(metric, 0.95) >= once.bound(metric, 0.95)  # repeating a prompt shows nothing new
+
+
+def test_a_prompts_loss_is_the_mean_of_its_rows():
+    losses = prompt_losses(measured([7, 7, 7, 1], [1.0, 0.0, 0.0, 0.0]), "exact_match")
+    assert list(losses.values) == pytest.approx([0.0, 1 / 3])
+    assert losses.mean == pytest.approx(1 / 6)
+    assert losses.averaged
+    assert losses.bound("exact_match", 0.95) == upper_bound([0.0, 1 / 3], "agreement", 0.95)
+    found = summary(measured([7, 7, 7, 1], [1.0, 0.0, 0.0, 0.0]), "agreement", 0.95, 100)
+    assert (found["rows"], found["prompts"]) == (4, 2)
+    assert found["agreement"] == pytest.approx(1 - found["loss"]) == pytest.approx(5 / 6)
+
+
+def test_bounds_over_prompts_cover_where_rows_of_a_prompt_fail_together():
+    generator = np.random.default_rng(5)
+    prompts, rows, rate, covered, by_row = 60, 4, 0.1, [], []
+    for _ in range(200):
+        lost = (generator.random(prompts) < rate).astype(float)  # all rows of a prompt alike: the worst case
+        losses = prompt_losses(measured(np.repeat(np.arange(prompts), rows).tolist(), np.repeat(lost, rows).tolist()),
+                               "exact_match")  # fmt: skip
+        covered.append(losses.bound("exact_match", 0.9) >= rate)
+        by_row.append(upper_bound(np.repeat(lost, rows), "exact_match", 0.9) >= rate)
+    assert np.mean(covered) >= 0.9 - 2 * math.sqrt(0.09 / 200)
+    assert np.mean(by_row) < 0.85  # what counting rows would have promised
+
+
+def test_the_choice_between_the_bounds_of_exact_match_does_not_look_at_the_losses():
+    assert Losses([0.0, 1.0, 0.0], rows=6).averaged
+    looser = Losses([0.0, 1.0, 0.0], rows=6).bound("exact_match", 0.95)
+    assert looser > Losses([0.0, 1.0, 0.0]).bound("exact_match", 0.95)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_expected_bound_at_the_same_number_of_prompts_is_the_bound(metric):
+    values = [0.0] * 50 + [1.0] * 5
+    losses = Losses(values)
+    assert losses.expected_bound(metric, 0.95, 55) == pytest.approx(losses.bound(metric, 0.95))
+    assert losses.mean < losses.expected_bound(metric, 0.95, 550) < losses.bound(metric, 0.95)
+    if metric != "nll_increase":
+        assert losses.expected_bound(metric, 0.95, 550) == pytest.approx(upper_bound(values * 10, metric, 0.95))
 
 
 def test_row_losses_do_not_depend_on_the_order_of_batches():
@@ -225,7 +291,7 @@ def test_a_rank_without_rows_joins_the_gather_with_the_right_types():
 
     metric = RowMetrics(["kl"], dist_sync_fn=gather, distributed_available_fn=lambda: True)
     assert metric.compute()["kl"].tolist() == pytest.approx([0.1, 0.3])
-    assert sent == [torch.int64, torch.float32]
+    assert sent == [torch.int64, torch.int64, torch.float32]
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

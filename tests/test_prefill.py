@@ -33,6 +33,7 @@ from families import (
     ragged,
     random_maps,
     relative,
+    take_all_experts,
     two_pass,
 )
 
@@ -48,6 +49,8 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 def shared(family, attention, device, dtype=torch.float32, seed=0, exact=False):
     """One model for many cases; nothing in this file's matrices changes it. ``exact``: the same weights in float32."""
     model = build(family, attention, dtype, seed).to(device)
+    if dtype == torch.bfloat16:
+        take_all_experts(model)
     return model.float() if exact else model
 
 

@@ -1,7 +1,10 @@
 """The recipes of full-size models, run whole and offline on their real classes with every size shrunken."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from families import COMMON, WINDOW
 from workbench import WORDS, save_tokenizer
 
 PAPER = ["llama3_1_8b", "gemma3_12b", "qwen3_vl_8b"]
+SHARDED = "llama3_3_70b_deepspeed"
 OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("gemma3_4b", "qwen3_8b", "mistral_7b")]
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}w1 {{ message.content }} w2 "
@@ -68,33 +72,41 @@ def chats(folder, family, rows=60):
     return folder / "chats.jsonl"
 
 
-@pytest.mark.parametrize("name", [*PAPER, *OTHERS])
-def test_a_full_size_recipe_runs_on_its_shrunken_model(name, tmp_path):
+def prepare(name, folder, **changes):
+    """The command line of a recipe over a shrunken model and chats in ``folder``, the model, and its vision family."""
     torch.manual_seed(0)
-    config = shrunken(name)
+    config = shrunken(name.removesuffix("_deepspeed"))
     family = next((family for family in vision.FAMILIES if name.startswith(family)), None)
     model = auto_class(config).from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(folder / "base")
     if family is None:
-        save_tokenizer(tmp_path / "base", chat_template=TEMPLATE)
+        save_tokenizer(folder / "base", chat_template=TEMPLATE)
     else:
-        vision.processor(family).save_pretrained(tmp_path / "base")
+        vision.processor(family).save_pretrained(folder / "base")
     changes = {
-        "model.base": tmp_path / "base",
-        "data.calibration": chats(tmp_path, family),
+        "model.base": folder / "base",
+        "data.calibration": chats(folder, family),
         "data.max_prompt_tokens": 64,
         "data.max_response_tokens": 8,
-        "output": tmp_path / "run",
+        "output": folder / "run",
         "budget.max_drop": 0.9,
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
-    }
-    assert (
-        fit.main(["--recipe", name, *[part for key, value in changes.items() for part in (f"--{key}", f"{value}")]])
-        == 0
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    return (
+        ["--recipe", name, *[part for key, value in changes.items() for part in (f"--{key}", f"{value}")]],
+        model,
+        family,
     )
+
+
+@pytest.mark.parametrize("name", [*PAPER, *OTHERS, SHARDED])
+def test_a_full_size_recipe_runs_on_its_shrunken_model(name, tmp_path):
+    one = {"trainer__strategy": "auto", "trainer__devices": 1, "budget__candidates": [2, 1]} if name == SHARDED else {}
+    command, model, family = prepare(name, tmp_path, **one)
+    assert fit.main(command) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["layers"] == config.get_text_config().num_hidden_layers
+    assert metrics["layers"] == model.config.get_text_config().num_hidden_layers
     assert {entry["projection"] for entry in metrics["curve"]} == {"reuse", "closed_form"}
     generator = StageAwareGenerator.from_artifact(tmp_path / "run" / "artifact")
     assert type(generator.model) is type(model)
@@ -112,3 +124,20 @@ def test_a_full_size_recipe_runs_on_its_shrunken_model(name, tmp_path):
         assert "pixel_values" in inputs
     new = generator.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
     assert new.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.full
+def test_the_sharded_recipe_runs_on_two_processes(tmp_path):
+    command, *_ = prepare(SHARDED, tmp_path, trainer__devices=2, budget__candidates=[2, 1])
+    whole_in_shards = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = {"zero_allow_untested_optimizer": True, "zero_optimization": whole_in_shards}
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PL_DEEPSPEED_CONFIG_PATH": str(tmp_path / "zero3.json")}
+    process = [sys.executable, "-m", "pop_lightning.cli.fit", *command]
+    result = subprocess.run(process, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["depth"] in (1, 2)
+    assert metrics["ttft"] is None  # a base in shards is no served model
+    generator = StageAwareGenerator.from_artifact(tmp_path / "run" / "artifact")
+    assert next(generator.model.parameters()).dtype == torch.bfloat16

@@ -45,9 +45,24 @@ METRICS = {
     "smallest_certifiable_drop": 0.00898,
     "verified": {"metric": "agreement", "value": 0.00123, "bound": 0.00946, "rows": 332, "confidence": 0.95},
     "verification": [
-        {"depth": 10, "value": 0.0, "bound": 0.00898, "rows": 332, "passed": True},
-        {"depth": 8, "value": 0.00123, "bound": 0.00946, "rows": 332, "passed": True},
-        {"depth": 6, "value": 0.0271, "bound": 0.0412, "rows": 332, "passed": False},
+        {
+            "depth": depth,
+            "value": value,
+            "bound": bound,
+            "rows": 332,
+            "prompts": 332,
+            "passed": passed,
+            "projection": kind,
+        }
+        for depth, value, bound, passed, kind in (
+            (10, 0.0, 0.00898, True, "closed_form"),
+            (8, 0.00123, 0.00946, True, "closed_form"),
+            (6, 0.0271, 0.0412, False, "lora"),
+        )
+    ],
+    "boundaries": [
+        curve_row(8, "closed_form", loss, boundary=k, speedup=speedup)
+        for k, loss, speedup in ((1, 0.0011, 1.45), (4, 0.0009, 1.447), (16, 0.0004, 1.43), (64, 0.0, 1.37))
     ],
     "curve": [
         curve_row(depth, kind, loss, **({"ridge": 0.1} if kind == "closed_form" else {}))
@@ -83,6 +98,8 @@ METRICS = {
         "batch": 1,
         "full_ms": 412.0,
         "pruned_ms": 291.0,
+        "full_p90_ms": 440.0,
+        "pruned_p90_ms": 310.0,
         "ratio": 1.416,
         "repeats": 20,
         "device": "cpu (2 threads)",
@@ -103,7 +120,7 @@ def written(metrics, folder, importance=IMPORTANCE):
 
 
 def nothing_qualified(metrics):
-    last = metrics["verification"][-1] | {"depth": 10}
+    last = metrics["verification"][-1] | {"depth": 10, "projection": "closed_form"}
     return metrics | {"depth": None, "verified": None, "verification": [last], "arithmetic": None, "ttft": None}
 
 
@@ -154,7 +171,10 @@ def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
         "332 verify rows; budget 1.00%",
         "2.9 TFLOP",
         "31.03% saved",
-        "412 ms",
+        "412 ms (p90 440 ms)",
+        "291 ms (p90 310 ms)",
+        "at depth 8, and what it leaves of the speedup",
+        "1.43x",
         "1.42× as fast",
         "cpu (2 threads)",
         "4.12%",
@@ -182,7 +202,7 @@ def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
     Outline(page)
     assert "No depth qualified: none that prunes at least 2 layers of 12" in page
     assert "nothing was exported" in page
-    assert "can certify no drop below 2.95%; give at least 299 verify rows" in page
+    assert "can certify no drop below 2.95%; give at least 299 verify rows of different prompts" in page
     assert "pruned in prefill" not in page
     assert "tr.chosen" in page
     assert 'class="chosen"' not in page
@@ -194,6 +214,31 @@ def test_savings_of_a_depth_that_was_not_chosen_are_not_shown_as_saved(metrics, 
     assert "What pruning would save" in page
     assert "what it saves" not in page
     assert "No depth was chosen." in page
+
+
+def test_a_wanted_speedup_is_the_headline_and_no_loss_is_a_condition(metrics, tmp_path):
+    metrics["budget"]["speedup"] = 1.4
+    metrics["verification"] = [metrics["verification"][1] | {"passed": None}]
+    metrics["verified"] |= {"max_drop": None, "rows": 332, "prompts": 166}
+    told = headline(metrics)
+    assert told.startswith("1.45x counted at 1,024 prompt tokens (1.40x wanted): context tokens run through 8 of 12")
+    assert (
+        "the loss of agreement is 0.12%, and at most 0.95% with 95% confidence (332 verify rows of 166 prompts)" in told
+    )
+    assert "budget" not in told
+    assert advice(metrics | {"smallest_certifiable_drop": 0.5}) == ""
+    page = written(metrics, tmp_path)
+    Outline(page)
+    assert "Target: a counted prefill speedup of 1.40x" in page
+    assert "budget 1.00%" not in page
+    assert "measured</td>" in page
+    assert "measured" in print_table(metrics)
+
+
+def test_noisy_times_carry_a_warning(metrics, tmp_path):
+    assert "noisy" not in written(metrics, tmp_path)
+    metrics["ttft"]["pruned_p90_ms"] = 500.0
+    assert "the pruned prefill&#39;s p90 lies 72% above its median" in written(metrics, tmp_path)
 
 
 def test_the_caption_claims_a_zero_only_where_there_is_one(metrics, tmp_path):
@@ -224,7 +269,8 @@ def test_other_metrics_show_their_own_unit(metrics, tmp_path, metric):
 
 
 def test_optional_parts_may_be_missing(metrics, tmp_path):
-    for key in ("arithmetic", "ttft", "comparison", "verified", "verification", "decisions", "versions", "device"):
+    for key in ("arithmetic", "ttft", "comparison", "verified", "verification", "boundaries", "decisions", "versions",
+                "device"):  # fmt: skip
         metrics[key] = None
     metrics["curve"] = [curve_row(8, "reuse", 0.0, bound=None)]
     Outline(written(metrics, tmp_path))
@@ -253,6 +299,9 @@ def test_terminal_table_holds_curve_comparison_and_choice(metrics):
     assert next(line for line in lines if line.split()[:2] == ["8", "closed_form"]).split()[2:] == [
         "0.00187", "99.89%", "0.00088", "0.11%", "0.91%",
     ]  # fmt: skip
+    assert any(line.split() == ["8", "closed_form", "0.12%", "0.95%", "passed"] for line in lines)
+    assert any(line.split() == ["6", "lora", "2.71%", "4.12%", "failed"] for line in lines)
+    assert any(line.split()[:1] == ["16"] and line.endswith("1.43x") for line in lines)
     assert any(line.startswith("layers removed") and "32.10%" in line for line in lines)
     assert lines[-1].startswith("Context tokens run through 8 of 12 layers")
     assert print_table(nothing_qualified(metrics)).splitlines()[-1].startswith("No depth qualified")

@@ -445,12 +445,7 @@ def test_pop_fit_refuses_what_does_not_fit_in_one_sentence(tmp_path, capsys, mon
     )
     cases = [
         (gemma, ends_in_image, {"boundary": 3}, "boundary 3 begins inside an image of ends.jsonl line"),
-        (
-            qwen,
-            chats,
-            {"budget__candidates": [3, 1]},
-            f"depth 1: it adds image features to its first {DEEPSTACK} layers",
-        ),
+        (qwen, chats, {"budget__candidates": [3, 1]}, f"the smallest depth allowed is {DEEPSTACK}"),
         (qwen, broken, {}, "broken.jsonl line 61, image 1: the file"),
         (qwen, ends_in_image, {}, "has 1 images, and its prompt holds '<|image_pad|>' 0 times"),
     ]

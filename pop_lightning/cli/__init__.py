@@ -1,5 +1,6 @@
 """The command line: thin, no logic of its own. Bad input becomes one sentence on stderr and exit code 2."""
 
+import os
 import signal
 import sys
 import threading
@@ -14,7 +15,8 @@ def run(program: str, body: Callable[[], int | None]) -> int:
     try:
         return body() or 0
     except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts many, all with the same command line
+            print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
