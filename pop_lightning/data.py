@@ -507,7 +507,6 @@ class _Tokeniser:
             )
         render = partial(
             self.tokenizer.apply_chat_template,
-            chat_template=template,
             tools=example.get("tools"),
             chat_template=template,
             tokenize=False,

@@ -49,7 +49,6 @@ class Trace:
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kwargs: dict[int, dict] = field(default_factory=dict)
-    masks: dict[int, Tensor | BlockMask | None] = field(default_factory=dict)
 
 
 # --- what one layer is made of ----------------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def test_videos_and_images_of_several_sizes_are_exact():
 def test_a_depth_inside_the_deepstack_layers_is_refused_with_the_smallest_one_allowed():
     model = build("qwen3_vl")
     for depth in range(1, DEEPSTACK):
-        message = rf"depth {depth}: .*DeepStack.* set the depth to {DEEPSTACK}, the smallest allowed"
+        message = rf"depth {depth}: .*DeepStack.* the smallest depth allowed is {DEEPSTACK}"
         with pytest.raises(InputError, match=message):
             StageAwareGenerator(model, PruningPlan(depth))
         with pytest.raises(InputError, match=message):
@@ -402,10 +402,10 @@ def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
     def score(*batches):
         module = ImportanceScoring(Decoder(build(family)))
         trainer = lightning.Trainer(
-            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, inference_mode=False,
         )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
         return module.scores
 
     together = with_response(prompts(family, rows))
