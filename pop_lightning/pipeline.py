@@ -131,7 +131,12 @@ class _Run:
         ranks.first_then_others(self.data.setup)
         self.base = base_identity(self.model, model.base, model.revision)
         base = self.base["fingerprint"]
-        stored = self.folder.once("state/data.json", lambda: {"digest": self.data.digest, "base": base})
+        stored = self.folder.once(
+            "state/data.json", lambda: {"digest": self.data.digest, "base": base, "versions": _versions()}
+        )
+        for package, before in stored["versions"].items():
+            if before != (now := version(package)):
+                print(f"note: this run was started with {package} {before} and goes on with {now}")
         if stored["base"] != base:
             raise InputError(
                 f"model.base {model.base!r} has other weights than when the run in output {self.folder} was started: "
@@ -498,7 +503,7 @@ class _Run:
             },
             # A base in shards spends its time in gathering them, which says nothing about a served model.
             "ttft": None if self.trainers.shards_base else measure_ttft(generator, tokens),
-            "versions": {name: version(name) for name in ("pop-lightning", "torch", "transformers", "lightning")},
+            "versions": _versions(),
             "device": str(self.model.device),
         }
 
@@ -537,3 +542,7 @@ class _Run:
             | {key: self.budget.measured[name][key] for key in ("rows", "exact_match", "agreement", "kl")}
             for name, (what, variant) in table.items()
         ]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("pop-lightning", "torch", "transformers", "lightning")}

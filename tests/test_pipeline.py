@@ -189,6 +189,18 @@ def test_a_run_is_not_resumed_on_other_rows(base, tmp_path, monkeypatch, capsys)
     assert "holds other rows" in capsys.readouterr().err
 
 
+def test_a_resumed_run_notes_other_versions(base, data, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "_search", _interrupt)
+        assert fit.main(arguments(base, data, output)) == 130
+    state = json.loads((output / "state" / "data.json").read_text())
+    state["versions"]["torch"] = "2.11.0"
+    (output / "state" / "data.json").write_text(json.dumps(state))
+    assert fit.main([*arguments(base, data, output), "--resume"]) == 0
+    assert "started with torch 2.11.0 and goes on with" in capsys.readouterr().out
+
+
 def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     assert fit.main(arguments(base, data, whole)) == 0
