@@ -693,12 +693,14 @@ class Decoder:
         if not types.any():
             return torch.cat([text[None], rotary])
         mask = attention_mask[:, start:]
-        seen, _ = rope.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=mask, **grids)
+        # The model's function takes no row of padding alone, which stands where a process has no row of its own.
+        taken = torch.where(mask.any(1, keepdim=True), mask, 1)
+        seen, _ = rope.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=taken, **grids)
         if start:  # they are counted from these tokens' first, which follows the largest position before it
             before = rotary[:, :, :start].masked_fill(attention_mask[:, :start] == 0, -1)
             first = before.amax((0, 2)) + 1
-            seen = (seen + first[:, None]) * mask
-        return torch.cat([text[None], torch.cat([rotary[:, :, :start], seen], dim=-1)])
+            seen = seen + first[:, None]
+        return torch.cat([text[None], torch.cat([rotary[:, :, :start], seen * mask], dim=-1)])
 
     def _all_of(self, types: Tensor, grids: Mapping[str, Tensor]) -> bool:
         """Whether the grids describe every image and frame that these tokens hold, and not the last ones alone."""

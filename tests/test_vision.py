@@ -185,6 +185,22 @@ def test_rerunning_the_pruned_layers_alone_gives_the_pruned_models_logits(family
     assert relative(decoder.response_logits(batch), plain) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_padding_alone_changes_nothing(family):
+    """It stands where one of several processes has no row of its own."""
+    model, depth = shared(family), depths(family)[0]
+    batch = with_response(prompts(family, [[4, (4, 8), 3], [9]]))
+    padded = batch | {
+        name: torch.cat([batch[name], torch.zeros_like(batch[name][:1])]) for name in ("input_ids", "attention_mask")
+    }
+    decoder, logits = Decoder(model), []
+    for each in (batch, padded):
+        trace, _ = teacher_pass(decoder, each, depth)
+        mask, length = each["attention_mask"], each["prompt_length"]
+        logits.append(student_logits(KVProjections(decoder, depth), PruningPlan(depth), trace, mask, length))
+    assert relative(logits[1][:2], logits[0]) < 1e-5
+
+
 # --- boundaries that reach into an image ----------------------------------------------------------------------------
 
 
