@@ -1,0 +1,217 @@
+"""A dry run: real code over a model on the meta device, counting the bytes and operations that it would take.
+
+Parameters and activations have shapes and no values; what decides shapes (token ids, masks, positions: small tensors of
+whole numbers) keeps its values, so that modules, autograd and optimisers run as they are. The preflight sends every
+stage of a fit through here, so its figures follow from the code that will run and not from a formula beside it.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+
+from pop_lightning.flops import visible_pairs
+
+_META = torch.device("meta")
+_KEPT = 2**16  # elements of the largest tensor whose values are kept
+_aten = torch.ops.aten
+_INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._unsafe_index.Tensor}
+
+
+class DryRun:
+    """Count what runs inside ``with dry_run:``; a model under it lies on the meta device.
+
+    Attention goes as a fused kernel takes it (``attn_implementation: sdpa``): no scores in memory, a mask in the dtype
+    of the queries. Eager attention runs as written, with its scores.
+
+    Args:
+        gpu: count what a GPU's kernels take beside their results (a float32 accumulator in the attention's backward
+            pass, one temporary copy per parameter in the optimiser).
+
+    Attributes:
+        held: bytes alive now, of tensors made inside.
+        peak: the most bytes alive at one time, since :meth:`reset`.
+        flops: operations, 2 per multiply-add, of products, attention (pairs up to the causal limit) and Cholesky.
+    """
+
+    def __init__(self, *, gpu: bool = False):
+        self.gpu = gpu
+        self.held = self.peak = self.flops = 0
+        self._live: dict[int, weakref.ref] = {}
+        self._modes = ExitStack()
+
+    def __enter__(self) -> "DryRun":
+        self._modes.enter_context(_Dispatch(self))
+        # On the meta device PyTorch would write the scores out. A mode for functions would miss what checkpoints rerun.
+        self._modes.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", self._attend))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._modes.close()
+
+    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=_META)
+        return _Fused.apply(self, query, key, value, attn_mask, is_causal)
+
+    def reset(self) -> None:
+        """Start a new measurement: ``peak`` from what is held now, ``flops`` from 0."""
+        self.peak, self.flops = self.held, 0
+
+    @contextmanager
+    def scratch(self, size: int) -> Iterator[None]:
+        """``size`` bytes that live as long as the block."""
+        self._add(size)
+        try:
+            yield
+        finally:
+            self.held -= size
+
+    def track(self, tensor: Tensor) -> None:
+        """Count a tensor's memory until it is freed, once."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if not size or key in self._live:
+            return
+
+        def freed(_, key=key, size=size):
+            self._live.pop(key, None)
+            self.held -= size
+
+        self._live[key] = weakref.ref(storage, freed)
+        self._add(size)
+
+    def _add(self, size: int) -> None:
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+class _Dispatch(TorchDispatchMode):
+    """Every operator: run on meta or, where all that it reads is known, for real; its results and operations counted."""
+
+    def __init__(self, run: DryRun):
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = self._call(func, args, kwargs or {})
+        formula = flop_registry.get(func._overloadpacket) or _FORMULAS.get(func)
+        if formula is not None:
+            self.run.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if not any(each.alias_info is not None for each in func._schema.returns):
+            for each in tree_flatten(out)[0]:
+                if isinstance(each, Tensor):
+                    self.run.track(each)
+        return out
+
+    def _call(self, func, args, kwargs):
+        flat, spec = tree_flatten((args, kwargs))
+        tensors = [each for each in flat if isinstance(each, Tensor)]
+        unknown = any(each.is_meta for each in tensors)
+        if torch.device(kwargs.get("device") or "cpu") == _META and not unknown and _whole(func, args, kwargs):
+            return func(*args, **kwargs | {"device": "cpu"})
+        if not tensors:
+            return func(*args, **kwargs)
+        if func is _aten._local_scalar_dense.default and unknown:
+            return {torch.bool: True}.get(args[0].dtype, 1)  # a number that only a real run knows
+        if func is _aten.nonzero.default and unknown:
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=_META)
+        if func is _aten._to_copy.default and unknown and torch.device(kwargs.get("device") or "meta") != _META:
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if not unknown and not _too_large(func, flat, spec):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and not args[0].is_meta:
+            return args[0]  # unknown values written over known ones that decide a shape: they stay
+        if func in _INDEXING:
+            args = (args[0], _as_numbers(args[1]), *args[2:])
+        args, kwargs = tree_map_only(Tensor, lambda each: each.to(_META), (args, kwargs))
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": _META}
+        return func(*args, **kwargs)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, query, key, value, mask, is_causal):
+        batch, heads, rows, width = query.shape
+        pairs = visible_pairs(0 if is_causal else max(0, key.shape[2] - rows), max(rows, key.shape[2]), None)
+        ctx.run, ctx.operations = run, 2 * batch * heads * (width + value.shape[3]) * pairs
+        run.flops += ctx.operations
+        # Kernels write token by token, all heads of a token together.
+        output = query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
+        statistics = query.new_empty(batch, heads, rows, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, output, statistics)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        ctx.run.flops += ctx.operations * 5 // 2  # five products where the forward pass has two
+        with ctx.run.scratch(4 * query.numel() if ctx.run.gpu else 0):
+            grads = [_by_token(each) for each in (query, key, value)]
+        return None, *grads, None, None
+
+
+def _by_token(like: Tensor) -> Tensor:
+    batch, heads, tokens, width = like.shape
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _whole(func, args, kwargs) -> bool:
+    """Whether a factory, or a copy of known values, makes whole numbers."""
+    dtype = kwargs.get("dtype")
+    if dtype is None and args and isinstance(args[0], Tensor):
+        dtype = args[0].dtype
+    if dtype is None:
+        numbers = [each for each in args if isinstance(each, int | float)]
+        return func._overloadpacket is _aten.arange and all(isinstance(each, int) for each in numbers)
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _too_large(func, flat: list, spec) -> bool:
+    """Whether what an operator makes of known values is too large to be worth having."""
+    if all(each.numel() <= 256 for each in flat if isinstance(each, Tensor)):
+        return False
+    args, kwargs = tree_unflatten([each.to(_META) if isinstance(each, Tensor) else each for each in flat], spec)
+    try:
+        out = func(*args, **kwargs | ({"device": _META} if kwargs.get("device") is not None else {}))
+    except (NotImplementedError, RuntimeError):
+        return False  # its size follows from values
+    return any(
+        each.untyped_storage().nbytes() > _KEPT * each.itemsize for each in tree_flatten(out)[0] if isinstance(each, Tensor)
+    )
+
+
+def _as_numbers(indices: list) -> list:
+    """Boolean masks among indices as the numbers of what they pick; an unknown mask picks everything."""
+    found = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool:
+            found.append(index)
+        elif index.is_meta:
+            found += [torch.empty(index.numel(), dtype=torch.long, device=_META)] * index.dim()
+        else:
+            found += index.nonzero(as_tuple=True)
+    return found
+
+
+def _cholesky(matrix, *args, out_val=None, **kwargs) -> int:
+    return matrix.numel() * matrix.shape[-1] // 3
+
+
+def _cholesky_solve(right, factor, *args, out_val=None, **kwargs) -> int:
+    return 2 * right.numel() * factor.shape[-1]
+
+
+_FORMULAS = {
+    _aten.linalg_cholesky_ex.default: _cholesky,
+    _aten.cholesky_solve.default: _cholesky_solve,
+    _aten._cholesky_solve_helper.default: _cholesky_solve,
+}
