@@ -8,6 +8,7 @@ stage of a fit through here, so its figures follow from the code that will run a
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from unittest import mock
 
 import torch
@@ -22,6 +23,11 @@ from pop_lightning.flops import visible_pairs
 _META = torch.device("meta")
 _KEPT = 2**16  # elements of the largest tensor whose values are kept
 _aten = torch.ops.aten
+_IN_PLACE = {
+    getattr(getattr(_aten, name), overload)
+    for name in ("add_", "sub_", "mul_", "div_", "copy_", "addcmul_", "addcdiv_", "lerp_", "fill_", "zero_", "sqrt_")
+    for overload in getattr(_aten, name).overloads()
+}
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._unsafe_index.Tensor}
 
 
@@ -99,16 +105,31 @@ class _Dispatch(TorchDispatchMode):
     def __init__(self, run: DryRun):
         super().__init__()
         self.run = run
+        self.seen: dict[tuple, tuple] = {}  # layers repeat one another: what an operator makes of which shapes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = self._call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        key = _signature(func, args, kwargs)
+        if key in self.seen:
+            layouts, single, flops = self.seen[key]
+            out = [torch.empty_strided(*layout, dtype=dtype, device=_META) for *layout, dtype in layouts]
+            self.run.flops += flops
+            for each in out:
+                self.run.track(each)
+            return out[0] if single else tuple(out)
+        out = self._call(func, args, kwargs)
         formula = flop_registry.get(func._overloadpacket) or _FORMULAS.get(func)
-        if formula is not None:
-            self.run.flops += formula(*args, **(kwargs or {}), out_val=out)
-        if not any(each.alias_info is not None for each in func._schema.returns):
-            for each in tree_flatten(out)[0]:
-                if isinstance(each, Tensor):
-                    self.run.track(each)
+        flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        self.run.flops += flops
+        if not _aliases(func):
+            made = [out] if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else []
+            made = [each for each in made if isinstance(each, Tensor)]
+            for each in made:
+                self.run.track(each)
+            if key is not None and made and all(each.is_meta for each in made):
+                if isinstance(out, Tensor) or len(made) == len(out):
+                    layouts = [(each.shape, each.stride(), each.dtype) for each in made]
+                    self.seen[key] = layouts, isinstance(out, Tensor), flops
         return out
 
     def _call(self, func, args, kwargs):
@@ -127,14 +148,42 @@ class _Dispatch(TorchDispatchMode):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if not unknown and not _too_large(func, flat, spec):
             return func(*args, **kwargs)
-        if func._schema.is_mutable and not args[0].is_meta:
-            return args[0]  # unknown values written over known ones that decide a shape: they stay
         if func in _INDEXING:
             args = (args[0], _as_numbers(args[1]), *args[2:])
+        if func._schema.is_mutable and isinstance(args[0], Tensor) and (func in _IN_PLACE or not args[0].is_meta):
+            # The shape stays, and so do known values that unknown ones are written over: they decide a shape.
+            return args[0]
         args, kwargs = tree_map_only(Tensor, lambda each: each.to(_META), (args, kwargs))
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": _META}
         return func(*args, **kwargs)
+
+
+def _signature(func, args: tuple, kwargs: dict) -> tuple | None:
+    """What the result's layout follows from, where that is all on the meta device; None where values or views count."""
+    if func._schema.is_mutable or _aliases(func):
+        return None
+    key = [func]
+    for each in (*args, *kwargs.items()):
+        parts = each if isinstance(each, list | tuple) else (each,)
+        for part in parts:
+            if isinstance(part, Tensor):
+                if not part.is_meta:
+                    return None
+                part = (part.shape, part.stride(), part.dtype)
+            key.append(part)
+        key.append(len(parts))
+    try:
+        hash(key := tuple(key))
+    except TypeError:
+        return None
+    return key if any(isinstance(each, tuple) and each and isinstance(each[0], torch.Size) for each in key) else None
+
+
+@cache
+def _aliases(func) -> bool:
+    # An unsafe view says that it is none.
+    return func is _aten._unsafe_view.default or any(each.alias_info is not None for each in func._schema.returns)
 
 
 class _Fused(torch.autograd.Function):
