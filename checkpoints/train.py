@@ -205,7 +205,9 @@ Greedy exact match on {documents} fresh documents (`facts.row({EVALUATION_SEED},
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled Gemma-3 model on documents of facts.")
-    parser.add_argument("--output", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", type=Path, help="train, and write the checkpoint here")
+    what.add_argument("--evaluate", type=Path, help="train nothing: greedy exact match of this checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copy-steps", type=int, default=900, help="at most; ends at 99%% right")
     parser.add_argument("--stage-steps", type=int, default=1500, help="at most, per document size; ends at 95%% right")
@@ -216,6 +218,11 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
+    if options.evaluate is not None:
+        model = Gemma3ForCausalLM.from_pretrained(options.evaluate)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.evaluate, padding_side="left")
+        print(json.dumps(evaluate(model, tokenizer, options.documents)))
+        return
     began = time.time()
     torch.manual_seed(options.seed)
     rng = random.Random(f"train/{options.seed}")

@@ -3,8 +3,21 @@
 Data flows one way: base model and calibration data, score, fit projections, pick a depth, export, generate, evaluate.
 """
 
-from pop_lightning.errors import InputError
-from pop_lightning.generator import StageAwareGenerator
-from pop_lightning.plan import PruningPlan
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pop_lightning.errors import InputError
+    from pop_lightning.generator import StageAwareGenerator
+    from pop_lightning.plan import PruningPlan
 
 __all__ = ["InputError", "PruningPlan", "StageAwareGenerator"]
+
+_HOMES = {"InputError": "errors", "PruningPlan": "plan", "StageAwareGenerator": "generator"}
+
+
+def __getattr__(name: str):
+    # On first use: the command line answers Ctrl-C and bad flags before the seconds that torch takes to load.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

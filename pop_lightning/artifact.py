@@ -71,13 +71,16 @@ class Artifact:
 def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None = None) -> dict[str, Any]:
     """What tells this base from others, as plain data; reads a few hundred numbers of the weights, never all.
 
+    A hub model is named by the commit that was loaded, which a branch or tag would not stay at; a folder by its full
+    path.
+
     The fingerprint holds ``SAMPLES`` elements of each layer's matrices at places drawn from the matrix's name. It
     survives a load in another dtype and notices a merged fine-tune, which moves nearly every element it touches.
     """
     config = _stable_config(model)
     return {
-        "id": str(name_or_path),
-        "revision": revision,
+        "id": str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
+        "revision": getattr(model.config, "_commit_hash", None) or revision,
         "class": type(model).__name__,
         "model_type": model.config.model_type,
         "layers": config.get("num_hidden_layers"),

@@ -21,17 +21,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pop_lightning import shapes
-from pop_lightning.artifact import read_artifact
 from pop_lightning.bound import unavoidable
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.memory import peak_bytes
-from pop_lightning.models import context_length, load_model
+from pop_lightning.models import check_dtype, choose_device, context_length, load_model
 from pop_lightning.plan import PruningPlan
 
-DTYPES = ("float32", "bfloat16", "float16")
 LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
 
 _WARMUP = 2
@@ -55,7 +53,7 @@ def load(
         artifact: the ``artifact/`` folder of ``pop-fit``; ``base`` then says where its base lies.
         base: hub id or folder.
         shape: a name in ``shapes.SHAPES``; stands alone.
-        dtype: one of ``DTYPES``; unless given as stored, for a shape bfloat16 on a GPU and float32 on a CPU.
+        dtype: one of ``models.DTYPES``; unless given as stored, for a shape bfloat16 on a GPU and float32 on a CPU.
         device: ``cpu``, ``cuda`` or ``cuda:N``; a GPU where there is one unless given.
 
     Raises:
@@ -65,35 +63,16 @@ def load(
         raise InputError("--shape stands for a model with random weights; drop --artifact and --base, or --shape.")
     if shape is None and artifact is None and base is None:
         raise InputError("--benchmark needs something to measure: --artifact DIR, --base MODEL or --shape NAME.")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype!r}.")
-    place = _device(device)
+    check_dtype(dtype)
+    place = choose_device(device)
     with _memory_advice("choose a smaller model, a narrower --dtype or another --device"):
         if shape is not None:
             dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
             return shapes.build(shape, dtype=getattr(torch, dtype), device=place)
-        revision = None
-        if artifact is not None and base is None:
-            stored = read_artifact(artifact).config["base"]
-            base, revision = stored["id"], stored.get("revision")
-        model = load_model(base, revision=revision, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
-        model = model.to(place)
-        return model if artifact is None else StageAwareGenerator.from_artifact(artifact, model)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise InputError(f"--device must be cpu, cuda or cuda:N, found {name!r}.")
-    if kind == "cpu":
-        return torch.device("cpu")
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= there:
-        found = f"{there} GPU(s), counted from cuda:0" if there else "no GPU"
-        raise InputError(f"--device {name} was asked for, this PyTorch sees {found}; take --device cpu.")
-    return torch.device("cuda", int(index or 0))
+        load = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+        if artifact is None:
+            return load_model(base, **load).to(place)
+        return StageAwareGenerator.from_artifact(artifact, base, **load).to(place)
 
 
 def a_third_pruned(layers: int) -> int:

@@ -508,8 +508,10 @@ class CalibrationData(lightning.LightningDataModule):
         if not self._splits:
             self._splits = split_rows(self.read_rows(), self.fractions, self.seed)
 
-    def read_rows(self) -> list[Row]:
+    def read_rows(self, *, keep_duplicates: bool = False) -> list[Row]:
         """The usable rows in the file's order (a sample by content under ``limit``), unsplit; fills :attr:`report`.
+
+        Duplicates are left out unless asked for: in two splits a row would be fitted on and verified on.
 
         Raises:
             InputError: nothing usable.
@@ -527,8 +529,8 @@ class CalibrationData(lightning.LightningDataModule):
             if len(rows) == self.limit:
                 break
             row, reason, cut = self._tokenise(example, origin)
-            if row is not None and (row.prompt_ids, row.response_ids) in seen:
-                row, reason = None, _DUPLICATE  # in two splits it would be fitted on and verified on
+            if row is not None and not keep_duplicates and (row.prompt_ids, row.response_ids) in seen:
+                row, reason = None, _DUPLICATE
             if row is None:
                 unusable[reason] += 1
                 first[reason] = min(first.get(reason, (position, origin)), (position, origin))

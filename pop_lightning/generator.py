@@ -9,9 +9,9 @@ flex attention; several threads at once. Where pruning shows:
 
 - ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,
   ``[batch, boundary, ...]``, because no other exists; refused with ``boundary=0`` and with assisted decoding.
-- ``past_key_values``: a cache carries its plan; one of another plan is refused, the plain model's is taken. A filled
-  one is refused for assisted decoding, and so is one that holds the whole prompt. It can be cropped to the prompt's
-  end, not into the prompt.
+- ``past_key_values``: a cache carries its plan and the identity of its projections; one of another plan or of other
+  projections is refused, the plain model's is taken. A filled one is refused for assisted decoding, and so is one that
+  holds the whole prompt. It can be cropped to the prompt's end, not into the prompt.
 - ``guidance_scale``: the unconditional branch is prefilled by the plain model.
 - Refused by name before the first token: ``use_cache=False``, offloaded and paged caches, ``token_healing``, the model
   as its own assistant, ``assistant_early_exit``, ``use_mtp``, ``speculation_type="dflash"``, flex attention together
@@ -35,7 +35,7 @@ from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import StageAwarePrefill, check_decoder
 from pop_lightning.projections import KVProjections
 
-_PLAN = "_pop_plan"
+_MARK = "_pop_mark"  # on a cache: who filled it
 
 
 class StageAwareGenerator:
@@ -66,6 +66,7 @@ class StageAwareGenerator:
         self.projections = projections if projections is not None else KVProjections(decoder, plan.depth)
         self.projections.stack()  # now, so that the first prefill pays neither its time nor its memory
         self._prefill = StageAwarePrefill(self.projections, plan)
+        self._mark = f"{plan.fingerprint} {self.projections.fingerprint}"
         self._thread = threading.local()
 
     @classmethod
@@ -77,7 +78,8 @@ class StageAwareGenerator:
         Args:
             path: the ``artifact/`` folder.
             base: hub id, folder or loaded model; the base that the artifact names unless given.
-            load: keyword arguments for ``from_pretrained`` of the base (dtype, device_map, attn_implementation, ...).
+            load: keyword arguments for ``from_pretrained`` of the base (dtype, device_map, attn_implementation,
+                quantization_config, ...).
 
         Raises:
             InputError: the artifact is damaged, or was made for another base.
@@ -97,6 +99,12 @@ class StageAwareGenerator:
         decoder = Decoder(base)
         projections = KVProjections.from_state(decoder, artifact.plan.depth, artifact.kind, artifact.state)
         return cls(base, artifact.plan, projections, tokenizer)
+
+    def to(self, *args, **kwargs) -> "StageAwareGenerator":
+        """Move or cast the model, as ``model.to`` does, and its projections with it; returns self."""
+        self.model.to(*args, **kwargs)
+        self.projections.place().stack()
+        return self
 
     @contextmanager
     def full_model(self):
@@ -125,6 +133,7 @@ class StageAwareGenerator:
         cached = self._claim(cache)
         length = self._prompt_length(inputs, kwargs, cached)
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
+        self.projections.place()  # the model may have been moved since
         with self._prefill.attached(length, cached=cached, compiled=chunked):
             output = self.model.generate(inputs, **kwargs)
         if isinstance(getattr(output, "past_key_values", None), Cache):
@@ -165,6 +174,7 @@ class StageAwareGenerator:
         given = kwargs | {"past_key_values": cache}
         self._refuse(given.get)
         cached = self._claim(past_key_values)
+        self.projections.place()  # the model may have been moved since
         with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
             output = self.model(**call, logits_to_keep=1, **kwargs)
         self._claim(cache)
@@ -188,20 +198,19 @@ class StageAwareGenerator:
         return prompt.shape[1] if whole else cached + prompt.shape[1]
 
     def _claim(self, cache: Cache | None) -> int:
-        """Put this plan's mark on a cache; returns how many tokens it holds.
+        """Put this generator's mark on a cache; returns how many tokens it holds.
 
-        A cache that another plan filled is refused: its context would not be what this plan projects. One that the
-        plain model filled is taken: its keys and values are the exact ones.
+        A cache that another plan or other projections filled is refused: its context would not be what these project.
+        One that the plain model filled is taken: its keys and values are the exact ones.
         """
         if cache is None:
             return 0
         held = int(cache.get_seq_length())
-        mark = getattr(cache, _PLAN, None)
-        if held and mark is not None and mark != self.plan.fingerprint:
-            raise InputError(
-                "past_key_values were filled under another pruning plan; prefill them with this generator."
-            )
-        setattr(cache, _PLAN, self.plan.fingerprint)
+        mark = getattr(cache, _MARK, None)
+        if held and mark is not None and mark != self._mark:
+            what = "other projections" if mark.split()[0] == self.plan.fingerprint else "another pruning plan"
+            raise InputError(f"past_key_values were filled under {what}; prefill them with this generator.")
+        setattr(cache, _MARK, self._mark)
         return held
 
     def _setting(self, kwargs: dict, name: str):

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pop_lightning.data import resolve_bundled
 from pop_lightning.errors import InputError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def load_model(
     name: str,
@@ -16,11 +18,15 @@ def load_model(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     device_map=None,
+    **others,
 ) -> PreTrainedModel:
     """A causal language model in eval mode; ``name`` is a hub id, a folder, or ``bundled:NAME``.
 
+    Args:
+        others: what else ``from_pretrained`` takes, such as ``quantization_config``.
+
     Raises:
-        InputError: nothing loadable stands under that name.
+        InputError: nothing loadable stands under that name, or ``from_pretrained`` takes no such argument.
     """
     path = resolve_bundled(name)
     try:
@@ -31,7 +37,12 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             device_map=device_map,
+            **others,
         )
+    except TypeError as error:
+        if not others:
+            raise
+        raise InputError(f"model.base {name!r} cannot be loaded like this: {_first_sentence(error)}") from error
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
             f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
@@ -60,6 +71,32 @@ def load_tokenizer(
             tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
         )
     return tokenizer
+
+
+def choose_device(name: str | None) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:N`` as a device; None takes a GPU where there is one.
+
+    Raises:
+        InputError: no such device, or none that this PyTorch sees.
+    """
+    if name is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, found {name!r}.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= there:
+        found = f"{there} GPU(s), counted from cuda:0" if there else "no GPU"
+        raise InputError(f"--device {name} was asked for, this PyTorch sees {found}; take --device cpu.")
+    return torch.device("cuda", int(index or 0))
+
+
+def check_dtype(name: str | None) -> None:
+    """Raise :class:`InputError` where ``--dtype`` names none of :data:`DTYPES`."""
+    if name is not None and name not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {name!r}.")
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:

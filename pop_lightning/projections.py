@@ -5,6 +5,7 @@ its own weights are exact and are never replaced; the kinds differ in the layers
 full).
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 
 KINDS = ("reuse", "closed_form", "lora", "full")
+
+_SAMPLES = 64  # numbers of each fitted map that its fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,28 @@ class KVProjections(nn.Module):
             raise InputError(f"the projections do not fit depth {depth}: {odd} is missing or left over.")
         maps = {layer: (state[f"layers.{layer}.weight"], state[f"layers.{layer}.bias"]) for layer in layers}
         return projections.replace(maps, kind)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of some numbers of every fitted map: caches carry it. All reuse projections share one."""
+        sampled = hashlib.sha256()
+        for name, tensor in self.fitted_state().items():
+            flat = tensor.flatten()
+            values = flat[:: max(1, flat.numel() // _SAMPLES)].float().tolist()
+            sampled.update(f"{name} {values}".encode())
+        return sampled.hexdigest()[:16]
+
+    def place(self) -> "KVProjections":
+        """Follow the model: every map goes where its layer computes, in that layer's dtype; returns self.
+
+        A map that is trained, or that adapters sit on, stays as it is.
+        """
+        for layer, linear in self.maps.items():
+            if type(linear) is nn.Linear and not linear.weight.requires_grad:
+                device, dtype = self.decoder.placement(int(layer))
+                if (linear.weight.device, linear.weight.dtype) != (device, dtype):
+                    linear.to(device, dtype)
+        return self
 
     def affine(self, layer: int) -> tuple[Tensor, Tensor]:
         """``(W' [2 kv_dim, hidden], b' [2 kv_dim])`` of a layer, float32 copies."""

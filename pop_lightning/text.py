@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
 
-from pop_lightning.data import CalibrationData, Row, collate
+from pop_lightning.data import CalibrationData, DataReport, Row, collate, read_examples
 from pop_lightning.errors import InputError
 from pop_lightning.files import write_text
 from pop_lightning.generator import StageAwareGenerator
@@ -22,19 +22,18 @@ from pop_lightning.models import context_length, end_tokens
 def stream(
     generator: StageAwareGenerator, prompt: str, *, max_new_tokens: int, full: bool = False
 ) -> Iterator[tuple[str, float]]:
-    """Generate greedily from one prompt; yields pieces of text with the seconds since the call.
+    """Generate greedily from one prompt; yields pieces of text, each with the TTFT: seconds from call to first token.
 
     ``full`` generates with the unpruned model.
 
     Raises:
         InputError: no tokenizer, an empty prompt, or one that leaves no room in the model's context.
     """
+    check_prompt(prompt)
     tokenizer = _tokenizer(generator)
-    if not prompt.strip():
-        raise InputError("--prompt is empty; give some text.")
     inputs = tokenizer(prompt, return_tensors="pt").to(generator.model.device)
     _check_length(generator, inputs["input_ids"].shape[1], max_new_tokens, "--prompt")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def generate() -> None:
@@ -57,10 +56,51 @@ def stream(
     thread.start()
     for piece in streamer:
         if piece:
-            yield piece, time.perf_counter() - start
+            yield piece, streamer.first_token - start
     thread.join()
     if failure:
         raise failure[0]
+
+
+class _TimedStreamer(TextIteratorStreamer):
+    """Knows when the first token came, which is before the first whole word can be shown."""
+
+    first_token: float | None = None
+
+    def put(self, value) -> None:
+        if self.first_token is None and not self.next_tokens_are_prompt:
+            self.first_token = time.perf_counter()
+        super().put(value)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise :class:`InputError` for a blank ``--prompt``."""
+    if not prompt.strip():
+        raise InputError("--prompt is empty; give some text.")
+
+
+def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> None:
+    """What can be said of ``--data`` and ``--output`` before a model is loaded.
+
+    Raises:
+        InputError: no row can be read, or ``output`` cannot be written, or stands there already.
+    """
+    with _named_as_flags():
+        read_examples(data)
+    output = Path(output)
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; name a file.")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output} exists already; give --overwrite or another --output.")
+
+
+@contextmanager
+def _named_as_flags():
+    """Rows are read as a recipe's; here the user gave them with ``--data``."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("data.calibration", "--data")) from error
 
 
 def generate_file(
@@ -79,12 +119,14 @@ def generate_file(
         compare: run the unpruned model as well and say how often both agree.
 
     Returns:
-        ``rows`` and, over the rows that have them, ``exact_match`` (text equals the reference), with ``compare`` also
-        ``full_exact_match``, ``same_text`` (share of rows where both models wrote the same) and ``agreement`` (share of
-        the full model's tokens that the pruned model wrote too, up to the first difference).
+        ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
+        ``max_new_tokens`` and is compared up to there) and, over the rows that have them, ``exact_match`` (text equals
+        the reference), with ``compare`` also ``full_exact_match``, ``same_text`` (share of rows where both models wrote
+        the same) and ``agreement`` (share of the full model's tokens that the pruned model wrote too, up to the first
+        difference).
     """
     tokenizer = _tokenizer(generator)
-    rows = _read_rows(generator, tokenizer, data, max_new_tokens)
+    rows, report = _read_rows(generator, tokenizer, data, max_new_tokens)
     output = Path(output)
     results: dict[int, dict] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
@@ -104,7 +146,7 @@ def generate_file(
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}).") from error
     names = ("exact_match", "full_exact_match", "same_text", "agreement")
-    summary: dict = {"rows": len(records)}
+    summary: dict = {"rows": len(records), "unusable": report.unusable, "references_cut": report.truncated}
     for name in names:
         values = [record[name] for record in records if name in record]
         if values:
@@ -112,15 +154,20 @@ def generate_file(
     return summary
 
 
-def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> list[Row]:
+def _read_rows(generator, tokenizer, data: str, max_new_tokens: int) -> tuple[list[Row], DataReport]:
     context = context_length(generator.model)
-    return CalibrationData(
+    if context is not None and max_new_tokens >= context:
+        raise InputError(f"--max_new_tokens {max_new_tokens} leaves no prompt of the model's context of {context}.")
+    reader = CalibrationData(
         data,
         tokenizer,
         max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
         max_response_tokens=max_new_tokens,
         context=context,
-    ).read_rows()
+    )
+    with _named_as_flags():
+        rows = reader.read_rows(keep_duplicates=True)
+    return rows, reader.report
 
 
 def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[list[int]]:

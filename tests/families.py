@@ -111,7 +111,7 @@ def mapped_kv(model, maps):
     def project(layer, hidden, position_ids):
         if layer not in maps:
             return own_kv(model, layer, hidden, position_ids)
-        weight, bias = (tensor.to(hidden.dtype) for tensor in maps[layer])
+        weight, bias = (tensor.to(hidden) for tensor in maps[layer])
         h = hidden.float()
         normed = h / (h.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
         kv = normed.to(hidden.dtype) @ weight.T + bias

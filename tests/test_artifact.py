@@ -308,3 +308,13 @@ def test_the_card_says_what_was_measured_and_how_to_load(folder):
     ):
         assert words in card
     assert "None" not in model_card(PLAN, "reuse", base_identity(model(), "x"), {}, {})
+
+
+def test_the_base_is_named_by_the_commit_that_was_loaded_or_by_its_full_path(tmp_path, monkeypatch):
+    loaded = model()
+    assert base_identity(loaded, "some/base", "main")["revision"] == "main"
+    loaded.config._commit_hash = "0123abc"
+    assert base_identity(loaded, "some/base", "main")["revision"] == "0123abc"
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert base_identity(loaded, "base")["id"] == str(tmp_path / "base")

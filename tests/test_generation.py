@@ -613,7 +613,7 @@ def test_a_block_mask_is_cut_to_its_last_rows(family):
         decoder.tail_mask(0, "a mask of some other kind", torch.empty(2, 4, 1), LONG - 4, cache)
 
 
-def test_flex_attention_with_a_compiled_model_is_refused():
+def test_flex_attention_with_chunked_prefill_is_refused():
     model = base("llama")
     generator, _ = generators(model)
     model.config._attn_implementation = "flex_attention"

@@ -87,6 +87,22 @@ def test_a_file_of_the_models_own_answers_matches_exactly(fitted, tmp_path):
     assert all({"full_generated", "same_text", "agreement"} <= set(record) for record in records)
 
 
+def test_every_row_of_a_file_is_answered_and_what_is_left_out_is_counted(fitted, tmp_path, capsys):
+    lines = [{"prompt": "w1 w2", "response": "w3 w4 w5"}, {"prompt": "w1 w2", "response": "w3 w4 w5"}, {"prompt": " "}]
+    data, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    command = ["--artifact", str(fitted / "artifact"), "--data", str(data), "--output", str(output)]
+    command += ["--max_new_tokens", "2", "--dtype", "bfloat16", "--device", "cpu"]
+    assert generate.main(command) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rows"] == len(output.read_text().splitlines()) == 2
+    assert summary["unusable"] == {"empty prompt": 1}
+    assert summary["references_cut"] == 2
+    assert generate.main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert generate.main([*command, "--overwrite"]) == 0
+
+
 def test_prompt_streams_and_prints_the_ttft(fitted, capsys):
     assert generate.main(["--artifact", str(fitted / "artifact"), "--prompt", "w1 w2 w3", "--max_new_tokens", "4"]) == 0
     captured = capsys.readouterr()
@@ -286,6 +302,12 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
         (["--artifact", artifact, "--base", str(other), "--prompt", "w1"], "base"),
         (["--artifact", artifact, "--base", str(tmp_path / "none"), "--prompt", "w1"], "model"),
         (["--artifact", artifact], "--prompt"),
+        (["--artifact", artifact, "--prompt", "w1", "--output", "x"], "--output goes with --data"),
+        (["--artifact", artifact, "--prompt", "w1", "--device", "tpu"], "--device"),
+        (["--artifact", artifact, "--prompt", "w1", "--dtype", "int8"], "--dtype"),
+        (["--artifact", artifact, "--data", str(tmp_path / "no.jsonl"), "--output", "x"], "--data"),
+        (["--artifact", artifact, "--data", str(data), "--output", str(tmp_path)], "is a folder"),
+        (["--artifact", artifact, "--data", str(data), "--output", "x", "--max_new_tokens", "128"], "context"),
         (["--artifact", artifact, "--prompt", "w1", "--max_new_tokens", "0"], "--max_new_tokens"),
     ]
     for command, expected in cases:

@@ -28,10 +28,14 @@ LAYERS = COMMON["num_hidden_layers"]
 KINDS = ("reuse", "replaced")
 
 
+# Where the matrices run: on a GPU as well where there is one.
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 @functools.cache
-def shared(family, attention, dtype=torch.float32, seed=0, exact=False):
+def shared(family, attention, device, dtype=torch.float32, seed=0, exact=False):
     """One model for many cases; nothing in this file's matrices changes it. ``exact``: the same weights in float32."""
-    model = build(family, attention, dtype, seed)
+    model = build(family, attention, dtype, seed).to(device)
     return model.float() if exact else model
 
 
@@ -60,10 +64,10 @@ def pruned_pair(model, depth, boundary, kind, seed=0):
     return StageAwareGenerator(model, PruningPlan(depth, boundary), projections), maps
 
 
-def compare(family, attention, kind, depth, boundary, batch, length, *, seed=0, steps=0):
+def compare(family, attention, kind, depth, boundary, batch, length, *, device="cpu", seed=0, steps=0):
     """Float32: logits and caches to 1e-5 of the two-pass reference; with ``steps``, greedy tokens one for one."""
-    model = shared(family, attention, seed=seed)
-    ids, mask = prompts(batch, length, seed)
+    model = shared(family, attention, device, seed=seed)
+    ids, mask = (tensor.to(device) for tensor in prompts(batch, length, seed))
     generator, maps = pruned_pair(model, depth, boundary, kind, seed)
     ours = generator.prefill(ids, mask)
     logits, cache = two_pass(model, ids, mask, depth, boundary, mapped_kv(model, maps))
@@ -85,13 +89,13 @@ def compare(family, attention, kind, depth, boundary, batch, length, *, seed=0, 
     assert hooks(model) == 0
 
 
-def compare_in_bfloat16(family, attention, kind, depth, boundary, batch, length, *, seeds=range(4)):
+def compare_in_bfloat16(family, attention, kind, depth, boundary, batch, length, *, device="cpu", seeds=range(4)):
     """Against the float32 reference, at most 1.5 times the error that two plain passes in bfloat16 make."""
     ours_error, two_pass_error = 0.0, 0.0
     for seed in seeds:
-        model = shared(family, attention, torch.bfloat16, seed)
-        exact = shared(family, attention, torch.bfloat16, seed, exact=True)
-        ids, mask = prompts(batch, length, seed)
+        model = shared(family, attention, device, torch.bfloat16, seed)
+        exact = shared(family, attention, device, torch.bfloat16, seed, exact=True)
+        ids, mask = (tensor.to(device) for tensor in prompts(batch, length, seed))
         generator, maps = pruned_pair(model, depth, boundary, kind, seed)
         reference, _ = two_pass(exact, ids, mask, depth, boundary, mapped_kv(exact, maps))
         plain, _ = two_pass(model, ids, mask, depth, boundary, mapped_kv(model, maps))
@@ -126,33 +130,38 @@ PAIRWISE = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "attention", "kind", "depth", "boundary", "batch", "length"), PAIRWISE)
-def test_prefill_and_greedy_tokens_equal_two_passes(family, attention, kind, depth, boundary, batch, length):
-    compare(family, attention, kind, depth, boundary, batch, length, steps=WINDOW + 3)
+def test_prefill_and_greedy_tokens_equal_two_passes(family, attention, kind, depth, boundary, batch, length, device):
+    compare(family, attention, kind, depth, boundary, batch, length, device=device, steps=WINDOW + 3)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("kind", "attention", "boundary"), [("reuse", "sdpa", 4), ("replaced", "eager", 1)])
-def test_in_bfloat16_the_error_is_that_of_two_passes(family, kind, attention, boundary):
-    compare_in_bfloat16(family, attention, kind, 1, boundary, "ragged", 25)
+def test_in_bfloat16_the_error_is_that_of_two_passes(family, kind, attention, boundary, device):
+    compare_in_bfloat16(family, attention, kind, 1, boundary, "ragged", 25, device=device)
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("boundary", [0, 1, 4, 32])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "attention"), list(itertools.product(FAMILIES, ("sdpa", "eager"))))
-def test_prefill_and_greedy_tokens_equal_two_passes_in_full(family, attention, kind, boundary):
+def test_prefill_and_greedy_tokens_equal_two_passes_in_full(family, attention, kind, boundary, device):
     for depth, batch, length in itertools.product((1, 2, 3), ("one", "ragged"), lengths(boundary)):
-        compare(family, attention, kind, depth, boundary, batch, length, steps=WINDOW + 3 if depth == 1 else 1)
+        steps = WINDOW + 3 if depth == 1 else 1
+        compare(family, attention, kind, depth, boundary, batch, length, device=device, steps=steps)
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("boundary", [1, 4, 32])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "attention"), list(itertools.product(FAMILIES, ("sdpa", "eager"))))
-def test_in_bfloat16_the_error_is_that_of_two_passes_in_full(family, attention, kind, boundary):
+def test_in_bfloat16_the_error_is_that_of_two_passes_in_full(family, attention, kind, boundary, device):
     for batch, length in itertools.product(("one", "ragged"), lengths(boundary)):
-        compare_in_bfloat16(family, attention, kind, 1, boundary, batch, length)
+        compare_in_bfloat16(family, attention, kind, 1, boundary, batch, length, device=device)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,6 +204,40 @@ def test_a_cache_of_another_plan_is_refused():
     cache = StageAwareGenerator(model, PruningPlan(2)).prefill(ids[:, :9], last=False).past_key_values
     with pytest.raises(InputError, match="another pruning plan"):
         StageAwareGenerator(model, PruningPlan(1)).prefill(ids[:, 9:], past_key_values=cache)
+
+
+def test_a_cache_of_other_projections_at_the_same_depth_is_refused():
+    model = build("llama")
+    ids, _ = ragged([20])
+    fitted, _ = pruned_pair(model, 1, 1, "replaced", seed=0)
+    reuse, _ = pruned_pair(model, 1, 1, "reuse")
+    others, _ = pruned_pair(model, 1, 1, "replaced", seed=1)
+    again, _ = pruned_pair(model, 1, 1, "replaced", seed=0)
+
+    def prefix():
+        return fitted.prefill(ids[:, :9], last=False).past_key_values
+
+    for other in (reuse, others):
+        with pytest.raises(InputError, match="other projections"):
+            other.prefill(ids[:, 9:], past_key_values=prefix())
+    expected = fitted.prefill(ids[:, 9:], past_key_values=prefix()).logits
+    assert torch.equal(again.prefill(ids[:, 9:], past_key_values=prefix()).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_follow_a_model_that_is_moved_or_cast(kind):
+    model = build("llama")
+    ids, mask = ragged([20, 7])
+    generator, _ = pruned_pair(model, 1, 1, kind)
+    model.to(torch.bfloat16)  # behind the generator's back
+    expected, _ = pruned_pair(build("llama", dtype=torch.bfloat16), 1, 1, kind)
+    wanted = expected.prefill(ids, mask).logits
+    # Folded in float32 and then rounded, or from rounded weights: a few roundings apart.
+    assert relative(generator.prefill(ids, mask).logits.float(), wanted.float()) < 8 * torch.finfo(torch.bfloat16).eps
+    assert {tensor.dtype for tensor in generator.projections.parameters()} == {torch.bfloat16}
+    back = generator.to(torch.float32)
+    assert back is generator
+    assert {tensor.dtype for tensor in generator.projections.parameters()} == {torch.float32}
 
 
 def test_hooks_are_removed_when_generation_fails():

@@ -1,7 +1,10 @@
 """The command line: thin, no logic of its own. Bad input becomes one sentence on stderr and exit code 2."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 
 from pop_lightning.errors import InputError
 
@@ -20,3 +23,19 @@ def run(program: str, body: Callable[[], int | None]) -> int:
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
         raise
+
+
+@contextmanager
+def importing():
+    """Around the seconds in which libraries load: Ctrl-C ends the process at once, as the system would.
+
+    Nothing has begun that would have to be undone, and an import that is cut short can raise anything.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

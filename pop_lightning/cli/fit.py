@@ -2,17 +2,18 @@
 
 import sys
 
-from pop_lightning.cli import run
+from pop_lightning.cli import importing, run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``pop-fit`` with ``argv`` (the process's own unless given); returns the exit code."""
 
     def body() -> int:
-        from pop_lightning.recipe import parse
-
+        with importing():
+            from pop_lightning.recipe import parse
         invocation = parse(argv)
-        from pop_lightning import pipeline
+        with importing():
+            from pop_lightning import pipeline
 
         return pipeline.fit(invocation.recipe, resume=invocation.resume, overwrite=invocation.overwrite)
 

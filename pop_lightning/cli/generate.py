@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from pop_lightning.cli import run
+from pop_lightning.cli import importing, run
 from pop_lightning.errors import InputError
 
 
@@ -31,8 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="with --data: the JSON Lines file to write; with --benchmark: a folder")
     parser.add_argument("--compare", action="store_true", help="with --data: run the unpruned model as well")
     parser.add_argument("--full", action="store_true", help="with --prompt: generate with the unpruned model")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--overwrite", action="store_true", help="with --data: replace the file --output names")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
+    parser.add_argument("--batch_size", type=int, default=8, help="with --data: rows per batch (default: 8)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     bench = parser.add_argument_group("with --benchmark", argument_default=argparse.SUPPRESS)
     bench.add_argument("--shape", help="measure a named shape with random weights, such as cpu_small or llama3_1_8b")
@@ -44,12 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--decode_tokens", type=int, help="decode steps timed per point; 0 leaves them out (default: 32)"
     )
-    bench.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     return parser
 
 
-_LOAD = ("shape", "dtype", "device")
 _MEASURE = ("lengths", "batches", "depths", "boundary", "repeats", "decode_tokens")
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.benchmark:
             return _benchmark(arguments)
-        for name in (*_LOAD, *_MEASURE):
+        for name in ("shape", *_MEASURE):
             if name in arguments:
                 raise InputError(f"--{name} belongs to --benchmark, which was not given.")
         if arguments.artifact is None:
@@ -74,7 +74,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name in ("compare", "full"):
         if getattr(arguments, name):
             raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
-    from pop_lightning import benchmark, benchmark_report
+    with importing():
+        from pop_lightning import benchmark, benchmark_report
 
     given, folder = vars(arguments), None
     if arguments.output is not None:
@@ -82,8 +83,10 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     target = benchmark.load(
         artifact=arguments.artifact,
         base=arguments.base,
+        shape=given.get("shape"),
+        dtype=arguments.dtype,
+        device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
-        **{name: given[name] for name in _LOAD if name in given},
     )
     result = benchmark.run(
         target,
@@ -99,8 +102,10 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    if (arguments.data is None) != (arguments.output is None):
-        raise InputError("--data and --output go together; found only one of them.")
+    if arguments.prompt is not None and arguments.output is not None:
+        raise InputError("--output goes with --data; with --prompt, the answer is printed.")
+    if arguments.data is not None and arguments.output is None:
+        raise InputError("--data needs --output: the JSON Lines file to write.")
     if arguments.data is not None and arguments.full:
         raise InputError("--full goes with --prompt; with --data, --compare runs the unpruned model as well.")
     if arguments.prompt is not None and arguments.compare:
@@ -108,16 +113,28 @@ def _generate(arguments: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
-    from pop_lightning import StageAwareGenerator
-    from pop_lightning.text import generate_file, stream
+    with importing():
+        from pop_lightning import StageAwareGenerator
+        from pop_lightning.models import check_dtype, choose_device
+        from pop_lightning.text import check_files, check_prompt, generate_file, stream
 
-    load = {"trust_remote_code": True} if arguments.trust_remote_code else {}
-    generator = StageAwareGenerator.from_artifact(arguments.artifact, arguments.base, **load)
+    check_dtype(arguments.dtype)
+    device = choose_device(arguments.device)
+    if arguments.prompt is not None:
+        check_prompt(arguments.prompt)
+    else:
+        check_files(arguments.data, arguments.output, overwrite=arguments.overwrite)
+    generator = StageAwareGenerator.from_artifact(
+        arguments.artifact,
+        arguments.base,
+        dtype=arguments.dtype or "auto",
+        trust_remote_code=arguments.trust_remote_code,
+    ).to(device)
     if arguments.prompt is not None:
         first = None
         pieces = stream(generator, arguments.prompt, max_new_tokens=arguments.max_new_tokens, full=arguments.full)
         for piece, seconds in pieces:
-            first = seconds if first is None else first
+            first = seconds
             print(piece, end="", flush=True)
         print()
         if first is not None:
