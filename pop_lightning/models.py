@@ -1,6 +1,9 @@
 """Loading a base model and its tokenizer: from the hub, a folder, or the bundled checkpoints."""
 
+from pathlib import Path
+
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,6 +52,21 @@ def load_model(
             f"was expected): {_first_sentence(error)}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """Where a base lies on this machine: its folder, or the hub's cache. None where it does not; the hub is not asked.
+
+    Raises:
+        InputError: ``bundled:NAME`` of something that is not.
+    """
+    path = Path(resolve_bundled(name))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no hub id
+        return None
 
 
 def load_tokenizer(

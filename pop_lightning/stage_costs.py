@@ -1,0 +1,366 @@
+"""What each stage of a fit takes in bytes and operations: its own modules' steps, dry, over a base on the meta device.
+
+The preflight asks here for a recipe's stages at given lengths and turns the answer into memory per device, hardware and
+time. The steps are written once: on a real base the same ones are timed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from pop_lightning.closed_form import DEFAULT, ClosedFormFit, Shape, ValueRefit, choose_grouping, passes
+from pop_lightning.data import Row, collate
+from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.dry_run import DryRun
+from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.fitting import Distillation, closed_form
+from pop_lightning.gates import gate_gradients, probed
+from pop_lightning.importance import ImportanceScoring
+from pop_lightning.plan import PruningPlan
+from pop_lightning.projection_training import teacher_pass
+from pop_lightning.projections import KVProjections
+from pop_lightning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage. Bytes come on top of the base's weights.
+
+    Attributes:
+        name: as the preflight prints it.
+        rows: which it reads: a split, ``responses`` (rows without one), ``importance`` or ``steps`` (of training).
+        flops: operations per row, 2 per multiply-add.
+        once: operations that do not depend on rows (the closed form's solutions).
+        kept: bytes that stay between its batches: projections, running sums, masters and optimiser.
+        peak: the most bytes alive at one time, ``kept`` included.
+        shared: bytes of ``peak`` that DeepSpeed spreads over devices: gradients and optimiser states.
+        gradients: bytes of the gradients alone, of which several processes hold a second copy to send.
+        pace: which of :meth:`Steps.all` its time follows from.
+    """
+
+    name: str
+    rows: str
+    flops: float
+    kept: int
+    peak: int
+    pace: str
+    once: float = 0
+    shared: int = 0
+    gradients: int = 0
+
+
+def batch_of(rows: int, prompt: int, response: int) -> dict:
+    """A batch of ``rows`` rows as the pipeline collates them; the last of several is shorter, as in all real batches."""
+    made = [Row((5,) * prompt, (5,) * response, f"row {row}") for row in range(rows - 1)]
+    made.append(Row((5,) * max(1, prompt - (rows > 1)), (5,) * response, "last row"))
+    return collate(made, 0)
+
+
+class Steps:
+    """One step of each kind on one batch, over a base that is real or on the meta device.
+
+    Args:
+        depths: those to be fitted and measured, shallowest pruning first.
+    """
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, depths: Sequence[int], batch: dict):
+        self.decoder, self.recipe, self.depths = decoder, recipe, list(depths)
+        self.batch = {
+            name: each.to(decoder.model.device) if isinstance(each, torch.Tensor) and name != "row_seed" else each
+            for name, each in batch.items()
+        }
+
+    def all(self, *, responses: bool) -> dict[str, Callable[[], object]]:
+        """The steps that the recipe's stages are made of, by name."""
+        steps = {"scoring": self.scoring(), "evaluate": self.evaluate()}
+        if responses:
+            steps |= {"prefill": self.prefill, "decode": self.decode()}
+        if fits_closed_form(self.recipe):
+            steps["fit"] = self.fit()
+        if self.recipe.projection.kind in ("lora", "full") and (depth := self.trained()[:1]):
+            steps["train"] = self.train(depth[0], KVProjections(self.decoder, depth[0]))[0]
+        return steps
+
+    def trained(self) -> list[int]:
+        """The depths with something to train, deepest pruning first."""
+        return [depth for depth in reversed(self.depths) if depth < self.decoder.num_layers - 1]
+
+    @torch.no_grad()
+    def prefill(self) -> object:
+        """The prompts, into a new cache; returns it."""
+        return self._read(self.batch["prompt_length"], self.decoder.new_cache())
+
+    @torch.no_grad()
+    def _read(self, end: int, cache):
+        ids, mask = (self.batch[name][:, :end] for name in ("input_ids", "attention_mask"))
+        held = cache.get_seq_length()
+        self.decoder.model(
+            input_ids=ids[:, held:],
+            attention_mask=mask,
+            position_ids=position_ids(mask)[:, held:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cache
+
+    def decode(self) -> Callable[[], object]:
+        """One token for every row behind a cache of all but the last of them."""
+        tokens = self.batch["input_ids"].shape[1]
+        cache = self._read(tokens - 1, self.decoder.new_cache())
+
+        def once():
+            self._read(tokens, cache)
+            if cache.get_seq_length() == tokens:
+                try:
+                    cache.crop(-1)
+                except (ValueError, NotImplementedError, RuntimeError):
+                    pass  # sliding layers cannot be cropped; one token more or less changes nothing
+
+        return once
+
+    def scoring(self) -> Callable[[], None]:
+        module = ImportanceScoring(self.decoder, self.recipe.boundary, self.recipe.seed)
+        context = max(0, self.batch["prompt_length"] - self.recipe.boundary)
+
+        def once() -> None:
+            with probed(self.decoder, context) as found:
+                module.loss(self.batch).backward()
+            gate_gradients(found, self.decoder.num_layers)
+
+        return once
+
+    def fit(self) -> Callable[[], None]:
+        """The closed form's pass over as many depths as it reads at once."""
+        grouping, groups = closed_form_passes(self.decoder, self.recipe, self.depths)
+        module = ClosedFormFit(
+            self.decoder, groups[0], self.recipe.boundary, grouping=grouping, queries=self.recipe.projection.queries
+        )
+        return lambda: module.validation_step(self.batch, 0)
+
+    def evaluate(self) -> Callable[[], None]:
+        """One variant per depth."""
+        variants = {
+            str(depth): Variant(PruningPlan(depth, self.recipe.boundary), KVProjections(self.decoder, depth))
+            for depth in self.depths
+        }
+        return self.validation(Evaluation(self.decoder, variants))
+
+    def validation(self, module: nn.Module) -> Callable[[], None]:
+        @torch.no_grad()
+        def once() -> None:
+            module.validation_step(self.batch, 0)
+
+        return once
+
+    def train(self, depth: int, start: KVProjections) -> tuple[Callable[[], None], dict]:
+        """A training step with its optimiser's, and the parameter group that is trained."""
+        settings = self.recipe.projection
+        module = Distillation(
+            start,
+            PruningPlan(depth, self.recipe.boundary),
+            lora_arguments=asdict(settings.lora) if settings.kind == "lora" else None,
+            temperature=settings.temperature,
+            kv_match=settings.kv_match,
+            hidden_match=settings.hidden_match,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        ).module
+        group = module.parameter_group() | {"lr": 0.0}
+        optimizer = torch.optim.AdamW([group])
+
+        def once() -> None:
+            module.loss(self.batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return once, group
+
+
+def fits_closed_form(recipe: Recipe) -> bool:
+    """Whether the recipe's projections are, or start from, a closed form."""
+    settings = recipe.projection
+    return settings.kind == "closed_form" or (settings.kind in ("lora", "full") and settings.start == "closed_form")
+
+
+def closed_form_passes(decoder: Decoder, recipe: Recipe, depths: Sequence[int]) -> tuple[str, list[list[int]]]:
+    """How the closed form groups its regressions, and which depths each pass over the rows fits.
+
+    Raises:
+        InputError: one depth's sums do not fit in ``projection.memory_gib``.
+    """
+    settings, shape = recipe.projection, Shape.of(decoder)
+    limit, grouping = int(settings.memory_gib * 2**30), settings.grouping
+    if grouping == "auto":
+        grouping = choose_grouping(shape, depths, limit, DEFAULT)
+    return grouping, passes(shape, depths, grouping, limit, DEFAULT)
+
+
+def costs(
+    decoder: Decoder,
+    recipe: Recipe,
+    depths: Sequence[int],
+    *,
+    prompt: int,
+    response: int,
+    responses: bool = False,
+    gpu: bool = False,
+) -> list[Cost]:
+    """Every stage of a fit, dry, in order.
+
+    Args:
+        decoder: over a model on the meta device.
+        depths: candidates, shallowest pruning first.
+        prompt, response: tokens of the rows of a batch.
+        responses: the full model writes responses first.
+        gpu: count what a GPU's kernels take beside their results.
+
+    Raises:
+        InputError: the closed form's sums do not fit in ``projection.memory_gib``.
+    """
+    with DryRun(gpu=gpu) as run:
+        return list(_Stages(run, decoder, recipe, depths, prompt, response).all(responses))
+
+
+class _Stages:
+    def __init__(self, run: DryRun, decoder: Decoder, recipe: Recipe, depths: Sequence[int], prompt: int, response: int):
+        self.run, self.decoder, self.recipe, self.depths = run, decoder, recipe, list(depths)
+        self.prompt, self.response = prompt, response
+        self.steps = self._steps(recipe.data.batch_size)
+
+    def _steps(self, rows: int) -> Steps:
+        return Steps(self.decoder, self.recipe, self.depths, batch_of(rows, self.prompt, self.response))
+
+    def all(self, responses: bool) -> Iterator[Cost]:
+        if responses:
+            yield from self._responses()
+        yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
+        # From here on projections are held: reuse of every depth, then those of the kinds that were fitted.
+        self.found = {(depth, "reuse"): KVProjections(self.decoder, depth) for depth in self.depths}
+        if fits_closed_form(self.recipe):
+            yield from self._closed_form()
+        if self.recipe.projection.kind in ("lora", "full"):
+            yield from self._training()
+        yield self._evaluation("search", "search", self.found)
+        kind = self.recipe.projection.kind
+        yield self._evaluation("verify", "verify", {key: each for key, each in self.found.items() if key[1] == kind})
+        yield self._comparison()
+
+    def _cost(self, name: str, rows: str, step: Callable[[], object], *, pace: str, repeats: int = 1, **others) -> Cost:
+        """``repeats`` steps: the first may leave behind what a later one's peak stands on (sums, optimiser states)."""
+        for _ in range(repeats):
+            self.run.reset()
+            step()
+        return Cost(
+            name, rows, self.run.flops / self._rows, kept=self.run.held, peak=self.run.peak, pace=pace, **others
+        )
+
+    @property
+    def _rows(self) -> int:
+        return len(self.steps.batch["input_ids"])
+
+    def _responses(self) -> Iterator[Cost]:
+        yield self._cost("responses: prompts", "responses", self.steps.prefill, pace="prefill")
+        token = self._cost("responses: tokens", "responses", self.steps.decode(), pace="decode")
+        yield Cost(**vars(token) | {"flops": token.flops * self.response})
+
+    def _closed_form(self) -> Iterator[Cost]:
+        settings, passed, solved = self.recipe.projection, [], 0
+
+        def validate(what: str, module, rows: str) -> None:
+            nonlocal solved
+            solved += self.run.flops if passed else 0  # since the last pass: solutions of what it summed up
+            if isinstance(module, Evaluation):
+                passed.append(self._evaluate(module, "closed form: choice", rows))
+                module.rows = lambda name: {"kl": torch.zeros(1)}
+            else:
+                second = isinstance(module, ValueRefit)
+                name = "closed form: second pass" if second else "closed form: fit pass"
+                passed.append(self._cost(name, rows, self.steps.validation(module), pace="fit", repeats=2))
+            self.run.reset()
+
+        self.run.reset()
+        for fitted in closed_form(
+            self.decoder,
+            self.depths,
+            boundary=self.recipe.boundary,
+            ridges=settings.ridge,
+            fit_rows="fit",
+            tune_rows="tune",
+            validate=validate,
+            grouping=settings.grouping,
+            queries=settings.queries,
+            refit=settings.refit,
+            memory=int(settings.memory_gib * 2**30),
+        ):
+            self.found[fitted.depth, "closed_form"] = fitted.options[fitted.best()]
+        for name in dict.fromkeys(each.name for each in passed):
+            same = [each for each in passed if each.name == name]
+            largest = max(same, key=lambda each: each.peak)
+            once = solved if name == "closed form: choice" else 0
+            yield Cost(**vars(largest) | {"flops": sum(each.flops for each in same), "once": once})
+
+    def _training(self) -> Iterator[Cost]:
+        settings, found = self.recipe.projection, []
+        with self._batch(settings.batch_size or self.recipe.data.batch_size):
+            for depth in self.steps.trained():
+                start = self.found.get((depth, settings.start), self.found[depth, "reuse"])
+                step, group = self.steps.train(depth, start)
+                cost = self._cost("training", "steps", step, pace="train", repeats=2)
+                trained = sum(each.nbytes for each in group["params"])
+                if self.run.gpu:  # AdamW works on all parameters at once there, through a temporary copy of them
+                    optimiser = cost.kept + 2 * trained
+                    cost = Cost(**vars(cost) | {"peak": max(cost.peak, optimiser)})
+                found.append(Cost(**vars(cost) | {"shared": 3 * trained, "gradients": trained}))
+                del step, group
+                self.found[depth, settings.kind] = KVProjections(self.decoder, depth)
+        for depth in self.depths:
+            self.found.setdefault((depth, settings.kind), self.found[depth, "reuse"])
+        if found:
+            largest = max(found, key=lambda each: each.peak)
+            yield Cost(**vars(largest) | {"flops": sum(each.flops for each in found)})
+
+    @contextmanager
+    def _batch(self, rows: int):
+        usual = self.steps
+        self.steps = self._steps(rows)
+        try:
+            yield
+        finally:
+            self.steps = usual
+
+    def _evaluation(self, name: str, rows: str, projections: dict) -> Cost:
+        variants = {
+            f"{depth} {kind}": Variant(PruningPlan(depth, self.recipe.boundary), each)
+            for (depth, kind), each in projections.items()
+        }
+        return self._evaluate(Evaluation(self.decoder, variants), name, rows)
+
+    def _evaluate(self, module: Evaluation, name: str, rows: str) -> Cost:
+        """One variant of each way to prune stands for all of them: they come one after the other."""
+        groups = {}
+        for variant in module.variants.values():
+            groups.setdefault((variant.plan, variant.context_visible, variant.remove_layers), variant)
+        few = Evaluation(self.decoder, {str(number): each for number, each in enumerate(groups.values())})
+        first = min(each.plan.depth for each in groups.values())
+        self.run.reset()
+        teacher_pass(self.decoder, self.steps.batch, first)
+        teacher = self.run.flops / self._rows
+        cost = self._cost(name, rows, self.steps.validation(few), pace="evaluate")
+        flops = teacher + (cost.flops - teacher) * len(module.variants) / len(groups)
+        return Cost(**vars(cost) | {"flops": flops})
+
+    def _comparison(self) -> Cost:
+        """The deepest pruning in every way that the report compares."""
+        depth, boundary = min(self.depths), self.recipe.boundary
+        plan, reuse = PruningPlan(depth, boundary), self.found[depth, "reuse"]
+        variants = {
+            "full model": Variant(PruningPlan(self.decoder.num_layers), reuse),
+            **{kind: Variant(plan, each) for (d, kind), each in self.found.items() if d == depth},
+            "layers removed": Variant(plan, reuse, remove_layers=True),
+            "no boundary handling": Variant(PruningPlan(depth, 0), reuse),
+            "no KV projection": Variant(plan, reuse, context_visible=False),
+        }
+        return self._evaluate(Evaluation(self.decoder, variants), "comparison", "search")
