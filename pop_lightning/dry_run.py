@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from pop_lightning.flops import visible_pairs
 
 _META = torch.device("meta")
-_KEPT = 2**16  # elements of the largest tensor whose values are kept
+_KEPT = 2**20  # elements of the largest tensor whose values are kept
 _aten = torch.ops.aten
 _IN_PLACE = {
     getattr(getattr(_aten, name), overload)
@@ -100,7 +100,7 @@ class DryRun:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Every operator: run on meta or, where all that it reads is known, for real; its results and operations counted."""
+    """Every operator: run on meta or, where all that it reads is known, for real; results and operations counted."""
 
     def __init__(self, run: DryRun):
         super().__init__()
@@ -109,7 +109,9 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        key = _signature(func, args, kwargs)
+        known, unknown = _places(args, kwargs)
+        fresh = not (_aliases(func) or func._schema.is_mutable)
+        key = _signature(func, args, kwargs) if fresh and unknown and not known else None
         if key in self.seen:
             layouts, single, flops = self.seen[key]
             out = [torch.empty_strided(*layout, dtype=dtype, device=_META) for *layout, dtype in layouts]
@@ -117,67 +119,70 @@ class _Dispatch(TorchDispatchMode):
             for each in out:
                 self.run.track(each)
             return out[0] if single else tuple(out)
-        out = self._call(func, args, kwargs)
+        out = self._call(func, args, kwargs, known, unknown)
         formula = flop_registry.get(func._overloadpacket) or _FORMULAS.get(func)
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
         self.run.flops += flops
-        if not _aliases(func):
-            made = [out] if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else []
-            made = [each for each in made if isinstance(each, Tensor)]
+        if fresh:
+            every = [out] if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else []
+            made = [each for each in every if isinstance(each, Tensor)]
             for each in made:
                 self.run.track(each)
-            if key is not None and made and all(each.is_meta for each in made):
-                if isinstance(out, Tensor) or len(made) == len(out):
-                    layouts = [(each.shape, each.stride(), each.dtype) for each in made]
-                    self.seen[key] = layouts, isinstance(out, Tensor), flops
+            if key is not None and made and len(made) == len(every) and all(each.is_meta for each in made):
+                layouts = [(each.shape, each.stride(), each.dtype) for each in made]
+                self.seen[key] = layouts, isinstance(out, Tensor), flops
         return out
 
-    def _call(self, func, args, kwargs):
-        flat, spec = tree_flatten((args, kwargs))
-        tensors = [each for each in flat if isinstance(each, Tensor)]
-        unknown = any(each.is_meta for each in tensors)
-        if torch.device(kwargs.get("device") or "cpu") == _META and not unknown and _whole(func, args, kwargs):
+    def _call(self, func, args, kwargs, known: bool, unknown: bool):
+        if not unknown and kwargs.get("device") == _META and _whole(func, args, kwargs):
             return func(*args, **kwargs | {"device": "cpu"})
-        if not tensors:
+        if not known and not unknown:
             return func(*args, **kwargs)
-        if func is _aten._local_scalar_dense.default and unknown:
-            return {torch.bool: True}.get(args[0].dtype, 1)  # a number that only a real run knows
-        if func is _aten.nonzero.default and unknown:
-            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=_META)
-        if func is _aten._to_copy.default and unknown and torch.device(kwargs.get("device") or "meta") != _META:
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if not unknown and not _too_large(func, flat, spec):
+        if unknown and func in _UNKNOWN:
+            return _UNKNOWN[func](*args, **kwargs)
+        if not unknown and not _too_large(func, args, kwargs):
             return func(*args, **kwargs)
         if func in _INDEXING:
             args = (args[0], _as_numbers(args[1]), *args[2:])
         if func._schema.is_mutable and isinstance(args[0], Tensor) and (func in _IN_PLACE or not args[0].is_meta):
             # The shape stays, and so do known values that unknown ones are written over: they decide a shape.
             return args[0]
-        args, kwargs = tree_map_only(Tensor, lambda each: each.to(_META), (args, kwargs))
-        if kwargs.get("device") is not None:
-            kwargs = kwargs | {"device": _META}
+        if known:
+            args, kwargs = _on_meta(args, kwargs)
         return func(*args, **kwargs)
 
 
+def _places(args, kwargs) -> tuple[bool, bool]:
+    """Whether tensors with values are among the arguments, and whether such without are."""
+    known = unknown = False
+    for each in (*args, *kwargs.values()):
+        for part in each if isinstance(each, list | tuple) else (each,):
+            if isinstance(part, Tensor):
+                if part.is_meta:
+                    unknown = True
+                else:
+                    known = True
+    return known, unknown
+
+
+def _on_meta(args, kwargs) -> tuple:
+    args, kwargs = tree_map_only(Tensor, lambda each: each.to(_META), (args, kwargs))
+    return args, kwargs | ({"device": _META} if kwargs.get("device") is not None else {})
+
+
 def _signature(func, args: tuple, kwargs: dict) -> tuple | None:
-    """What the result's layout follows from, where that is all on the meta device; None where values or views count."""
-    if func._schema.is_mutable or _aliases(func):
-        return None
+    """What the layout of an operator's result follows from."""
     key = [func]
     for each in (*args, *kwargs.items()):
         parts = each if isinstance(each, list | tuple) else (each,)
         for part in parts:
-            if isinstance(part, Tensor):
-                if not part.is_meta:
-                    return None
-                part = (part.shape, part.stride(), part.dtype)
-            key.append(part)
+            key.append((part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else part)
         key.append(len(parts))
     try:
         hash(key := tuple(key))
     except TypeError:
         return None
-    return key if any(isinstance(each, tuple) and each and isinstance(each[0], torch.Size) for each in key) else None
+    return key
 
 
 @cache
@@ -224,18 +229,17 @@ def _whole(func, args, kwargs) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex)
 
 
-def _too_large(func, flat: list, spec) -> bool:
+def _too_large(func, args, kwargs) -> bool:
     """Whether what an operator makes of known values is too large to be worth having."""
-    if all(each.numel() <= 256 for each in flat if isinstance(each, Tensor)):
+    sizes = [each.numel() for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    if _aliases(func) or (len(sizes) == 1 and sizes[0] <= _KEPT) or max(sizes, default=0) <= 256:
         return False
-    args, kwargs = tree_unflatten([each.to(_META) if isinstance(each, Tensor) else each for each in flat], spec)
+    args, kwargs = _on_meta(args, kwargs)
     try:
-        out = func(*args, **kwargs | ({"device": _META} if kwargs.get("device") is not None else {}))
+        out = func(*args, **kwargs)
     except (NotImplementedError, RuntimeError):
         return False  # its size follows from values
-    return any(
-        each.untyped_storage().nbytes() > _KEPT * each.itemsize for each in tree_flatten(out)[0] if isinstance(each, Tensor)
-    )
+    return any(isinstance(each, Tensor) and each.numel() > _KEPT for each in tree_flatten(out)[0])
 
 
 def _as_numbers(indices: list) -> list:
@@ -259,6 +263,27 @@ def _cholesky_solve(right, factor, *args, out_val=None, **kwargs) -> int:
     return 2 * right.numel() * factor.shape[-1]
 
 
+def _number(x: Tensor):
+    """What only a real run knows reads as true, or as one."""
+    return True if x.dtype == torch.bool else 1
+
+
+def _everything(mask: Tensor) -> Tensor:
+    return torch.empty(mask.numel(), mask.dim(), dtype=torch.long, device=_META)
+
+
+def _copy(x: Tensor, *, device=None, dtype=None, **others) -> Tensor:
+    """A copy; what leaves the meta device becomes zeros."""
+    if device is not None and torch.device(device) != _META:
+        return torch.zeros(x.shape, dtype=dtype or x.dtype)
+    return _aten._to_copy.default(x, device=device, dtype=dtype, **others)
+
+
+_UNKNOWN = {
+    _aten._local_scalar_dense.default: _number,
+    _aten.nonzero.default: _everything,
+    _aten._to_copy.default: _copy,
+}
 _FORMULAS = {
     _aten.linalg_cholesky_ex.default: _cholesky,
     _aten.cholesky_solve.default: _cholesky_solve,

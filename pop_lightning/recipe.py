@@ -27,7 +27,8 @@ from jsonargparse import ArgumentParser
 
 from pop_lightning.errors import InputError
 
-USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_config] [--resume | --overwrite]
+USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_config | --check]
+               [--resume | --overwrite]
 
 Score the layers, fit the KV projections, pick the depth that keeps the accuracy budget, and export an artifact.
 
@@ -35,6 +36,7 @@ Score the layers, fit the KV projections, pick the depth that keeps the accuracy
                          {bundled}
   --any.key VALUE        one key of the recipe, changed for this run, as in --budget.max_drop 0.02
   --print_config         print every value that would be used, as YAML, and stop
+  --check                say what memory, operations and time the run takes and whether it fits, offline, and stop
   --resume               go on with the run in `output` where it stopped
   --overwrite            replace the run in `output`
 
@@ -43,7 +45,7 @@ keys (default):
   trainer.NAME: lightning.Trainer's own arguments
 {trainer}
 
-exit code: 0 exported; 2 bad usage, recipe or data; 3 no depth keeps the budget
+exit code: 0 exported (--check: nothing speaks against it); 2 bad usage, recipe or data; 3 no depth keeps the budget
 """
 
 
@@ -177,6 +179,7 @@ class Invocation(NamedTuple):
     recipe: Recipe
     resume: bool
     overwrite: bool
+    check: bool
 
 
 def parse(argv: list[str] | None = None) -> Invocation:
@@ -198,11 +201,13 @@ def parse(argv: list[str] | None = None) -> Invocation:
         )
     if {"resume", "overwrite"} <= flags:
         raise InputError("--resume and --overwrite were both given: expected at most one of them.")
+    if "check" in flags and flags & {"resume", "overwrite"}:
+        raise InputError("--check writes nothing: leave --resume and --overwrite out.")
     recipe = _build(_read(name, problems), overrides, problems)
     if "print_config" in flags:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
-    return Invocation(recipe, "resume" in flags, "overwrite" in flags)
+    return Invocation(recipe, "resume" in flags, "overwrite" in flags, "check" in flags)
 
 
 def usage() -> str:
@@ -311,13 +316,13 @@ def _split(argv: list[str], problems: list[str]) -> tuple[str | None, list[tuple
     words = iter(range(len(argv)))
     for index in words:
         word = argv[index]
-        if word in ("-h", "--help", "--print_config", "--resume", "--overwrite"):
+        if word in ("-h", "--help", "--print_config", "--check", "--resume", "--overwrite"):
             flags.add("help" if word == "-h" else word[2:])
             continue
         if not word.startswith("--") or word == "--":
             raise InputError(f"found {word!r} on the command line: expected --recipe, a flag, or --key value.")
         key, equals, value = word[2:].partition("=")
-        if key in ("help", "print_config", "resume", "overwrite"):
+        if key in ("help", "print_config", "check", "resume", "overwrite"):
             raise InputError(f"--{key} takes no value, found {value!r}.")
         problem = None if key == "recipe" else _key_problem(key, "--")
         if problem:

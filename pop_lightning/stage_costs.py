@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from pop_lightning.closed_form import DEFAULT, ClosedFormFit, Shape, ValueRefit, choose_grouping, passes
 from pop_lightning.data import Row, collate
@@ -53,7 +54,7 @@ class Cost:
 
 
 def batch_of(rows: int, prompt: int, response: int) -> dict:
-    """A batch of ``rows`` rows as the pipeline collates them; the last of several is shorter, as in all real batches."""
+    """A batch of ``rows`` rows as the pipeline collates them; of several the last is shorter, as in real batches."""
     made = [Row((5,) * prompt, (5,) * response, f"row {row}") for row in range(rows - 1)]
     made.append(Row((5,) * max(1, prompt - (rows > 1)), (5,) * response, "last row"))
     return collate(made, 0)
@@ -88,39 +89,35 @@ class Steps:
         """The depths with something to train, deepest pruning first."""
         return [depth for depth in reversed(self.depths) if depth < self.decoder.num_layers - 1]
 
-    @torch.no_grad()
-    def prefill(self) -> object:
-        """The prompts, into a new cache; returns it."""
-        return self._read(self.batch["prompt_length"], self.decoder.new_cache())
+    def prefill(self) -> Cache:
+        """The prompts, into a new cache."""
+        prompt = self.batch["prompt_length"]
+        return self._read(self.batch["input_ids"][:, :prompt], self.batch["attention_mask"][:, :prompt])
+
+    def decode(self) -> Callable[[], object]:
+        """One token for every row behind a cache of all that the rows hold; each call reads one more."""
+        ids, mask = self.batch["input_ids"][:, :-1], self.batch["attention_mask"][:, :-1]
+        cache = self._read(ids, mask)
+
+        def once():
+            longer = nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)
+            self._read(ids[:, -1:], longer, cache)
+
+        return once
 
     @torch.no_grad()
-    def _read(self, end: int, cache):
-        ids, mask = (self.batch[name][:, :end] for name in ("input_ids", "attention_mask"))
-        held = cache.get_seq_length()
+    def _read(self, ids: Tensor, mask: Tensor, cache: Cache | None = None) -> Cache:
+        cache = self.decoder.new_cache() if cache is None else cache
+        positions = position_ids(mask)[:, -ids.shape[1] :]
         self.decoder.model(
-            input_ids=ids[:, held:],
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=position_ids(mask)[:, held:],
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return cache
-
-    def decode(self) -> Callable[[], object]:
-        """One token for every row behind a cache of all but the last of them."""
-        tokens = self.batch["input_ids"].shape[1]
-        cache = self._read(tokens - 1, self.decoder.new_cache())
-
-        def once():
-            self._read(tokens, cache)
-            if cache.get_seq_length() == tokens:
-                try:
-                    cache.crop(-1)
-                except (ValueError, NotImplementedError, RuntimeError):
-                    pass  # sliding layers cannot be cropped; one token more or less changes nothing
-
-        return once
 
     def scoring(self) -> Callable[[], None]:
         module = ImportanceScoring(self.decoder, self.recipe.boundary, self.recipe.seed)
@@ -225,9 +222,12 @@ def costs(
 
 
 class _Stages:
-    def __init__(self, run: DryRun, decoder: Decoder, recipe: Recipe, depths: Sequence[int], prompt: int, response: int):
+    def __init__(
+        self, run: DryRun, decoder: Decoder, recipe: Recipe, depths: Sequence[int], prompt: int, response: int
+    ):
         self.run, self.decoder, self.recipe, self.depths = run, decoder, recipe, list(depths)
         self.prompt, self.response = prompt, response
+        self.evaluated: dict[frozenset, tuple[float, float, int]] = {}
         self.steps = self._steps(recipe.data.batch_size)
 
     def _steps(self, rows: int) -> Steps:
@@ -343,14 +343,16 @@ class _Stages:
         groups = {}
         for variant in module.variants.values():
             groups.setdefault((variant.plan, variant.context_visible, variant.remove_layers), variant)
-        few = Evaluation(self.decoder, {str(number): each for number, each in enumerate(groups.values())})
-        first = min(each.plan.depth for each in groups.values())
-        self.run.reset()
-        teacher_pass(self.decoder, self.steps.batch, first)
-        teacher = self.run.flops / self._rows
-        cost = self._cost(name, rows, self.steps.validation(few), pace="evaluate")
-        flops = teacher + (cost.flops - teacher) * len(module.variants) / len(groups)
-        return Cost(**vars(cost) | {"flops": flops})
+        if (ways := frozenset(groups)) not in self.evaluated:
+            few = Evaluation(self.decoder, {str(number): each for number, each in enumerate(groups.values())})
+            self.run.reset()
+            teacher_pass(self.decoder, self.steps.batch, min(each.plan.depth for each in groups.values()))
+            teacher = self.run.flops / self._rows
+            cost = self._cost(name, rows, self.steps.validation(few), pace="evaluate")
+            self.evaluated[ways] = teacher, cost.flops - teacher, cost.peak - cost.kept
+        teacher, students, above = self.evaluated[ways]
+        flops = teacher + students * len(module.variants) / len(groups)
+        return Cost(name, rows, flops, kept=self.run.held, peak=self.run.held + above, pace="evaluate")
 
     def _comparison(self) -> Cost:
         """The deepest pruning in every way that the report compares."""
