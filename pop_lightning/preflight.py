@@ -23,7 +23,6 @@ from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
 from pop_lightning.data import CalibrationData, read_examples, resolve_bundled
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import candidates
-from pop_lightning.dry_run import DryRun
 from pop_lightning.errors import InputError
 from pop_lightning.fitting import quiet_lightning
 from pop_lightning.memory import device_bytes
@@ -31,7 +30,7 @@ from pop_lightning.metrics import rows_needed, smallest_certifiable
 from pop_lightning.models import load_model, load_tokenizer, local_folder
 from pop_lightning.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.report import text_table
-from pop_lightning.stage_costs import Cost, Steps, batch_of, closed_form_passes, costs, fits_closed_form
+from pop_lightning.stage_costs import Cost, Steps, batch_of, closed_form_passes, costs, fits_closed_form, operations
 
 FITS, DOES_NOT_FIT = 0, 2
 CARDS = (24, 40, 48, 80, 141)  # GiB of common GPUs
@@ -346,7 +345,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estimate:
-    """Run every stage dry: at the longest rows for memory, at the usual ones for operations.
+    """Run every stage dry at the longest rows; operations are brought to the usual ones as those of one step are.
 
     Raises:
         InputError: the base is no decoder that can be pruned, or the recipe's depths or sums do not fit it.
@@ -357,9 +356,17 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     prompt, response = rows.longest
     stages = costs(decoder, recipe, depths, prompt=prompt, response=response, **arguments)
     if rows.usual != rows.longest:
-        prompt, response = rows.usual
-        usual = costs(decoder, recipe, depths, prompt=prompt, response=response, **arguments)
-        stages = [replace(one, flops=other.flops, once=other.once) for one, other in zip(stages, usual, strict=True)]
+        longest, usual = (
+            operations(
+                decoder,
+                recipe,
+                depths,
+                batch_of(recipe.data.batch_size, *lengths),
+                responses=arguments["responses"],
+            )
+            for lengths in (rows.longest, rows.usual)
+        )
+        stages = [replace(each, flops=each.flops * usual[each.pace] / longest[each.pace]) for each in stages]
     return Estimate(recipe, base, rows, machine, depths, stages)
 
 
@@ -450,13 +457,8 @@ def pace(found: Estimate) -> dict[str, float] | str:
         every = list(found.rows.data.loader("fit"))
         batch = every[len(every) // 2]
     responses = any(stage.rows == "responses" for stage in found.stages)
-    operations = {}
-    with DryRun(gpu=machine.gpu) as run:
-        for name, step in Steps(base.decoder, recipe, found.depths, batch).all(responses=responses).items():
-            run.reset()
-            step()
-            operations[name] = run.flops
-    if not machine.gpu and max(operations.values()) > _SLOW_STEP:
+    counted = operations(base.decoder, recipe, found.depths, batch, responses=responses)
+    if not machine.gpu and max(counted.values()) > _SLOW_STEP:
         return "one step takes a CPU too long to try it: set trainer.accelerator to gpu where there is one"
     try:
         model = load_model(
@@ -468,7 +470,7 @@ def pace(found: Estimate) -> dict[str, float] | str:
     except InputError as error:
         return f"the base does not load here: {error}".rstrip(".")
     steps = Steps(Decoder(model), recipe, found.depths, batch).all(responses=responses)
-    return {name: _seconds(step, machine.device) / operations[name] for name, step in steps.items()}
+    return {name: _seconds(step, machine.device) / counted[name] for name, step in steps.items()}
 
 
 def _seconds(step, device: torch.device, repeats: int = 3) -> float:

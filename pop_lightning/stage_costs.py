@@ -195,6 +195,19 @@ def closed_form_passes(decoder: Decoder, recipe: Recipe, depths: Sequence[int]) 
     return grouping, passes(shape, depths, grouping, limit, DEFAULT)
 
 
+def operations(
+    decoder: Decoder, recipe: Recipe, depths: Sequence[int], batch: dict, *, responses: bool
+) -> dict[str, int]:
+    """Operations of every step on one batch, dry."""
+    found = {}
+    with DryRun() as run:
+        for name, step in Steps(decoder, recipe, depths, batch).all(responses=responses).items():
+            run.reset()
+            step()
+            found[name] = run.flops
+    return found
+
+
 def costs(
     decoder: Decoder,
     recipe: Recipe,
