@@ -5,6 +5,7 @@ whole numbers) keeps its values, so that modules, autograd and optimisers run as
 stage of a fit through here, so its figures follow from the code that will run and not from a formula beside it.
 """
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -68,7 +69,11 @@ class DryRun:
         return _Fused.apply(self, query, key, value, attn_mask, is_causal)
 
     def reset(self) -> None:
-        """Start a new measurement: ``peak`` from what is held now, ``flops`` from 0."""
+        """Start a new measurement: ``peak`` from what is held now, ``flops`` from 0.
+
+        Modules that went before may wait in cycles for Python to free them; they are freed first.
+        """
+        gc.collect()
         self.peak, self.flops = self.held, 0
 
     @contextmanager

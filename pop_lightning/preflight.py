@@ -647,10 +647,11 @@ def hardware_table(names: Sequence[str]) -> str:
         machine = found.machine
         card = card_for(found.needs)
         what = f"GPU of {card} GB" if card else f"GPU above {CARDS[-1]} GB"
+        on_cpu = recipe.trainer.get("accelerator") == "cpu"
         what = f"{machine.devices} x {what}" if machine.devices > 1 else f"one {what}"
         lines.append(
             f"| `pop-fit --recipe {name}` | {found.needs / _GIB:.1f} GiB | {found.largest.name} | "
-            f"{sum(map(found.flops, found.stages)):.1e} | {what if machine.gpu else 'any CPU'} |"
+            f"{sum(map(found.flops, found.stages)):.1e} | {'any CPU' if on_cpu else what} |"
         )
     return "\n".join(lines)
 

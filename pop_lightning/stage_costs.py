@@ -262,10 +262,11 @@ class _Stages:
         yield self._comparison()
 
     def _cost(self, name: str, rows: str, step: Callable[[], object], *, pace: str, repeats: int = 1, **others) -> Cost:
-        """``repeats`` steps: the first may leave behind what a later one's peak stands on (sums, optimiser states)."""
-        for _ in range(repeats):
-            self.run.reset()
+        """The last of ``repeats`` steps; the first may leave behind what its peak stands on (sums, optimiser states)."""
+        for _ in range(repeats - 1):
             step()
+        self.run.reset()
+        step()
         return Cost(
             name, rows, self.run.flops / self._rows, kept=self.run.held, peak=self.run.peak, pace=pace, **others
         )

