@@ -7,8 +7,7 @@ stage of a fit through here, so its figures follow from the code that will run a
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from unittest import mock
 
@@ -40,7 +39,7 @@ class DryRun:
 
     Args:
         gpu: count what a GPU's kernels take beside their results (a float32 accumulator in the attention's backward
-            pass, one temporary copy per parameter in the optimiser).
+            pass), not what a CPU's take.
 
     Attributes:
         held: bytes alive now, of tensors made inside.
@@ -76,14 +75,9 @@ class DryRun:
         gc.collect()
         self.peak, self.flops = self.held, 0
 
-    @contextmanager
-    def scratch(self, size: int) -> Iterator[None]:
-        """``size`` bytes that live as long as the block."""
-        self._add(size)
-        try:
-            yield
-        finally:
-            self.held -= size
+    def pass_by(self, size: int) -> None:
+        """``size`` bytes that an operator takes and gives back."""
+        self.peak = max(self.peak, self.held + size)
 
     def track(self, tensor: Tensor) -> None:
         """Count a tensor's memory until it is freed, once."""
@@ -118,11 +112,12 @@ class _Dispatch(TorchDispatchMode):
         fresh = not (_aliases(func) or func._schema.is_mutable)
         key = _signature(func, args, kwargs) if fresh and unknown and not known else None
         if key in self.seen:
-            layouts, single, flops = self.seen[key]
+            layouts, single, flops, scratch = self.seen[key]
             out = [torch.empty_strided(*layout, dtype=dtype, device=_META) for *layout, dtype in layouts]
             self.run.flops += flops
             for each in out:
                 self.run.track(each)
+            self.run.pass_by(scratch)
             return out[0] if single else tuple(out)
         out = self._call(func, args, kwargs, known, unknown)
         formula = flop_registry.get(func._overloadpacket) or _FORMULAS.get(func)
@@ -133,9 +128,11 @@ class _Dispatch(TorchDispatchMode):
             made = [each for each in every if isinstance(each, Tensor)]
             for each in made:
                 self.run.track(each)
+            scratch = 0 if self.run.gpu else _scratch(func, args)
+            self.run.pass_by(scratch)
             if key is not None and made and len(made) == len(every) and all(each.is_meta for each in made):
                 layouts = [(each.shape, each.stride(), each.dtype) for each in made]
-                self.seen[key] = layouts, isinstance(out, Tensor), flops
+                self.seen[key] = layouts, isinstance(out, Tensor), flops, scratch
         return out
 
     def _call(self, func, args, kwargs, known: bool, unknown: bool):
@@ -213,14 +210,25 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
         ctx.run.flops += ctx.operations * 5 // 2  # five products where the forward pass has two
-        with ctx.run.scratch(4 * query.numel() if ctx.run.gpu else 0):
-            grads = [_by_token(each) for each in (query, key, value)]
+        grads = [_by_token(each) for each in (query, key, value)]
+        ctx.run.pass_by(4 * query.numel() if ctx.run.gpu else 0)
         return None, *grads, None, None
 
 
 def _by_token(like: Tensor) -> Tensor:
     batch, heads, tokens, width = like.shape
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _scratch(func, args) -> int:
+    """What a CPU's operator takes beside its result, where that is large.
+
+    oneDNN's batched bfloat16 product copies an operand that is no plain block, such as a head's weight that is spread
+    over the batch because the rows are a slice.
+    """
+    if func is not _aten.bmm.default or args[0].dtype != torch.bfloat16:
+        return 0
+    return sum(each.numel() * each.itemsize for each in args if not each.is_contiguous())
 
 
 def _whole(func, args, kwargs) -> bool:

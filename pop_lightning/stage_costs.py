@@ -262,7 +262,7 @@ class _Stages:
         yield self._comparison()
 
     def _cost(self, name: str, rows: str, step: Callable[[], object], *, pace: str, repeats: int = 1, **others) -> Cost:
-        """The last of ``repeats`` steps; the first may leave behind what its peak stands on (sums, optimiser states)."""
+        """The last of ``repeats`` steps: the first may leave behind what its peak stands on (sums, optimiser)."""
         for _ in range(repeats - 1):
             step()
         self.run.reset()
