@@ -493,7 +493,10 @@ class _Sums:
 
 
 def _add(sums: dict, key, value: Tensor) -> None:
-    sums[key] = sums[key] + value.double() if key in sums else value.double()
+    if key in sums:
+        sums[key].add_(value)  # in float64; in place, because a Gram matrix may be 100 MB
+    else:
+        sums[key] = value.double()
 
 
 def _with_one(normed: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Teacher-forced evaluation of many pruned variants of one model at the cost of one full pass and a small part each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning
@@ -14,6 +14,7 @@ from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
+from pop_lightning.selection import Choice
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ class Variant:
     projections: KVProjections
     context_visible: bool = True
     remove_layers: bool = False
+
+
+def groups(decoder: Decoder, choices: Sequence[Choice], memory: int) -> Iterator[list[Choice]]:
+    """``choices`` in order, as many at a time as ``memory`` bytes hold the projections of: one pass over rows each."""
+    group, room = [], memory
+    layer = 2 * decoder.kv_dim * decoder.config.hidden_size * decoder.model.dtype.itemsize
+    for choice in choices:
+        needed = layer * (decoder.num_layers - choice.depth)
+        if group and needed > room:
+            yield group
+            group, room = [], memory
+        group.append(choice)
+        room -= needed
+    if group:
+        yield group
 
 
 class Evaluation(lightning.LightningModule):

@@ -1,4 +1,4 @@
-"""Peak memory of one call, above what was allocated before it: what the benchmark prints beside its times."""
+"""Memory of a device, and the peak of one call above what was allocated before it, which the benchmark prints."""
 
 import json
 import os
@@ -43,3 +43,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
             live[address] = size
         peak = max(peak, held)
     return peak
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device, for a CPU the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

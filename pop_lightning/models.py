@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -125,6 +127,21 @@ def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remot
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.base {name!r} has no config.json that loads: {_first_sentence(error)}") from error
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """Where a base lies on this machine: its folder, or the hub's cache. None where it does not; the hub is not asked.
+
+    Raises:
+        InputError: ``bundled:NAME`` of something that is not.
+    """
+    path = Path(resolve_bundled(name))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no hub id
+        return None
 
 
 def load_tokenizer(

@@ -5,7 +5,7 @@ behind is kept by ``run_folder.py``, so that a run can be killed anywhere and re
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 
@@ -19,7 +19,7 @@ from pop_lightning.data import CalibrationData, Row, until_end
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import candidates, reaching
 from pop_lightning.errors import InputError
-from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.evaluate import Evaluation, Variant, groups
 from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
 from pop_lightning.flops import prefill_flops, speedup
 from pop_lightning.generator import StageAwareGenerator
@@ -58,9 +58,6 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, trainers: Trainers):
         self.recipe, self.folder, self.trainers = recipe, folder, trainers
-        # Fitting does not wait for the choice of a boundary: k = 1 leaves the most context tokens to fit on, and what
-        # is a good key or value of a token does not depend on k.
-        self.fit_boundary = 1 if recipe.boundary == "auto" else recipe.boundary
 
     def run(self) -> int:
         if metrics := self.folder.read("metrics.json"):
@@ -229,7 +226,7 @@ class _Run:
     # --- score ----------------------------------------------------------------------------------------------------
 
     def _score(self) -> dict:
-        scoring = ImportanceScoring(self.decoder, self.fit_boundary, self.recipe.seed)
+        scoring = ImportanceScoring(self.decoder, self.recipe.fit_boundary, self.recipe.seed)
         loader = self.data.loader("fit", limit=self.recipe.importance.rows)
         self.trainers.make("scoring layers").validate(scoring, loader, verbose=False)
         prefill, decode = scoring.scores.T.tolist()
@@ -237,7 +234,7 @@ class _Run:
             "layers": self.decoder.num_layers,
             "rows": scoring.rows,
             "seed": self.recipe.seed,
-            "boundary": self.fit_boundary,
+            "boundary": self.recipe.fit_boundary,
             "prefill": prefill,
             "decode": decode,
         }
@@ -277,7 +274,7 @@ class _Run:
         for fitted in closed_form(
             self.decoder,
             depths,
-            boundary=self.fit_boundary,
+            boundary=self.recipe.fit_boundary,
             ridges=settings.ridge,
             grouping=settings.grouping,
             queries=settings.queries,
@@ -392,7 +389,7 @@ class _Run:
         """Curve entries of ``choices`` at each boundary, on the search split."""
         ridges = self.folder.read("state/ridge.json")
         entries = []
-        for group in self._groups(choices):
+        for group in groups(self.decoder, choices, self._memory):
             variants = {}
             for choice in group:
                 projections = self._projections(choice)
@@ -415,20 +412,6 @@ class _Run:
                 entries.append(entry)
         return entries
 
-    def _groups(self, choices: Sequence[Choice]) -> Iterator[list[Choice]]:
-        """``choices`` in order, as many at a time as ``projection.memory_gib`` holds the projections of."""
-        decoder, group, room = self.decoder, [], self._memory
-        layer = 2 * decoder.kv_dim * decoder.config.hidden_size * self.model.dtype.itemsize
-        for choice in choices:
-            needed = layer * (decoder.num_layers - choice.depth)
-            if group and needed > room:
-                yield group
-                group, room = [], self._memory
-            group.append(choice)
-            room -= needed
-        if group:
-            yield group
-
     # --- verify ---------------------------------------------------------------------------------------------------
 
     def _verify(self, curve: list[dict]) -> None:
@@ -445,7 +428,7 @@ class _Run:
             counted = self._speedup(self.budget.sequence[0].depth, self.boundary)
             measured["speedup"] = {"wanted": wanted, "counted": counted, "prompt_tokens": self.tokens}
         export = ExportArtifact(self.folder / "artifact", self.budget, self.base, self.recipe.to_dict(), measured)
-        for group in self._groups(self.budget.sequence):
+        for group in groups(self.decoder, self.budget.sequence, self._memory):
             if self.budget.verified:
                 break
             names = {choice.depth: str(choice.depth) for choice in group}

@@ -27,7 +27,8 @@ from jsonargparse import ArgumentParser
 
 from pop_lightning.errors import InputError
 
-USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_config] [--resume | --overwrite]
+USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--print_config | --check]
+               [--resume | --overwrite]
 
 Score the layers, fit the KV projections, pick the depth that keeps the accuracy budget, and export an artifact.
 
@@ -35,6 +36,7 @@ Score the layers, fit the KV projections, pick the depth that keeps the accuracy
                          {bundled}
   --any.key VALUE        one key of the recipe, changed for this run, as in --budget.max_drop 0.02
   --print_config         print every value that would be used, as YAML, and stop
+  --check                say what memory, operations and time the run takes and whether it fits, offline, and stop
   --resume               go on with the run in `output` where it stopped
   --overwrite            replace the run in `output`
 
@@ -43,7 +45,7 @@ keys (default):
   trainer.NAME: lightning.Trainer's own arguments
 {trainer}
 
-exit code: 0 exported; 2 bad usage, recipe or data; 3 no depth keeps the budget
+exit code: 0 exported (--check: nothing speaks against it); 2 bad usage, recipe or data; 3 no depth keeps the budget
 """
 
 
@@ -153,6 +155,15 @@ class Recipe:
     budget: Budget = field(default_factory=Budget)
     trainer: dict[str, Any] = field(default_factory=lambda: dict(TRAINER_DEFAULTS))
 
+    @property
+    def fit_boundary(self) -> int:
+        """The boundary that layers are scored and projections are fitted at.
+
+        Fitting does not wait for the choice of a boundary: k = 1 leaves the most context tokens to fit on, and what is
+        a good key or value of a token does not depend on k.
+        """
+        return 1 if self.boundary == "auto" else self.boundary
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data, every value named."""
         return asdict(self)
@@ -181,6 +192,7 @@ class Invocation(NamedTuple):
     recipe: Recipe
     resume: bool
     overwrite: bool
+    check: bool
 
 
 def parse(argv: list[str] | None = None) -> Invocation:
@@ -202,11 +214,13 @@ def parse(argv: list[str] | None = None) -> Invocation:
         )
     if {"resume", "overwrite"} <= flags:
         raise InputError("--resume and --overwrite were both given: expected at most one of them.")
+    if "check" in flags and flags & {"resume", "overwrite"}:
+        raise InputError("--check writes nothing: leave --resume and --overwrite out.")
     recipe = _build(_read(name, problems), overrides, problems)
     if "print_config" in flags:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
-    return Invocation(recipe, "resume" in flags, "overwrite" in flags)
+    return Invocation(recipe, "resume" in flags, "overwrite" in flags, "check" in flags)
 
 
 def usage() -> str:
@@ -326,13 +340,13 @@ def _split(argv: list[str], problems: list[str]) -> tuple[str | None, list[tuple
     words = iter(range(len(argv)))
     for index in words:
         word = argv[index]
-        if word in ("-h", "--help", "--print_config", "--resume", "--overwrite"):
+        if word in ("-h", "--help", "--print_config", "--check", "--resume", "--overwrite"):
             flags.add("help" if word == "-h" else word[2:])
             continue
         if not word.startswith("--") or word == "--":
             raise InputError(f"found {word!r} on the command line: expected --recipe, a flag, or --key value.")
         key, equals, value = word[2:].partition("=")
-        if key in ("help", "print_config", "resume", "overwrite"):
+        if key in ("help", "print_config", "check", "resume", "overwrite"):
             raise InputError(f"--{key} takes no value, found {value!r}.")
         problem = None if key == "recipe" else _key_problem(key, "--")
         if problem:

@@ -5,7 +5,6 @@ and a preflight can speak of Llama-3.3-70B where no checkpoint of it lies. Nothi
 """
 
 import difflib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from pop_lightning.errors import InputError
+from pop_lightning.memory import device_bytes
 from pop_lightning.models import auto_class
 
 _LLAMA3_ROPE = {
@@ -185,24 +185,33 @@ class Shape:
     """One published shape.
 
     Attributes:
-        source: the hub repository whose config it repeats, or a sentence where there is none.
+        base: the hub repository whose config it repeats; None where there is no checkpoint.
         make: builds a new config.
+        left_out: parameters of the checkpoint that the config leaves out: Gemma's vision tower, which is loaded too.
     """
 
-    source: str
+    base: str | None
     make: Callable[[], PreTrainedConfig]
+    left_out: int = 0
 
+
+_GEMMA_TOWER = 416_866_032  # SigLIP, without the projector into the decoder's width
 
 SHAPES = {
-    "cpu_small": Shape("no checkpoint: a Llama small enough for CPUs", _cpu_small),
-    "gemma3_4b": Shape("google/gemma-3-4b-it, its text decoder", _gemma3_4b),
-    "gemma3_12b": Shape("google/gemma-3-12b-it, its text decoder", _gemma3_12b),
+    "cpu_small": Shape(None, _cpu_small),
+    "gemma3_4b": Shape("google/gemma-3-4b-it", _gemma3_4b, _GEMMA_TOWER + 1152 * 2560 + 1152),
+    "gemma3_12b": Shape("google/gemma-3-12b-it", _gemma3_12b, _GEMMA_TOWER + 1152 * 3840 + 1152),
     "llama3_1_8b": Shape("meta-llama/Llama-3.1-8B-Instruct", _llama3_1_8b),
     "llama3_3_70b": Shape("meta-llama/Llama-3.3-70B-Instruct", _llama3_3_70b),
     "mistral_7b": Shape("mistralai/Mistral-7B-Instruct-v0.3", _mistral_7b),
     "qwen3_8b": Shape("Qwen/Qwen3-8B", _qwen3_8b),
-    "qwen3_vl_8b": Shape("Qwen/Qwen3-VL-8B-Instruct, with its vision tower", _qwen3_vl_8b),
+    "qwen3_vl_8b": Shape("Qwen/Qwen3-VL-8B-Instruct", _qwen3_vl_8b),  # with its vision tower
 }
+
+
+def of_base(base: str) -> str | None:
+    """The name of the shape that repeats the config of a hub repository, None where there is none."""
+    return next((name for name, each in SHAPES.items() if each.base == base), None)
 
 
 def shape(name: str) -> Shape:
@@ -220,7 +229,7 @@ def shape(name: str) -> Shape:
 
 def meta(name: str) -> PreTrainedModel:
     """The model of a shape on the meta device: every module and size, no memory. For counting, not for running."""
-    return _model(shape(name).make(), torch.bfloat16, torch.device("meta"))
+    return from_config(shape(name).make(), torch.bfloat16, torch.device("meta"))
 
 
 def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> PreTrainedModel:
@@ -230,15 +239,18 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: in
         InputError: no shape of that name, or its weights are larger than the device's memory.
     """
     device = torch.device(device)
-    _check_memory(name, dtype, device, _memory(device))
+    _check_memory(name, dtype, device, device_bytes(device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return _model(shape(name).make(), dtype, device)
+        return from_config(shape(name).make(), dtype, device)
 
 
-def _model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def from_config(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """A frozen model in eval mode with random weights; on the meta device a shape alone."""
     with device:
-        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     return model.eval().requires_grad_(False)
 
 
@@ -249,9 +261,3 @@ def _check_memory(name: str, dtype: torch.dtype, device: torch.device, there: in
             f"--shape {name} has {needed / 1e9:.1f} GB of weights in {str(dtype).removeprefix('torch.')}, {device} has "
             f"{there / 1e9:.1f} GB of memory; choose a smaller --shape, a narrower --dtype or another --device."
         )
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

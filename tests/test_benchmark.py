@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def tiny_shape(monkeypatch):
-    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.Shape("a test", lambda: build("gemma3").config))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.Shape(None, lambda: build("gemma3").config))
     return "tiny"
 
 
@@ -105,7 +105,7 @@ def test_a_shape_that_reads_images_is_measured_on_text(monkeypatch):
     text = COMMON | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
               "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
-    tiny = shapes.Shape("a test", lambda: Qwen3VLConfig(text_config=text, vision_config=vision))
+    tiny = shapes.Shape(None, lambda: Qwen3VLConfig(text_config=text, vision_config=vision))
     monkeypatch.setitem(shapes.SHAPES, "tiny_vl", tiny)
     model = benchmark.load(shape="tiny_vl", device="cpu")
     (point,) = benchmark.run(model, lengths=[9], depths=[2], **QUICK)["points"]

@@ -12,6 +12,10 @@ def main(argv: list[str] | None = None) -> int:
         with importing():
             from pop_lightning.recipe import parse
         invocation = parse(argv)
+        if invocation.check:
+            with importing():
+                from pop_lightning import preflight
+            return preflight.check(invocation.recipe)
         with importing():
             from pop_lightning import pipeline
 

@@ -1,0 +1,343 @@
+"""pop-fit --check: the dry run against measured steps, its words for what does not fit, every recipe offline."""
+
+import itertools
+import json
+import socket
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+from pop_lightning import preflight, shapes
+from pop_lightning.cli import fit
+from pop_lightning.decoder import Decoder
+from pop_lightning.dry_run import DryRun
+from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.flops import prefill_flops
+from pop_lightning.memory import peak_bytes
+from pop_lightning.metrics import rows_needed, smallest_certifiable
+from pop_lightning.plan import PruningPlan
+from pop_lightning.projections import KVProjections
+from pop_lightning.recipe import bundled_recipes, parse
+from pop_lightning.stage_costs import Steps, batch_of, costs
+
+from workbench import arguments, save_base, save_rows
+
+SIZES = {
+    "vocab_size": 2000,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES, sliding_window=64, layer_types=["sliding_attention"] * 3 + ["full_attention"] * 2
+    ),
+}
+DEPTHS = [3, 2]
+WITHIN = 0.2
+
+
+def decoder(family, dtype, device, attention="sdpa"):
+    torch.manual_seed(0)
+    return Decoder(shapes.from_config(CONFIGS[family](), dtype, torch.device(device), attention))
+
+
+def recipe(**changes):
+    words = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    return parse(["--recipe", "example", *words]).recipe
+
+
+def steps(family, dtype, device, batch, attention="sdpa", **changes):
+    """Every kind of step, those of the closed form and of training twice: sums and optimiser states stay behind."""
+    made = Steps(decoder(family, dtype, device, attention), recipe(**changes), DEPTHS, batch)
+    named = made.all(responses=True)
+    again = {name: lambda step=step: (step(), step()) for name, step in named.items() if name in ("fit", "train")}
+    # A measurement does not see that memory from before it is freed, so decode fills its cache inside.
+    return named | again | {"decode": lambda: made.decode()()}
+
+
+def predicted(*arguments, **changes):
+    with DryRun() as run:
+        found = {}
+        for name, step in steps(*arguments[:2], "meta", *arguments[2:], **changes).items():
+            run.reset()
+            before = run.held
+            step()
+            found[name] = run.peak - before
+    return found
+
+
+def compare(*arguments, **changes):
+    expected = predicted(*arguments, **changes)
+    for name, step in steps(*arguments[:2], "cpu", *arguments[2:], **changes).items():
+        measured = peak_bytes(step, torch.device("cpu"))
+        assert abs(expected[name] / measured - 1) < WITHIN, (name, arguments[:2], expected[name], measured)
+
+
+# --- figures against measured ones ----------------------------------------------------------------------------------
+
+
+def test_the_peak_of_every_step_is_within_a_fifth_of_a_measured_one():
+    compare("gemma3", torch.float32, batch_of(2, 150, 40), projection__kind="lora", projection__grouping="layer")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "grouping"), [("full", "none"), ("lora", "head")])
+def test_peaks_over_batches_lengths_types_and_families(family, dtype, kind, grouping):
+    for rows, (prompt, response) in itertools.product((1, 4), ((200, 30), (100, 120))):
+        batch = batch_of(rows, prompt, response)
+        compare(family, dtype, batch, projection__kind=kind, projection__grouping=grouping)
+    compare(family, dtype, batch_of(2, 200, 60), projection__kind=kind, projection__gradient_checkpointing="true")
+    compare(family, dtype, batch_of(2, 200, 60), "eager", projection__kind=kind)
+
+
+def test_a_whole_evaluation_of_the_search_takes_what_its_stage_says():
+    """The stage as the pipeline runs it: every depth's maps held, one batch measured."""
+    dry, real = decoder("llama", torch.float32, "meta"), decoder("llama", torch.float32, "cpu")
+    settings = recipe(data__batch_size=3, projection__kind="reuse")
+    stage = next(each for each in costs(dry, settings, DEPTHS, prompt=120, response=30) if each.name == "search")
+
+    def measured():
+        projections = {depth: KVProjections(real, depth) for depth in DEPTHS}
+        variants = {str(depth): Variant(PruningPlan(depth), each) for depth, each in projections.items()}
+        with torch.no_grad():
+            Evaluation(real, variants).validation_step(batch_of(3, 120, 30), 0)
+
+    assert abs(stage.peak / peak_bytes(measured, torch.device("cpu")) - 1) < WITHIN
+
+
+def test_operations_of_a_plain_pass_are_those_of_the_counter():
+    """One prompt: its layers, and the head on one token. The counter leaves rotary tables out, though products too."""
+    dry = decoder("llama", torch.float32, "meta")
+    made = Steps(dry, recipe(), DEPTHS, batch_of(1, 200, 1))
+    with DryRun() as run:
+        made.prefill()
+    assert run.flops == pytest.approx(prefill_flops(dry, PruningPlan(dry.num_layers), 200), rel=1e-3)
+
+
+def test_a_dry_run_leaves_nothing_behind():
+    attend = torch.nn.functional.scaled_dot_product_attention
+    run, kept = DryRun(), []
+
+    def fails():
+        with run:
+            kept.append(torch.zeros(1000, device="meta"))
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fails()
+    assert torch.nn.functional.scaled_dot_product_attention is attend
+    assert torch.zeros(3).sum().item() == 0
+    assert run.held == kept.pop().nbytes
+    assert run.held == 0
+    assert run.peak == 4000
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*arguments, **others):
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+QUICK = ("llama3_1_8b",)
+LONGER = [pytest.param(name, marks=pytest.mark.full) for name in bundled_recipes() if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *LONGER])
+def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "pace", lambda found: "time has a test of its own")
+    assert fit.main(["--recipe", name, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert ("assumed: bundled shape" in shown) == (name != "tiny")
+    for stage in ("scoring", "search", "verify", "comparison"):
+        assert f"\n{stage}" in shown
+    assert fit.main(["--recipe", name, "--print_config"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_recipe_names_a_base_that_a_shape_stands_for():
+    for name in bundled_recipes():
+        base = parse(["--recipe", name]).recipe.model.base
+        assert base.startswith("bundled:") or shapes.of_base(base), name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+def test_a_small_base_is_timed_on_its_own_rows_and_nothing_is_written(base, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "something").write_text("of the user")  # pop-fit refuses such a folder, a check does not care
+    assert fit.main([*arguments(base, data, output), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "its own config" in shown
+    assert "longest batch 24 + 5 tokens" in shown  # four words and the end token
+    assert "time: about" in shown
+    assert [path.name for path in output.iterdir()] == ["something"]
+
+
+def test_rows_without_responses_are_generated_first(base, tmp_path, capsys):
+    rows = save_rows(tmp_path / "rows.jsonl", responses=False)
+    changes = {"data.max_response_tokens": 9, "projection.kind": "lora"}
+    words = [f"--{key}={value}" for key, value in changes.items()]
+    assert fit.main([*arguments(base, rows, tmp_path / "run"), *words, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "longest batch 24 + 9 tokens" in shown
+    for stage in ("responses: prompts", "responses: tokens", "training"):
+        assert f"\n{stage}" in shown
+    assert "decode" in shown.splitlines()[-1]
+
+
+def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monkeypatch, capsys):
+    words = [*arguments(base, data, tmp_path / "run", data__batch_size=8), "--check"]
+    assert fit.main(words) == 0
+    checked = parse(words[:-1]).recipe
+    loaded = preflight.Base.of(checked)
+    there = int(
+        0.6
+        * preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked)).needs
+    )
+    monkeypatch.setattr(preflight, "device_bytes", lambda device: there / preflight.USABLE)
+    capsys.readouterr()
+    assert fit.main(words) == 2
+    shown = capsys.readouterr().out
+    assert "it does not fit: set data.batch_size 4" in shown
+    assert "not measured, because it does not fit" in shown
+    assert fit.main([*words, "--data.batch_size", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "keys"),
+    [
+        (
+            {"projection.grouping": "head", "data.batch_size": 1, "data.max_prompt_tokens": 12},
+            "closed form",
+            ["projection.memory_gib"],
+        ),
+        (
+            {"projection.kind": "full", "projection.start": "reuse", "projection.batch_size": 512},
+            "training",
+            ["projection.gradient_checkpointing", "projection.batch_size"],
+        ),
+        ({"model.dtype": "float32"}, "scoring", ["data.batch_size", "model.dtype bfloat16", "deepspeed_stage_3"]),
+    ],
+)
+def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
+    """Which keys are tried, over a small base that is said to run on GPUs."""
+    named = {"model.base": base, "data.calibration": "none.jsonl", "data.limit": 1000}
+    named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4, "trainer.accelerator": "gpu"}
+    words = [f"--{key}={value}" for key, value in (named | changes).items()]
+    checked = parse(["--recipe", "example", *words]).recipe
+    loaded = preflight.Base.of(checked)
+    found = preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+    assert found.largest.name.startswith(stage)
+    tried = [text for values in preflight._changes(found, found.needs) for text, _ in values]
+    for key in keys:
+        assert any(key in text for text in tried), (key, tried)
+
+
+def test_shards_devices_and_offload_lower_what_a_device_holds():
+    settings = {"trainer.accelerator": "gpu", "data.batch_size": 1, "projection.kind": "reuse", "data.limit": 1000}
+    needs, weights = {}, {}
+    for strategy in ("auto", "ddp", "deepspeed_stage_3", "deepspeed_stage_3_offload"):
+        devices = 1 if strategy == "auto" else 8
+        words = [f"--{key}={value}" for key, value in (settings | {"trainer.strategy": strategy}).items()]
+        checked = parse(["--recipe", "llama3_1_8b", f"--trainer.devices={devices}", *words]).recipe
+        machine, loaded = preflight.Machine.of(checked), preflight.Base.of(checked)
+        weights[strategy] = machine.weights(loaded)
+        needs[strategy] = machine.stage(costs_of_training(loaded, checked))
+    assert weights["ddp"] == weights["auto"] == 2 * 8_030_261_248
+    head = 2 * 128256 * 4096
+    assert weights["deepspeed_stage_3"] == weights["ddp"] // 8 + head
+    assert weights["deepspeed_stage_3_offload"] == head
+    assert needs["deepspeed_stage_3"] < needs["auto"] < needs["ddp"]
+
+
+def costs_of_training(loaded, checked):
+    """A stage of 9 GB, of which 3 GB are gradients and optimiser states."""
+    return preflight.Cost("training", "steps", 0.0, 0, 9 * 10**9, "train", shared=3 * 10**9, gradients=10**9)
+
+
+@pytest.mark.parametrize(("rows", "max_drop", "code"), [(200, 0.05, 0), (200, 0.01, 2)])
+def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(base, tmp_path, capsys, rows, max_drop, code):
+    path = save_rows(tmp_path / "rows.jsonl", rows=rows)
+    words = arguments(base, path, tmp_path / "run", budget__metric="agreement", budget__max_drop=max_drop)
+    assert fit.main([*words, "--check"]) == code
+    shown = capsys.readouterr().out
+    least = smallest_certifiable(80, "agreement", 0.95)
+    assert f"80 verify rows can certify a drop of {least:.2%}" in shown
+    if code:
+        assert f"needs {rows_needed(max_drop, 'agreement', 0.95)}: set " in shown
+        for key in ("budget.max_drop", "data.limit"):
+            assert key in shown
+
+
+def test_rows_that_are_not_here_are_assumed_from_the_recipe(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
+    changes = {"data__limit": 100, "data__max_prompt_tokens": 20, "data__max_response_tokens": 5}
+    words = arguments(base, tmp_path / "later.jsonl", tmp_path / "run", **changes)
+    assert fit.main([*words, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "fit 30, tune 10, search 20, verify 40 (assumed: " in shown
+    assert "data.limit of 100 rows is taken, 20 + 5 tokens each" in shown
+
+
+def test_the_closed_forms_grouping_and_what_the_finer_ones_take(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
+    words = ["--recipe", "llama3_1_8b", "--budget.candidates", "[30,26,22]", "--data.batch_size", "1", "--check"]
+    assert fit.main(words) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("closed form: grouping"))
+    assert line.startswith("closed form: grouping layer in one pass over the fit rows, projection.memory_gib 16;")
+    assert "head takes projection.memory_gib" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.base", "nobody/nothing"], "model.base 'nobody/nothing' is not on this machine"),
+        (["--check=yes"], "--check takes no value"),
+        (["--resume"], "--check writes nothing"),
+        (["--budget.candidates", "[99]"], "budget.candidates must lie in 1..32"),
+    ],
+)
+def test_bad_usage_is_one_sentence(words, said, offline, capsys):
+    assert fit.main(["--recipe", "llama3_1_8b", "--check", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_config_without_weights_is_enough_for_memory(tmp_path, data, capsys):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]()).config.save_pretrained(tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["hidden_size"] == 96
+    assert fit.main([*arguments(tmp_path / "base", data, tmp_path / "run"), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "the base's tokenizer is not on this machine, so the 80 rows are counted" in shown
+    assert "time: not measured, because the base does not load here" in shown
+
+
+def test_the_table_of_all_recipes_is_made_from_the_same_estimate():
+    table = preflight.hardware_table(["mistral_7b"])
+    assert "| `pop-fit --recipe mistral_7b` | " in table
+    assert table.endswith("| one GPU of 80 GB |")
