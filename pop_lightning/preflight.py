@@ -661,12 +661,11 @@ def hardware_table(names: Sequence[str]) -> str:
     lines = ["| command | memory per device | largest stage | operations | hardware |", "|---|---|---|---|---|"]
     for name in names:
         recipe = parse(["--recipe", name]).recipe
-        base = Base.of(recipe)
-        found = estimate(recipe, base, Rows.of(recipe, base), Machine.of(recipe))
-        machine = found.machine
+        base, on_cpu = Base.of(recipe), recipe.trainer.get("accelerator") == "cpu"
+        machine = replace(Machine.of(recipe), gpu=not on_cpu)
+        found = estimate(recipe, base, Rows.of(recipe, base), machine)
         card = card_for(found.needs)
         what = f"GPU of {card} GB" if card else f"GPU above {CARDS[-1]} GB"
-        on_cpu = recipe.trainer.get("accelerator") == "cpu"
         what = f"{machine.devices} x {what}" if machine.devices > 1 else f"one {what}"
         lines.append(
             f"| `pop-fit --recipe {name}` | {found.needs / _GIB:.1f} GiB | {found.largest.name} | "
