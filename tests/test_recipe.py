@@ -103,9 +103,9 @@ def test_numbers_with_an_exponent_are_numbers(write):
 
 def test_resume_and_overwrite_are_told_apart(write):
     path = write(MINIMAL)
-    assert parse(["--recipe", path])[1:] == (False, False)
-    assert parse(["--recipe", path, "--resume"])[1:] == (True, False)
-    assert parse(["--overwrite", "--recipe", path])[1:] == (False, True)
+    assert parse(["--recipe", path])[1:3] == (False, False)
+    assert parse(["--recipe", path, "--resume"])[1:3] == (True, False)
+    assert parse(["--overwrite", "--recipe", path])[1:3] == (False, True)
     assert "at most one" in refusal("--recipe", path, "--overwrite", "--resume")
 
 
