@@ -54,6 +54,9 @@ class DryRun:
         self._modes = ExitStack()
 
     def __enter__(self) -> "DryRun":
+        # What was there before is not looked at again by the collections of `reset`.
+        gc.freeze()
+        self._modes.callback(gc.unfreeze)
         self._modes.enter_context(_Dispatch(self))
         # On the meta device PyTorch would write the scores out. A mode for functions would miss what checkpoints rerun.
         self._modes.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", self._attend))

@@ -152,11 +152,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-QUICK = ("llama3_1_8b",)
-LONGER = [pytest.param(name, marks=pytest.mark.full) for name in bundled_recipes() if name not in QUICK]
-
-
-@pytest.mark.parametrize("name", [*QUICK, *LONGER])
+@pytest.mark.parametrize("name", bundled_recipes())
 def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preflight, "pace", lambda found: "time has a test of its own")
