@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
@@ -26,7 +25,7 @@ from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.flops import prefill_flops
 from pop_lightning.generator import StageAwareGenerator
-from pop_lightning.memory import peak_bytes
+from pop_lightning.memory import memory_advice, peak_bytes
 from pop_lightning.models import check_dtype, choose_device, context_length, load_model
 from pop_lightning.plan import PruningPlan
 
@@ -65,7 +64,7 @@ def load(
         raise InputError("--benchmark needs something to measure: --artifact DIR, --base MODEL or --shape NAME.")
     check_dtype(dtype)
     place = choose_device(device)
-    with _memory_advice("choose a smaller model, a narrower --dtype or another --device"):
+    with memory_advice("choose a smaller model, a narrower --dtype or another --device"):
         if shape is not None:
             dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
             return shapes.build(shape, dtype=getattr(torch, dtype), device=place)
@@ -135,12 +134,12 @@ def run(
     bar = tqdm(total=len(plans) * len(batches) * len(lengths), desc="benchmark", unit="point", disable=not progress)
     with bar:
         for plan in plans:
-            with _memory_advice("choose a smaller model or a narrower --dtype"):
+            with memory_advice("choose a smaller model or a narrower --dtype"):
                 generator = target if isinstance(target, StageAwareGenerator) else StageAwareGenerator(target, plan)
             for batch in batches:
                 for tokens in lengths:
                     bar.set_postfix_str(f"depth {plan.depth}, batch {batch}, {tokens} tokens")
-                    with _memory_advice(f"batch {batch} of {tokens} tokens: lower --batches or --lengths"):
+                    with memory_advice(f"batch {batch} of {tokens} tokens: lower --batches or --lengths"):
                         point = measure(generator, tokens, batch, repeats=repeats, decode_tokens=decode_tokens)
                     result["points"].append(point)
                     if on_point is not None:
@@ -410,16 +409,3 @@ def _describe_model(target: StageAwareGenerator | PreTrainedModel, name: str | N
         "attn_implementation": model.config._attn_implementation,
         "projection": target.projections.kind if isinstance(target, StageAwareGenerator) else "reuse",
     }
-
-
-@contextmanager
-def _memory_advice(advice: str):
-    """Turn running out of memory into a sentence that says what to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU PyTorch says so in words alone.
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        raise InputError(f"memory ran out; {advice}.") from error

@@ -328,6 +328,11 @@ class _Full:
     def __init__(self, decoder: Decoder, batch: dict, context: int, end: int, first: int):
         self.decoder, self.context = decoder, context
         self.mask = batch["attention_mask"][:, :end]
+        self.asking = self.mask[:, context:].bool()
+        if decoder.images_see_ahead and batch.get("vision"):
+            # Their attention is not causal, and is not what decode asks.
+            ids, image = batch["input_ids"][:, context:end], torch.tensor(decoder.vision_tokens)
+            self.asking = self.asking & ~torch.isin(ids, image.to(ids.device))
         rows = batch | {"input_ids": batch["input_ids"][:, :end], "attention_mask": self.mask}
         self.trace = teacher_trace(decoder, rows, first)
 
@@ -350,13 +355,16 @@ class _Full:
         on the row alone, whatever it is batched with.
         """
         behind = self.mask[:, self.context :]
-        first = self.context + (behind.cumsum(-1) == 0).sum(-1)  # a prompt within the boundary is padded behind it too
-        count = (behind.sum(-1) - 1).clamp(min=0)
+        followed = torch.nn.functional.pad(behind[:, 1:], (0, 1)).bool()
+        asking = self.asking & followed
+        # Columns that ask come first, in order: a prompt within the boundary is padded in front of them too.
+        order = self.context + asking.int().argsort(dim=-1, descending=True, stable=True)
+        count = asking.sum(-1)
         taken = count.clamp(max=wanted)
         steps = torch.arange(int(taken.max()), device=self.mask.device)
-        columns = first[:, None] + steps * count[:, None] // taken.clamp(min=1)[:, None]
+        places = steps * count[:, None] // taken.clamp(min=1)[:, None]
         valid = steps < taken[:, None]
-        return columns.where(valid, first[:, None].clamp(max=self.mask.shape[1] - 1)), valid
+        return order.gather(1, places.where(valid, 0)), valid
 
 
 class _Asked:

@@ -500,8 +500,11 @@ class _Tokeniser:
         messages = example["messages"]
         if len(messages) == 1:
             return [], []
-        template = self.vision.chat_template if images else self.tokenizer.chat_template
-        if not template:
+        # The tokenizer picks among named templates itself; the processor's goes with images, or where it alone has one.
+        template = None
+        if images or (self.vision is not None and not self.tokenizer.chat_template):
+            template = self.vision.chat_template
+        if not (template or self.tokenizer.chat_template):
             raise InputError(
                 f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
                 '{"prompt", "response"} rows in data.calibration.'
@@ -725,14 +728,14 @@ class CalibrationData(lightning.LightningDataModule):
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
         self.report: DataReport | None = None
-        ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
         self.vision = vision
+        self.ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
         self._tokenise = _Tokeniser(
             tokenizer,
             max_prompt_tokens,
             max_response_tokens,
             context,
-            ends,
+            self.ends,
             vision=vision,
             allow_urls=allow_urls,
         )

@@ -681,6 +681,11 @@ class Decoder:
             return text
         if cached and shift is None:
             shift = rope.rope_deltas
+            if shift is not None and len(shift) not in (1, len(text)):
+                raise InputError(
+                    f"past_key_values do not say where their images left the rotary positions, and the model's last "
+                    f"pass was of {len(shift)} rows, not of {len(text)}; fill the cache with this generator."
+                )
         rotary = text if shift is None or not cached else text + shift.to(text.device)
         rotary = rotary.expand(3, -1, -1)
         grids = {name: vision[name] for name in ("image_grid_thw", "video_grid_thw") if vision.get(name) is not None}
@@ -695,7 +700,13 @@ class Decoder:
         mask = attention_mask[:, start:]
         # The model's function takes no row of padding alone, which stands where a process has no row of its own.
         taken = torch.where(mask.any(1, keepdim=True), mask, 1)
-        seen, _ = rope.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=taken, **grids)
+        names = inspect.signature(rope.get_rope_index).parameters.keys() - {
+            "input_ids",
+            "inputs_embeds",
+            "attention_mask",
+        }
+        given = {name: vision[name] for name in names if vision.get(name) is not None} | {"mm_token_type_ids": types}
+        seen, _ = rope.get_rope_index(input_ids, attention_mask=taken, **given)
         if start:  # they are counted from these tokens' first, which follows the largest position before it
             before = rotary[:, :, :start].masked_fill(attention_mask[:, :start] == 0, -1)
             first = before.amax((0, 2)) + 1

@@ -35,6 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.images import VisionProcessor
+from pop_lightning.models import end_tokens
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import StageAwarePrefill, check_decoder
 from pop_lightning.projections import KVProjections
@@ -102,7 +103,8 @@ class StageAwareGenerator:
         tokenizer = name = None
         if base is None or isinstance(base, (str, Path)):
             name = artifact.config["base"]["id"] if base is None else str(base)
-            revision = artifact.config["base"].get("revision") if base is None else load.pop("revision", None)
+            stored = artifact.config["base"].get("revision") if base is None else None
+            revision = load.pop("revision", stored)
             trusted = load.get("trust_remote_code", False)
             tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted, required=False)
             base = load_model(name, revision=revision, **load)
@@ -140,24 +142,31 @@ class StageAwareGenerator:
         Raises:
             InputError: a feature that the module's table names as refused, before the first token.
         """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
         if not self._pruning:
-            return self.model.generate(inputs, **kwargs)
+            shift = (
+                self._place_tokens(ids, kwargs, _held(kwargs.get("past_key_values"))) if self.decoder.mrope else None
+            )
+            return self._leave(self.model.generate(inputs, **kwargs), shift)
         self._refuse(lambda name: self._setting(kwargs, name))
         cache = kwargs.get("past_key_values")
         cached = self._claim(cache)
         length = self._prompt_length(inputs, kwargs, cached)
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
-        ids = kwargs.get("input_ids") if inputs is None else inputs
         self._check_boundary(ids, kwargs)
-        shift = None
-        if self.decoder.mrope and ids is not None:
-            shift = self._place_tokens(ids, kwargs, cached)
+        shift = self._place_tokens(ids, kwargs, cached) if self.decoder.mrope else None
         self.projections.place()  # the model may have been moved since
         with self._prefill.attached(length, cached=cached, compiled=chunked):
             output = self.model.generate(inputs, **kwargs)
         if isinstance(getattr(output, "past_key_values", None), Cache):
             self._claim(output.past_key_values)
-            setattr(output.past_key_values, _SHIFT, shift)
+        return self._leave(output, shift)
+
+    def _leave(self, output, shift: Tensor | None):
+        """Put the shift that a later turn starts from on the cache that ``generate`` returned, a row per sequence."""
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, Cache) and shift is not None:
+            setattr(cache, _SHIFT, shift.repeat_interleave(len(output.sequences) // len(shift), 0))
         return output
 
     @torch.no_grad()
@@ -210,24 +219,37 @@ class StageAwareGenerator:
         return output
 
     def _place_tokens(self, ids: Tensor | None, call: dict, cached: int) -> Tensor | None:
-        """Put every token's position into ``call``, where the caller left it out and gave a mask.
+        """Put every token's position into ``call``, and the mask that it follows from, where the caller left them out.
 
-        M-RoPE models would take it from what they remember of their last pass, whichever conversation that was of.
-        Returns the shift that a later turn starts from.
+        M-RoPE models would take positions from what they remember of their last pass, whichever conversation that was
+        of. Returns the shift that a later turn starts from.
         """
         mask = call.get("attention_mask")
+        if mask is None and ids is not None and self.decoder.mrope:
+            mask = call["attention_mask"] = self._mask_of(ids, call)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or call.get("position_ids") is not None:
             return None
         shift = getattr(call.get("past_key_values"), _SHIFT, None)
         call["position_ids"] = self.decoder.positions(ids, mask, call, cached, shift)
         return self.decoder.rotary_shift(call["position_ids"], mask)
 
+    def _mask_of(self, ids: Tensor, call: dict) -> Tensor:
+        """The mask that ``generate`` makes of token ids alone: a pad token that ends nothing is padding."""
+        pad = self._setting(call, "pad_token_id")
+        if pad is None or pad in end_tokens(self.model):
+            return torch.ones_like(ids)
+        return (ids != pad).long()
+
     def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
         """Raise where the boundary begins inside an image that no context pass can read in part."""
         if ids is None or not self.decoder.images_see_ahead or kwargs.get("pixel_values") is None:
             return
-        for row, prompt in enumerate(ids.tolist()):
-            if self.decoder.splits_image(prompt, self.plan.boundary):
+        # The tokens on both sides of where the boundary begins: a copy that does not grow with the prompt.
+        k = self.plan.boundary
+        if not 0 < k < ids.shape[1]:
+            return
+        for row, pair in enumerate(ids[:, -k - 1 : ids.shape[1] - k + 1].tolist()):
+            if self.decoder.splits_image(pair, 1):
                 raise InputError(
                     f"boundary {self.plan.boundary} begins inside an image of prompt {row + 1} of the batch, whose "
                     f"tokens attend to one another; choose a boundary that ends before the image or holds all of it."

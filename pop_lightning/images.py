@@ -8,12 +8,13 @@ import base64
 import binascii
 import hashlib
 import io
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname, urlopen
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -54,7 +55,7 @@ class RowImage:
             InputError: nothing of the kind, a URL that is not allowed, or a file that is not there.
         """
         source = _source(given, where, folder, allow_urls)
-        return cls(_digest(_content(source, where)), source, where)
+        return cls(_digest(_content(source, where), where), source, where)
 
     def open(self) -> Image.Image:
         """The decoded image, RGB, turned as its EXIF tag says.
@@ -63,7 +64,7 @@ class RowImage:
             InputError: it is no image, is cut short, or holds something else than when the row was read.
         """
         content = _content(self.source, self.where)
-        if _digest(content) != self.digest:
+        if _digest(content, self.where) != self.digest:
             raise InputError(f"{self.where} has changed since its row was read: start the run again.")
         try:
             image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
@@ -84,7 +85,9 @@ def _source(given: Any, where: str, folder: Path | None, allow_urls: bool) -> An
         if key == "base64":
             return _decoded(given[key], where)
         return _source(given[key], where, folder, allow_urls)
-    if isinstance(given, (bytes, bytearray, Image.Image)) or callable(given):
+    if callable(given):
+        return partial(_called, given, where, folder, allow_urls)
+    if isinstance(given, (bytes, bytearray, Image.Image)):
         return given
     if isinstance(given, Path) or (isinstance(given, str) and given.strip()):
         text = str(given)
@@ -97,9 +100,19 @@ def _source(given: Any, where: str, folder: Path | None, allow_urls: bool) -> An
             return _fetched(text, where)
         if text.startswith("data:image/"):
             return _decoded(text, where)
-        path = Path(text.removeprefix("file://")).expanduser()
+        if text.startswith("file://"):
+            text = url2pathname(urlparse(text).path)
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"{where}: the path {text!r} names a home folder that is not there.") from error
         return path if path.is_absolute() or folder is None else folder / path
     raise InputError(f"{where} is a {type(given).__name__}: expected a path, bytes, base64 text or a PIL image.")
+
+
+def _called(given: Callable[[], Any], where: str, folder: Path | None, allow_urls: bool) -> Any:
+    """What a source that is read when it is wanted turns out to be."""
+    return _source(given(), where, folder, allow_urls)
 
 
 def _decoded(text: Any, where: str) -> bytes:
@@ -114,7 +127,7 @@ def _decoded(text: Any, where: str) -> bytes:
 
 def _fetched(url: str, where: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
+        with urlopen(url, timeout=60) as answer:
             return answer.read()
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: {url!r} cannot be fetched ({_reason(error)}).") from error
@@ -123,20 +136,23 @@ def _fetched(url: str, where: str) -> bytes:
 def _content(source: Any, where: str) -> bytes | Image.Image:
     """The encoded bytes behind a source; a PIL image stays one."""
     if callable(source):
-        source = _source(source(), where, None, False)
+        source = source()
     if not isinstance(source, Path):
         return bytes(source) if isinstance(source, bytearray) else source
     try:
         return source.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{where}: the file {str(source)!r} does not exist.") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{where}: the file {str(source)!r} cannot be read ({_reason(error)}).") from error
 
 
-def _digest(content: bytes | Image.Image) -> str:
+def _digest(content: bytes | Image.Image, where: str) -> str:
     if isinstance(content, Image.Image):
-        content = f"{content.mode} {content.size} ".encode() + content.tobytes()
+        try:
+            content = f"{content.mode} {content.size} ".encode() + content.tobytes()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"{where} is damaged or no image ({_reason(error)}).") from error
     return hashlib.sha256(content).hexdigest()
 
 

@@ -4,9 +4,12 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from pop_lightning.errors import InputError
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -50,3 +53,16 @@ def device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def memory_advice(advice: str):
+    """Turn running out of memory into a sentence that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU PyTorch says so in words alone.
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise InputError(f"memory ran out; {advice}.") from error

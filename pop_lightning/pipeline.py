@@ -108,22 +108,15 @@ class _Run:
         self.data = CalibrationData(
             data.calibration,
             self.tokenizer,
-            split=data.split,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_response_tokens=data.max_response_tokens,
+            **recipe.data_arguments(),
             context=context_length(self.model),
             end_tokens=end_tokens(self.model),
-            limit=data.limit,
-            batch_size=data.batch_size,
-            splits=asdict(data.splits),
-            seed=recipe.seed,
             vision=vision_processor(
                 self.decoder.vision_tokens,
                 model.base,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
             ),
-            allow_urls=data.allow_urls,
         )
         ranks.first_then_others(self.data.setup)
         self.base = base_identity(self.model, model.base, model.revision)
@@ -169,8 +162,7 @@ class _Run:
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
         )[:, prompt:].tolist()
-        ends = end_tokens(self.model)
-        return [until_end(tokens, ends) for tokens in output]
+        return [until_end(tokens, self.data.ends) for tokens in output]
 
     def _check_rows(self) -> None:
         """Refuse what the rows cannot give, whatever is fitted."""

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pop_lightning import shapes
 from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
@@ -112,6 +112,14 @@ class Base:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
+def _end_tokens(folder: Path) -> set[int]:
+    """What ends a response, as the generation config that lies beside the base says."""
+    if not (folder / "generation_config.json").is_file():
+        return set()
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
 def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig | None:
     if not (folder / "config.json").is_file():
         return None
@@ -179,16 +187,12 @@ class Rows:
         data = CalibrationData(
             settings.calibration,
             tokenizer,
-            split=settings.split,
-            max_prompt_tokens=settings.max_prompt_tokens,
-            max_response_tokens=settings.max_response_tokens,
+            **recipe.data_arguments(),
             context=base.context,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            splits=asdict(settings.splits),
-            seed=recipe.seed,
-            vision=vision_processor(base.decoder.vision_tokens, str(base.folder)),
-            allow_urls=settings.allow_urls,
+            end_tokens=_end_tokens(base.folder),
+            vision=vision_processor(
+                base.decoder.vision_tokens, str(base.folder), trust_remote_code=recipe.model.trust_remote_code
+            ),
         )
         data.setup()
         splits = {name: data.rows_of(name) for name in ("fit", "tune", "search", "verify")}

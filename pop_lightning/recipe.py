@@ -175,6 +175,12 @@ class Recipe:
         """Write a file that ``--recipe`` reads back as this recipe."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
+    def data_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``CalibrationData`` that the recipe says; the others follow from the base."""
+        settings = asdict(self.data)
+        del settings["calibration"]
+        return settings | {"seed": self.seed}
+
     def trainer_arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``lightning.Trainer``; ``class_path`` entries become objects."""
         parser = _parser()

@@ -76,8 +76,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name in ("compare", "full"):
         if getattr(arguments, name):
             raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
-    if arguments.image:
-        raise InputError("--image does not go with --benchmark, which measures prompts of text.")
+    for name in ("image", "allow_urls"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} does not go with --benchmark, which measures prompts of text.")
+    if arguments.overwrite:
+        raise InputError("--overwrite goes with --data; --benchmark replaces its own files in --output.")
     with importing():
         from pop_lightning import benchmark, benchmark_report
 
@@ -110,6 +113,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("--output goes with --data; with --prompt, the answer is printed.")
     if arguments.data is not None and arguments.output is None:
         raise InputError("--data needs --output: the JSON Lines file to write.")
+    if arguments.prompt is not None and arguments.overwrite:
+        raise InputError("--overwrite goes with --data and --output; with --prompt, the answer is printed.")
+    if arguments.prompt is not None and arguments.allow_urls and not arguments.image:
+        raise InputError("--allow_urls goes with --image or --data; found neither.")
     if arguments.data is not None and arguments.full:
         raise InputError("--full goes with --prompt; with --data, --compare runs the unpruned model as well.")
     if arguments.data is not None and arguments.image:
@@ -120,9 +127,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
     with importing():
-        from pop_lightning import StageAwareGenerator
+        from pop_lightning.memory import memory_advice
         from pop_lightning.models import check_dtype, choose_device
-        from pop_lightning.text import check_files, check_prompt, generate_file, stream
+        from pop_lightning.text import check_files, check_prompt
 
     check_dtype(arguments.dtype)
     device = choose_device(arguments.device)
@@ -130,6 +137,14 @@ def _generate(arguments: argparse.Namespace) -> int:
         check_prompt(arguments.prompt)
     else:
         check_files(arguments.data, arguments.output, overwrite=arguments.overwrite)
+    with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
+        return _answer(arguments, device)
+
+
+def _answer(arguments: argparse.Namespace, device) -> int:
+    from pop_lightning import StageAwareGenerator
+    from pop_lightning.text import generate_file, stream
+
     generator = StageAwareGenerator.from_artifact(
         arguments.artifact,
         arguments.base,
