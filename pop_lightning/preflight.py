@@ -508,6 +508,9 @@ def check(recipe: Recipe) -> int:
     rows, machine = Rows.of(recipe, base), Machine.of(recipe)
     found = estimate(recipe, base, rows, machine)
     too_much = machine.limit is not None and found.needs > machine.limit
+    if too_much and not machine.gpu and (recipe.trainer.get("accelerator") or "auto") == "auto":
+        # The recipe names no device, and this machine's CPU is not the one that it is meant for.
+        found, too_much = estimate(recipe, base, rows, replace(machine, gpu=True, bytes=None, found=0)), False
     paces = "it does not fit" if too_much else pace(found)
     print(_heading(found), end="\n\n")
     print(_table(found, paces), end="\n\n")
