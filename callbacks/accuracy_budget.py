@@ -68,10 +68,15 @@ class AccuracyBudget(lightning.Callback):
                 it at each k.
         """
         by_boundary: dict[int, list[Measured]] = {}
+        curve = list(curve)
         for entry in curve:
             wanted = (entry["depth"], entry["boundary"]) in speedups and self._worthwhile(entry["depth"], layers)
             if wanted and (entry["projection"] == kind or self.speedup is not None):
                 by_boundary.setdefault(entry["boundary"], []).append(Measured.of(entry))
+        if not by_boundary:
+            least = min(entry["boundary"] for entry in curve)
+            self._losses.say(f"boundary: no depth prunes {self.min_pruned} layers: k = {least} is taken, the least")
+            return least
         if self.speedup is None:
             return selection.boundary_within_budget(by_boundary, speedups, self._losses)
         return selection.boundary_of_least_loss(by_boundary, self._losses)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,8 +30,8 @@ _PARENT = "POP_LIGHTNING_PARENT"
 def joined(strategy: DDPStrategy, recipe: Recipe):
     """Inside, all processes that ``strategy`` names run, and its process group is there.
 
-    Processes on this machine are started as ``pop-fit`` on a copy of ``recipe``, so a run can begin in a script or
-    a notebook as well. Standard output is the first process's alone.
+    Processes on this machine are started as ``pop-fit`` on a copy of ``recipe``, so a run can begin in a script as
+    well. Standard output is the first process's alone.
 
     Raises:
         InputError: on the first process; the others leave with exit code 2.
@@ -130,10 +131,10 @@ def _end_with_parent() -> None:
     parent = os.environ.get(_PARENT)
     if parent is None:
         return
-    stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.5):
+        while True:
+            time.sleep(0.5)
             if os.getppid() != int(parent):
                 os._exit(1)
 

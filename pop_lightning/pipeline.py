@@ -477,7 +477,9 @@ class _Run:
                 "ratio": full / pruned,
             },
             # A base in shards spends its time in gathering them, which says nothing about a served model.
-            "ttft": None if self.trainers.shards_base else measure_ttft(generator, tokens),
+            "ttft": None
+            if self.trainers.shards_base
+            else ranks.from_first(lambda: measure_ttft(generator, tokens)),  # alone: the others would compete
             "versions": _versions(),
             "device": str(self.model.device),
         }

@@ -86,6 +86,9 @@ class RunFolder:
         if not ((self.root / "recipe.yaml").is_file() and self.state.is_dir()):
             raise InputError(f"output {self.root} holds files that are no pop-fit run; --overwrite would delete them.")
         try:
+            if self._aside.is_dir() and not (self.root / "importance.json").is_file():
+                shutil.rmtree(self.root)  # it replaced the run that stands aside and measured nothing: that one stays
+                return
             shutil.rmtree(self._aside, ignore_errors=True)
             os.rename(self.root, self._aside)
         except OSError as error:

@@ -178,8 +178,7 @@ class _Seed:
             {name: Variant(PruningPlan(key[0], self.settings.boundary), variants[key]) for name, key in names.items()},
         )
         self.validate(f"measuring {len(names)} variants on {split}", evaluation, self.loader(split))
-        seeds = torch.tensor(sorted(row.seed for row in self.splits[split]))  # the order of evaluation.rows
-        return {key: evaluation.rows(name) | {"row": seeds} for name, key in names.items()}
+        return {key: evaluation.rows(name) for name, key in names.items()}
 
     def report(self, depths: list[int], rates: Mapping[str, float]) -> tuple[Figures, dict]:
         """Every kind at every depth on ``verify``, and what closed form chose where."""
@@ -281,15 +280,15 @@ def _table(figures: list[Figures], settings: Settings) -> list[dict]:
         measured = [each[depth, kind] for each in figures]
         entry: dict[str, Any] = {"depth": depth, "projection": kind}
         for metric in METRICS:
-            entry[metric] = _mean([(each["row"], each[metric]) for each in measured])
-        entry["loss"] = _mean([(each["row"], row_loss(each, settings.metric)) for each in measured])
+            entry[metric] = _mean([(each["prompt"], each[metric]) for each in measured])
+        entry["loss"] = _mean([(each["prompt"], row_loss(each, settings.metric)) for each in measured])
         entry["removed"] = _removed(figures, depth, "reuse", kind)
         table.append(entry)
     return table
 
 
 def _mean(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
-    sums, counts = _by_row(seeds)
+    sums, counts = _by_prompt(seeds)
     found = _interval(lambda sums, counts, axis=-1: sums.sum(axis) / counts.sum(axis), sums, counts)
     return found | {"seeds": [values.double().mean().item() for _, values in seeds]}
 
@@ -297,7 +296,7 @@ def _mean(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
 def _removed(figures: list[Figures], depth: int, before: str, after: str) -> dict[str, float] | None:
     """The share of the KL under ``before`` that ``after`` removes; None where there is nothing to remove."""
     first, second = (
-        _by_row([(each[depth, kind]["row"], each[depth, kind]["kl"]) for each in figures])[0]
+        _by_prompt([(each[depth, kind]["prompt"], each[depth, kind]["kl"]) for each in figures])[0]
         for kind in (before, after)
     )
     if first.mean() < 1e-7:
@@ -305,8 +304,8 @@ def _removed(figures: list[Figures], depth: int, before: str, after: str) -> dic
     return _interval(lambda first, second, axis=-1: 1 - second.sum(axis) / first.sum(axis), first, second)
 
 
-def _by_row(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    """A row's figures summed over the seeds that measured it, and how many did: seen often, it is still one draw."""
+def _by_prompt(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt's figures summed over its rows and the seeds that measured them, and how many: it is still one draw."""
     rows, where = torch.cat([row for row, _ in seeds]).unique(return_inverse=True)
     values = torch.cat([values.double() for _, values in seeds])
     sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values)
@@ -314,7 +313,7 @@ def _by_row(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray,
 
 
 def _interval(statistic, *samples: np.ndarray) -> dict[str, float]:
-    """A statistic of paired rows with its 95% percentile bootstrap interval over the rows."""
+    """A statistic of paired rows with its 95% percentile bootstrap interval over the prompts."""
     value = float(statistic(*samples))
     if len(samples[0]) == 1:
         return {"mean": value, "low": value, "high": value}

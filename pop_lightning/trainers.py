@@ -23,7 +23,15 @@ from pop_lightning.models import stored_dtype
 from pop_lightning.recipe import Recipe
 
 # They would cut the rows or steps of every stage alike.
-_CUTTING = ("limit_train_batches", "limit_val_batches", "fast_dev_run", "max_steps", "max_epochs", "max_time")
+_CUTTING = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "fast_dev_run",
+    "max_steps",
+    "max_epochs",
+    "max_time",
+)
 
 
 class Trainers:

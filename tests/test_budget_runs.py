@@ -12,6 +12,7 @@ from pop_lightning.plan import PruningPlan
 from pop_lightning.projection_training import KVProjectionTraining
 from pop_lightning.trainers import Trainer
 
+from families import COMMON
 from workbench import WORDS, arguments, save_base, save_rows, snapshot
 
 TRAINED = {
@@ -309,3 +310,9 @@ def test_where_nothing_qualifies_the_depth_that_lost_least_is_compared(run):
     least = min(worth, key=lambda entry: entry["loss"])
     assert metrics["arithmetic"]["depth"] == least["depth"] == 2
     assert {each["depth"] for each in metrics["comparison"]} == {2, 4}
+
+
+def test_an_automatic_boundary_without_a_depth_worth_an_artifact_exits_3(run):
+    code, _, metrics = run(boundary="auto", budget__candidates=[COMMON["num_hidden_layers"] - 1])
+    assert code == 3
+    assert any("no depth prunes" in line for line in metrics["decisions"])

@@ -77,7 +77,7 @@ def test_bad_input_is_one_sentence_and_exit_2(inputs, tmp_path, capsys, changes,
 def rows(kl, agreement=1.0):
     kl = torch.tensor(kl)
     match = torch.ones_like(kl)
-    return {"kl": kl, "agreement": match * agreement, "exact_match": match, "row": torch.arange(len(kl))}
+    return {"kl": kl, "agreement": match * agreement, "exact_match": match, "prompt": torch.arange(len(kl))}
 
 
 def test_a_row_that_several_seeds_measured_counts_as_one_draw():
