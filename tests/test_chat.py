@@ -179,6 +179,16 @@ def split(tmp_path):
     return lambda family, messages, **row: read(family, {"messages": messages} | row, tmp_path / "rows.jsonl")
 
 
+def test_among_named_templates_transformers_picks_the_one_for_tools(tmp_path):
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = {"default": TEMPLATES["qwen3"], "tool_use": TEMPLATES["llama3"]}
+    rows = [{"messages": [ASK, TELL]}, {"messages": [ASK, CALLS], "tools": [TOOL]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain, called = CalibrationData(tmp_path / "rows.jsonl", tokenizer).read_rows()
+    assert tokenizer.decode(plain.prompt_ids).startswith("<|im_start|>user")
+    assert "Functions:" in tokenizer.decode(called.prompt_ids)
+
+
 # --- the families -----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Models that read images: exactness against two plain passes wherever the images stand, and what is refused."""
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -315,6 +316,25 @@ def test_a_second_turn_after_images_equals_plain_passes_whatever_ran_in_between(
             **TEXT,
         )
         assert torch.equal(tokens[:, whole["prompt_length"] :], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pruning", [True, False])
+def test_a_second_turn_without_a_mask_does_not_depend_on_what_ran_in_between(family, pruning):
+    generator = StageAwareGenerator(shared(family), PruningPlan(depths(family)[0]))
+    first, other = (prompts(family, rows, seed) for seed, rows in ((0, [[3, (4, 8), 4]]), (1, [[(8, 8), 30], [5]])))
+
+    def turns(between):
+        with contextlib.nullcontext() if pruning else generator.full_model():
+            inputs = arguments(family, first)
+            del inputs["attention_mask"]
+            output = generator.generate(**inputs, **TEXT, num_return_sequences=1, return_dict_in_generate=True)
+            if between:
+                generator.generate(**arguments(family, other), **TEXT)
+            whole = second_turn(first, output.sequences, family)["input_ids"]
+            return generator.generate(input_ids=whole, past_key_values=output.past_key_values, **TEXT)
+
+    assert torch.equal(turns(True), turns(False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
