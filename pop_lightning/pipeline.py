@@ -61,8 +61,8 @@ class _Run:
 
     def run(self) -> int:
         if metrics := self.folder.read("metrics.json"):
-            print(print_table(metrics))
-            return EXPORTED if metrics["depth"] is not None else NOTHING_QUALIFIES
+            print(f"the run in {self.folder} had ended already")
+            return self._end(metrics)
         self._load()
         self.folder.settle()
         importance = self.folder.once("importance.json", self._score)
@@ -75,6 +75,9 @@ class _Run:
         if ranks.is_first():
             write_report(metrics, importance, self.folder / "report.html")
         self.folder.write("metrics.json", metrics)  # last: it says that the run is complete
+        return self._end(metrics)
+
+    def _end(self, metrics: dict) -> int:
         print(print_table(metrics))
         print(f"report: {self.folder / 'report.html'}")
         if metrics["depth"] is None:

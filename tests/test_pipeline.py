@@ -325,6 +325,7 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
         (["--artifact", artifact, "--base", str(other), "--prompt", "w1"], "base"),
         (["--artifact", artifact, "--base", str(tmp_path / "none"), "--prompt", "w1"], "model"),
         (["--artifact", artifact], "--prompt"),
+        (["--artifact", artifact, "--promt", "w1"], "did you mean --prompt?"),
         (["--artifact", artifact, "--prompt", "w1", "--output", "x"], "--output goes with --data"),
         (["--artifact", artifact, "--prompt", "w1", "--device", "tpu"], "--device"),
         (["--artifact", artifact, "--prompt", "w1", "--dtype", "int8"], "--dtype"),

@@ -1,6 +1,7 @@
 """``pop-generate``: run an exported artifact on a prompt or a file, or measure what pruning buys."""
 
 import argparse
+import difflib
 import json
 import sys
 
@@ -11,6 +12,15 @@ from pop_lightning.errors import InputError
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message + "; see pop-generate --help.")
+
+    def check_names(self, words: list[str]) -> None:
+        """Name an option that does not exist, before what is missing without it is asked for."""
+        known = list(self._option_string_actions)
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise InputError(f"{name} is no option" + (f" (did you mean {near[0]}?)." if near else "; see --help."))
 
 
 def _numbers(text: str) -> list[int]:
@@ -59,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``pop-generate`` with ``argv`` (the process's own unless given); returns the exit code."""
 
     def body() -> int:
-        arguments = _parser().parse_args(argv)
+        parser, words = _parser(), sys.argv[1:] if argv is None else argv
+        parser.check_names(words)
+        arguments = parser.parse_args(words)
         if arguments.benchmark:
             return _benchmark(arguments)
         for name in ("shape", *_MEASURE):
@@ -165,7 +177,9 @@ def _answer(arguments: argparse.Namespace, device) -> int:
             first = seconds
             print(piece, end="", flush=True)
         print()
-        if first is not None:
+        if first is None:
+            print("(an empty answer: the model ended it with its first token)", file=sys.stderr)
+        else:
             print(f"TTFT: {1000 * first:.1f} ms", file=sys.stderr)
         return 0
     summary = generate_file(
