@@ -22,7 +22,7 @@ from pop_lightning import shapes
 from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
 from pop_lightning.data import CalibrationData, read_examples, resolve_bundled
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import candidates
+from pop_lightning.depths import candidates, reaching
 from pop_lightning.errors import InputError
 from pop_lightning.fitting import quiet_lightning
 from pop_lightning.memory import device_bytes
@@ -143,6 +143,7 @@ class Rows:
         prompts: different prompts in the verify split, which is what a bound counts.
         longest: prompt and response tokens of the largest batch: memory is for that one.
         usual: the same of a mean batch, padding included: operations are for that one.
+        median: prompt tokens that a wanted speedup is counted at.
         missing: rows that the full model still has to answer; None where that is not known.
         assumed: what is not known, as a sentence; None where the rows were read.
         data: where the rows were read.
@@ -152,6 +153,7 @@ class Rows:
     prompts: int
     longest: tuple[int, int]
     usual: tuple[int, int]
+    median: int
     missing: int | None
     assumed: str | None = None
     data: CalibrationData | None = None
@@ -175,7 +177,7 @@ class Rows:
             total = settings.limit
             what = f"data.calibration {absent!r} is not on this machine"
             if total is None:
-                needed = recipe.budget.max_drop and _needed(recipe)
+                needed = None if recipe.budget.speedup is not None else _needed(recipe)
                 total = math.ceil((needed or 300) / settings.splits.verify)
                 return cls._assumed(recipe, base, total, f"{what} and data.limit is not set: {total} rows are taken")
             return cls._assumed(recipe, base, total, f"{what}: data.limit of {total} rows is taken")
@@ -210,6 +212,7 @@ class Rows:
             data.prompts_of("verify"),
             tuple(max(width[i] for width in widths) for i in (0, 1)),
             tuple(math.ceil(sum(width[i] * width[2] for width in widths) / len(rows)) for i in (0, 1)),
+            int(data.report.prompt_tokens["median"]),
             sum(row.response_ids is None for row in rows),
             data=data,
         )
@@ -221,7 +224,7 @@ class Rows:
         response = recipe.data.max_response_tokens
         prompt = min(recipe.data.max_prompt_tokens, max(1, (base.context or math.inf) - response))
         why = f"{why}, {prompt} + {response} tokens each, the most that the recipe lets in"
-        return cls(counts, counts["verify"], (prompt, response), (prompt, response), None, why)
+        return cls(counts, counts["verify"], (prompt, response), (prompt, response), prompt, None, why)
 
     @property
     def total(self) -> int:
@@ -358,7 +361,8 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
         InputError: the base is no decoder that can be pruned, or the recipe's depths or sums do not fit it.
     """
     decoder = base.decoder
-    depths = candidates(recipe.budget, [1.0] * decoder.num_layers, decoder)
+    listed = _listed_boundaries(recipe, base, rows)
+    depths = _depths(recipe, decoder, listed, rows.median)
     arguments = {"responses": rows.missing != 0 and rows.data is not None, "gpu": machine.gpu}
     prompt, response = rows.longest
     stages = costs(decoder, recipe, depths, prompt=prompt, response=response, **arguments)
@@ -375,6 +379,25 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
         )
         stages = [replace(each, flops=each.flops * usual[each.pace] / longest[each.pace]) for each in stages]
     return Estimate(recipe, base, rows, machine, depths, stages)
+
+
+def _listed_boundaries(recipe: Recipe, base: Base, rows: Rows) -> list[int]:
+    """``budget.boundaries`` that leave a context in the median prompt and begin in no row's image."""
+    prompts = [] if rows.data is None else [row.prompt_ids for row in rows.data.rows() if row.images]
+
+    def split(k: int) -> bool:
+        return any(base.decoder.splits_image(prompt, k) for prompt in prompts)
+
+    return sorted({k for k in recipe.budget.boundaries if k < rows.median and not split(k)})
+
+
+def _depths(recipe: Recipe, decoder: Decoder, listed: list[int], tokens: int) -> list[int]:
+    """Shallowest pruning first; importance is not known yet and taken as equal."""
+    budget = recipe.budget
+    if budget.speedup is None:
+        return candidates(budget, [1.0] * decoder.num_layers, decoder)
+    boundaries = [recipe.boundary] if recipe.boundary != "auto" else listed or [min(budget.boundaries)]
+    return sorted(set(reaching(budget, decoder, boundaries, tokens).values()), reverse=True)
 
 
 # --- what to change -------------------------------------------------------------------------------------------------
@@ -414,7 +437,7 @@ def _changes(found: Estimate, limit: float) -> Iterator[Iterable[tuple[str, Reci
             halves = _halves(settings.batch_size or rows)
             yield ((f"projection.batch_size {n}", _with(recipe, projection={"batch_size": n})) for n in halves)
         yield ((f"data.batch_size {n}", _with(recipe, data={"batch_size": n})) for n in _halves(rows))
-        if not isinstance(recipe.budget.candidates, list):
+        if not isinstance(recipe.budget.candidates, list) and recipe.budget.speedup is None:
             halves = _halves(len(found.depths))
             yield ((f"budget.candidates {n}", _with(recipe, budget={"candidates": n})) for n in halves)
     if found.base.dtype.itemsize > 2:
@@ -527,9 +550,13 @@ def _heading(found: Estimate) -> str:
     where = f"assumed: bundled shape {base.shape}, the base is not on this machine" if base.shape else "its own config"
     counts = ", ".join(f"{name} {count}" for name, count in rows.counts.items())
     lengths = f"longest batch {rows.longest[0]} + {rows.longest[1]} tokens, mean {rows.usual[0]} + {rows.usual[1]}"
-    given = found.recipe.budget.candidates
-    known = isinstance(given, list) or given == "all"
-    placed = "" if known else " (assumed: as for layers of equal importance; scoring will place them)"
+    given, wanted = found.recipe.budget.candidates, found.recipe.budget.speedup
+    if wanted is not None:
+        placed = f" (the largest that reach budget.speedup {wanted:g} at {rows.median} prompt tokens)"
+    elif isinstance(given, list) or given == "all":
+        placed = ""
+    else:
+        placed = " (assumed: as for layers of equal importance; scoring will place them)"
     machine = found.machine
     kind = "GPU" if machine.gpu else "CPU"
     many = f"{machine.devices} {kind}s, trainer.strategy {machine.strategy}" if machine.devices > 1 else f"one {kind}"
@@ -598,9 +625,15 @@ def _trainings(found: Estimate) -> str | None:
     """How often the budget asks for a training is known only once it measures."""
     if found.recipe.projection.kind not in ("lora", "full"):
         return None
+    budget = found.recipe.budget
+    if budget.speedup is not None:
+        return (
+            "training: counted once, at the deepest of these depths; budget.speedup decides the depth, and up to "
+            f"{budget.extensions} rounds more come where they help."
+        )
     return (
         f"training: counted once at each of {len(found.depths)} depths; the budget asks for it at the deepest that it "
-        f"can keep, and for up to {found.recipe.budget.extensions} rounds more where they help."
+        f"can keep, and for up to {budget.extensions} rounds more where they help."
     )
 
 
@@ -624,6 +657,8 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     """The smallest drop that the verify rows can show, and whether the budget's is at least that."""
     recipe, rows = found.recipe, found.rows
     budget, prompts = recipe.budget, rows.prompts
+    if budget.speedup is not None:
+        return f"budget: a speedup of {budget.speedup:g} is wanted, under which the loss is no condition.", True
     least = smallest_certifiable(prompts, budget.metric, budget.confidence)
     label = " (assumed)" if rows.assumed else ""
     if least is None:
@@ -631,7 +666,7 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     unit = f"{least:.2%} of {'answers' if budget.metric == 'exact_match' else 'tokens'}"
     how = f"at best, at {budget.confidence:.0%} confidence"
     text = f"budget: {prompts} verify rows{label} can certify a drop of {unit} {how}"
-    needed = None if budget.max_drop is None else _needed(recipe)
+    needed = _needed(recipe)
     if needed is None or prompts >= needed:
         return f"{text}; budget.max_drop is {budget.max_drop}.", True
     share = needed / rows.total

@@ -253,15 +253,16 @@ class _Stages:
         yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
         if fits_closed_form(self.recipe):
             yield from self._closed_form()
-        settings = self.recipe.projection
+        settings, budget = self.recipe.projection, self.recipe.budget
         trains = settings.kind in ("lora", "full")
         kinds = dict.fromkeys(("reuse", settings.start if trains else settings.kind))
         choices = [Choice(depth, kind) for depth in self.depths for kind in kinds]
         auto = self.recipe.boundary == "auto"
-        yield self._evaluation("search", choices, self.recipe.budget.boundaries if auto else [self.recipe.boundary])
+        yield self._evaluation("search", choices, budget.boundaries if auto else [self.recipe.boundary])
         if trains:
             yield from self._training()
-        chosen = [Choice(depth, settings.kind) for depth in self.depths]
+        # A wanted speedup leaves one depth once the boundary is chosen; the deepest stands for it.
+        chosen = [Choice(depth, settings.kind) for depth in self._decided]
         yield self._evaluation("verify", chosen, [self.recipe.fit_boundary])
         yield self._comparison(len(kinds) + trains)
 
@@ -274,6 +275,11 @@ class _Stages:
         return Cost(
             name, rows, self.run.flops / self._rows, kept=self.run.held, peak=self.run.peak, pace=pace, **others
         )
+
+    @property
+    def _decided(self) -> list[int]:
+        """The depths that are trained and verified."""
+        return self.depths if self.recipe.budget.speedup is None else [min(self.depths)]
 
     @property
     def _rows(self) -> int:
@@ -324,6 +330,8 @@ class _Stages:
         settings, found = self.recipe.projection, []
         with self._batch(settings.batch_size or self.recipe.data.batch_size):
             for depth in self.steps.trained():
+                if depth not in self._decided:
+                    continue
                 step, group = self.steps.train(depth, KVProjections(self.decoder, depth))
                 cost = self._cost("training", "steps", step, pace="train", repeats=2)
                 trained = sum(each.nbytes for each in group["params"])

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from pop_lightning import preflight, shapes
 from pop_lightning.cli import fit
 from pop_lightning.decoder import Decoder
+from pop_lightning.depths import reaching
 from pop_lightning.dry_run import DryRun
 from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.flops import prefill_flops
@@ -287,6 +288,26 @@ def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(base, tmp_path,
         assert f"needs {rows_needed(max_drop, 'agreement', 0.95)}: set " in shown
         for key in ("budget.max_drop", "data.limit"):
             assert key in shown
+
+
+def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
+    # A max_drop that 32 verify rows could never show: under a speedup it is no condition.
+    changes = {"budget__metric": "agreement", "budget__max_drop": 0.001, "budget__speedup": 1.2}
+    words = arguments(base, data, tmp_path / "run", **changes, projection__kind="lora", boundary="auto")
+    words += ["--budget.boundaries", "[1, 2, 4, 64]"]
+    checked = parse(words).recipe
+    loaded = preflight.Base.of(checked)
+    rows = preflight.Rows.of(checked, loaded)
+    found = preflight.estimate(checked, loaded, rows, preflight.Machine.of(checked))
+    expected = reaching(checked.budget, loaded.decoder, [1, 2, 4], rows.median)  # 64 is above every prompt
+    assert found.depths == sorted(set(expected.values()), reverse=True)
+    assert fit.main([*words, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "under which the loss is no condition" in shown
+    assert "training: counted once, at the deepest" in shown
+    assert fit.main([*words, "--budget.speedup", "1000", "--check"]) == 2
+    assert "budget.speedup 1000 is more than any depth reaches" in capsys.readouterr().err
 
 
 def test_rows_that_are_not_here_are_assumed_from_the_recipe(base, tmp_path, monkeypatch, capsys):
