@@ -346,7 +346,7 @@ class Estimate:
         if stage.rows == "steps":
             batch = recipe.projection.batch_size or recipe.data.batch_size
             accumulated = recipe.trainer.get("accumulate_grad_batches") or 1
-            return recipe.projection.steps * batch * accumulated * self.machine.devices
+            return recipe.projection.steps * batch * accumulated  # a batch of training is that of all devices together
         return self.rows.counts[stage.rows]
 
     def flops(self, stage: Cost) -> float:
@@ -363,9 +363,19 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     decoder = base.decoder
     listed = _listed_boundaries(recipe, base, rows)
     depths = _depths(recipe, decoder, listed, rows.median)
-    arguments = {"responses": rows.missing != 0 and rows.data is not None, "gpu": machine.gpu}
+    responses = rows.missing != 0 and rows.data is not None
     prompt, response = rows.longest
-    stages = costs(decoder, recipe, depths, prompt=prompt, response=response, **arguments)
+    stages = costs(
+        decoder,
+        recipe,
+        depths,
+        prompt=prompt,
+        response=response,
+        boundaries=listed,
+        responses=responses,
+        gpu=machine.gpu,
+        devices=machine.devices,
+    )
     if rows.usual != rows.longest:
         longest, usual = (
             operations(
@@ -373,7 +383,7 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
                 recipe,
                 depths,
                 batch_of(recipe.data.batch_size, *lengths),
-                responses=arguments["responses"],
+                responses=responses,
             )
             for lengths in (rows.longest, rows.usual)
         )

@@ -4,6 +4,7 @@ The preflight asks here for a recipe's stages at given lengths and turns the ans
 time. The steps are written once: on a real base the same ones are timed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -216,8 +217,10 @@ def costs(
     *,
     prompt: int,
     response: int,
+    boundaries: Sequence[int] = (),
     responses: bool = False,
     gpu: bool = False,
+    devices: int = 1,
 ) -> list[Cost]:
     """Every stage of a fit, dry, in order.
 
@@ -225,22 +228,33 @@ def costs(
         decoder: over a model on the meta device.
         depths: candidates, shallowest pruning first.
         prompt, response: tokens of the rows of a batch.
+        boundaries: those of ``budget.boundaries`` that are measured.
         responses: the full model writes responses first.
         gpu: count what a GPU's kernels take beside their results.
+        devices: processes that share the rows of a training step.
 
     Raises:
         InputError: the closed form's sums do not fit in ``projection.memory_gib``.
     """
     with DryRun(gpu=gpu) as run:
-        return list(_Stages(run, decoder, recipe, depths, prompt, response).all(responses))
+        return list(_Stages(run, decoder, recipe, depths, prompt, response, boundaries, devices).all(responses))
 
 
 class _Stages:
     def __init__(
-        self, run: DryRun, decoder: Decoder, recipe: Recipe, depths: Sequence[int], prompt: int, response: int
+        self,
+        run: DryRun,
+        decoder: Decoder,
+        recipe: Recipe,
+        depths: Sequence[int],
+        prompt: int,
+        response: int,
+        boundaries: Sequence[int],
+        devices: int,
     ):
         self.run, self.decoder, self.recipe, self.depths = run, decoder, recipe, list(depths)
         self.prompt, self.response = prompt, response
+        self.boundaries, self.devices = sorted(boundaries), devices
         self.evaluated: dict[frozenset, tuple[float, float, int]] = {}
         self.steps = self._steps(recipe.data.batch_size)
 
@@ -253,17 +267,22 @@ class _Stages:
         yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
         if fits_closed_form(self.recipe):
             yield from self._closed_form()
-        settings, budget = self.recipe.projection, self.recipe.budget
+        settings = self.recipe.projection
         trains = settings.kind in ("lora", "full")
         kinds = dict.fromkeys(("reuse", settings.start if trains else settings.kind))
         choices = [Choice(depth, kind) for depth in self.depths for kind in kinds]
-        auto = self.recipe.boundary == "auto"
-        yield self._evaluation("search", choices, budget.boundaries if auto else [self.recipe.boundary])
+        tried = [self.recipe.boundary]
+        if self.recipe.boundary == "auto":
+            tried = self.boundaries or [min(self.recipe.budget.boundaries)]
+        yield self._evaluation("search", "search", choices, tried)
         if trains:
             yield from self._training()
         # A wanted speedup leaves one depth once the boundary is chosen; the deepest stands for it.
         chosen = [Choice(depth, settings.kind) for depth in self._decided]
-        yield self._evaluation("verify", chosen, [self.recipe.fit_boundary])
+        yield self._evaluation("verify", "verify", chosen, [self.recipe.fit_boundary])
+        if self.boundaries:
+            compared = sorted({*self.boundaries, *tried[:1]})
+            yield self._evaluation("boundaries", "search", [Choice(min(self.depths), settings.kind)], compared)
         yield self._comparison(len(kinds) + trains)
 
     def _cost(self, name: str, rows: str, step: Callable[[], object], *, pace: str, repeats: int = 1, **others) -> Cost:
@@ -328,7 +347,8 @@ class _Stages:
 
     def _training(self) -> Iterator[Cost]:
         settings, found = self.recipe.projection, []
-        with self._batch(settings.batch_size or self.recipe.data.batch_size):
+        # The batch is that of all processes together; the one with most rows decides the memory.
+        with self._batch(math.ceil((settings.batch_size or self.recipe.data.batch_size) / self.devices)):
             for depth in self.steps.trained():
                 if depth not in self._decided:
                     continue
@@ -353,15 +373,15 @@ class _Stages:
         finally:
             self.steps = usual
 
-    def _evaluation(self, name: str, choices: Sequence[Choice], boundaries: Sequence[int]) -> Cost:
-        """A measurement on the split of that name, in as many passes as the pipeline makes of it."""
+    def _evaluation(self, name: str, rows: str, choices: Sequence[Choice], boundaries: Sequence[int]) -> Cost:
+        """A measurement on the split ``rows``, in as many passes as the pipeline makes of it."""
         memory, passed = int(self.recipe.projection.memory_gib * 2**30), []
         for group in groups(self.decoder, choices, memory):
             variants = {}
             for choice in group:
                 projections = KVProjections(self.decoder, choice.depth)
                 variants |= {f"{choice} {k}": Variant(PruningPlan(choice.depth, k), projections) for k in boundaries}
-            passed.append(self._evaluate(Evaluation(self.decoder, variants), name, name))
+            passed.append(self._evaluate(Evaluation(self.decoder, variants), name, rows))
             del variants, projections
         largest = max(passed, key=lambda each: each.peak)
         return Cost(**vars(largest) | {"flops": sum(each.flops for each in passed)})

@@ -290,6 +290,31 @@ def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(base, tmp_path,
             assert key in shown
 
 
+def test_a_training_batch_is_shared_by_all_devices():
+    dry = decoder("llama", torch.float32, "meta")
+    settings = recipe(projection__kind="full", projection__start="reuse", projection__batch_size=6)
+    lengths = {"prompt": 120, "response": 30}
+    (alone,) = (each for each in costs(dry, settings, DEPTHS, **lengths) if each.name == "training")
+    (shared,) = (each for each in costs(dry, settings, DEPTHS, **lengths, devices=4) if each.name == "training")
+    settings.projection.batch_size = 2  # the most rows that one of 4 devices reads of 6
+    (two,) = (each for each in costs(dry, settings, DEPTHS, **lengths) if each.name == "training")
+    assert shared.peak == two.peak < alone.peak
+    machine = preflight.Machine(gpu=True, devices=4, strategy="ddp", bytes=None, found=0)
+    found = preflight.Estimate(recipe(projection__kind="full", projection__batch_size=6), None, None, machine, [], [])
+    assert found.rows_read(shared) == found.recipe.projection.steps * 6
+
+
+def test_boundaries_are_compared_on_search_rows_at_one_depth():
+    dry, settings = decoder("llama", torch.float32, "meta"), recipe(projection__kind="reuse")
+    lengths = {"prompt": 120, "response": 30}
+    stages = {each.name: each for each in costs(dry, settings, DEPTHS, boundaries=[4, 16, 64], **lengths)}
+    assert stages["boundaries"].rows == "search"
+    # The full model, and the pruned one at k of 1, 4, 16 and 64: each the dearer, the more tokens run in full.
+    alone = {each.name: each for each in costs(dry, settings, [2], boundaries=[1], **lengths)}
+    assert 3 * alone["boundaries"].flops < 2 * stages["boundaries"].flops < 10 * alone["boundaries"].flops
+    assert "boundaries" not in {each.name for each in costs(dry, settings, DEPTHS, **lengths)}
+
+
 def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
     # A max_drop that 32 verify rows could never show: under a speedup it is no condition.
