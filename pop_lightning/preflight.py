@@ -283,9 +283,14 @@ class Machine:
     def device(self) -> torch.device:
         return torch.device("cuda", 0) if self.gpu else torch.device("cpu")
 
+    @property
+    def shards(self) -> bool:
+        """Whether the base is kept in shards (ZeRO-3)."""
+        return "stage_3" in self.strategy
+
     def weights(self, base: Base) -> int:
         """Bytes of the base on one device."""
-        if "stage_3" not in self.strategy:
+        if not self.shards:
             return math.ceil(base.bytes / self.spread)
         return base.largest_part + (0 if "offload" in self.strategy else math.ceil(base.bytes / self.devices))
 
@@ -492,10 +497,15 @@ def pace(found: Estimate) -> dict[str, float] | str:
         return f"the weights of {base.name} are not on this machine: download the base first"
     if machine.devices > 1:
         return f"trainer.devices is {machine.devices}, and steps are timed in one process: set trainer.devices to 1"
+    if machine.spread > 1:
+        return f"model.device_map spreads the base over {machine.spread} GPUs, and steps are timed on one"
+    if machine.shards:
+        return f"trainer.strategy {machine.strategy} keeps the base in shards, and steps are timed on a whole one"
     batch = batch_of(recipe.data.batch_size, *found.rows.usual)
-    if found.rows.data is not None and not found.rows.missing:
-        every = list(found.rows.data.loader("fit"))
-        batch = every[len(every) // 2]
+    if (data := found.rows.data) is not None and not found.rows.missing:
+        loader = data.loader("fit")
+        start = len(loader) // 2 * loader.batch_size  # images are read for the batch that is timed alone
+        batch = data.batch(loader.dataset[start : start + loader.batch_size])
     responses = any(stage.rows == "responses" for stage in found.stages)
     counted = operations(base.decoder, recipe, found.depths, batch, responses=responses)
     if not machine.gpu and max(counted.values()) > _SLOW_STEP:

@@ -290,6 +290,36 @@ def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(base, tmp_path,
             assert key in shown
 
 
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [({"spread": 2}, "device_map spreads the base over 2 GPUs"), ({"strategy": "deepspeed_stage_3"}, "in shards")],
+)
+def test_a_base_that_is_spread_or_sharded_is_not_timed(base, data, tmp_path, monkeypatch, machine, said):
+    def load(*arguments, **others):
+        raise AssertionError("the whole base was loaded")
+
+    monkeypatch.setattr(preflight, "load_model", load)
+    checked = parse(arguments(base, data, tmp_path / "run")).recipe
+    loaded = preflight.Base.of(checked)
+    given = {"gpu": False, "devices": 1, "strategy": "auto", "bytes": 2**30, "found": 1} | machine
+    found = preflight.Estimate(checked, loaded, None, preflight.Machine(**given), [], [])
+    assert said in preflight.pace(found)
+
+
+def test_a_timing_reads_the_rows_of_one_batch(base, data, tmp_path, monkeypatch):
+    checked = parse(arguments(base, data, tmp_path / "run", data__batch_size=2)).recipe
+    loaded = preflight.Base.of(checked)
+    found = preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+    read, collate = [], found.rows.data.batch
+    monkeypatch.setattr(found.rows.data, "batch", lambda rows: read.append(rows) or collate(rows))
+    monkeypatch.setattr(preflight, "_seconds", lambda step, device: 1.0)
+    assert set(preflight.pace(found)) >= {"scoring", "evaluate"}
+    ((first, second),) = read
+    lengths = sorted(row.length for row in found.rows.data.rows_of("fit"))
+    assert lengths[0] < first.length < lengths[-1]
+    assert lengths[0] < second.length <= first.length
+
+
 def test_a_training_batch_is_shared_by_all_devices():
     dry = decoder("llama", torch.float32, "meta")
     settings = recipe(projection__kind="full", projection__start="reuse", projection__batch_size=6)
