@@ -20,7 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pop_lightning import shapes
 from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
-from pop_lightning.data import CalibrationData, read_examples, resolve_bundled
+from pop_lightning.data import CalibrationData, check_exists, read_examples, resolve_bundled
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import candidates, reaching
 from pop_lightning.errors import InputError
@@ -31,6 +31,8 @@ from pop_lightning.models import load_model, load_tokenizer, local_folder, visio
 from pop_lightning.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.report import text_table
 from pop_lightning.stage_costs import Cost, Steps, batch_of, closed_form_passes, costs, fits_closed_form, operations
+from pop_lightning.strategies import DEEPSPEED
+from pop_lightning.trainers import Trainers, check_keys, check_placement
 
 FITS, DOES_NOT_FIT = 0, 2
 CARDS = (24, 40, 48, 80, 141)  # GiB of common GPUs
@@ -166,7 +168,7 @@ class Rows:
             InputError: the rows are there and do not fit.
         """
         settings = recipe.data
-        sources = [settings.calibration] if isinstance(settings.calibration, str) else settings.calibration
+        sources = _sources(recipe)
         absent = next((source for source in sources if not Path(resolve_bundled(source)).exists()), None)
         tokenizer = None
         if base.folder is not None:
@@ -231,6 +233,11 @@ class Rows:
         return sum(self.counts.values())
 
 
+def _sources(recipe: Recipe) -> list[str]:
+    given = recipe.data.calibration
+    return [given] if isinstance(given, str) else given
+
+
 def _needed(recipe: Recipe) -> int | None:
     return rows_needed(recipe.budget.max_drop, recipe.budget.metric, recipe.budget.confidence)
 
@@ -265,19 +272,21 @@ class Machine:
         accelerator = str(given.get("accelerator") or "auto")
         gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and found > 0)
         devices = _count(given.get("devices"), found if gpu else 1) * int(given.get("num_nodes") or 1)
-        strategy = given.get("strategy") or "auto"
-        if isinstance(strategy, dict):
-            strategy = str(strategy.get("class_path", "")).rpartition(".")[2]
         if gpu:
             memory = min((device_bytes(torch.device("cuda", i)) for i in range(found)), default=None)
         else:
             memory = device_bytes(torch.device("cpu")) // devices
         spread = max(1, found) if gpu and recipe.model.device_map is not None else 1
-        return cls(gpu, devices, str(strategy), memory, found if gpu else 1, spread)
+        return cls(gpu, devices, given.get("strategy") or "auto", memory, found if gpu else 1, spread)
 
     @property
     def limit(self) -> float | None:
         return None if self.bytes is None else USABLE * self.bytes
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether all devices are here."""
+        return self.bytes is not None and (not self.gpu or self.found >= self.devices)
 
     @property
     def device(self) -> torch.device:
@@ -406,13 +415,19 @@ def _listed_boundaries(recipe: Recipe, base: Base, rows: Rows) -> list[int]:
     return sorted({k for k in recipe.budget.boundaries if k < rows.median and not split(k)})
 
 
+def _boundaries(recipe: Recipe, listed: list[int]) -> list[int]:
+    """What ``boundary`` may become."""
+    if recipe.boundary != "auto":
+        return [recipe.boundary]
+    return listed or [min(recipe.budget.boundaries)]
+
+
 def _depths(recipe: Recipe, decoder: Decoder, listed: list[int], tokens: int) -> list[int]:
     """Shallowest pruning first; importance is not known yet and taken as equal."""
     budget = recipe.budget
     if budget.speedup is None:
         return candidates(budget, [1.0] * decoder.num_layers, decoder)
-    boundaries = [recipe.boundary] if recipe.boundary != "auto" else listed or [min(budget.boundaries)]
-    return sorted(set(reaching(budget, decoder, boundaries, tokens).values()), reverse=True)
+    return sorted(set(reaching(budget, decoder, _boundaries(recipe, listed), tokens).values()), reverse=True)
 
 
 # --- what to change -------------------------------------------------------------------------------------------------
@@ -547,13 +562,18 @@ def check(recipe: Recipe) -> int:
         InputError: base, rows or recipe do not fit together.
     """
     quiet_lightning()
+    machine = Machine.of(recipe)
+    _refuse(recipe, machine)
     base = Base.of(recipe)
-    rows, machine = Rows.of(recipe, base), Machine.of(recipe)
+    rows = Rows.of(recipe, base)
+    _refuse_rows(recipe, base, rows, machine)
     found = estimate(recipe, base, rows, machine)
     too_much = machine.limit is not None and found.needs > machine.limit
     if too_much and not machine.gpu and (recipe.trainer.get("accelerator") or "auto") == "auto":
         # The recipe names no device, and this machine's CPU is not the one that it is meant for.
         found, too_much = estimate(recipe, base, rows, replace(machine, gpu=True, bytes=None, found=0)), False
+    if found.machine.at_hand:
+        Trainers(recipe)  # refuses what does not run on this machine
     paces = "it does not fit" if too_much else pace(found)
     print(_heading(found), end="\n\n")
     print(_table(found, paces), end="\n\n")
@@ -563,6 +583,32 @@ def check(recipe: Recipe) -> int:
         if line:
             print(line)
     return FITS if fits and enough else DOES_NOT_FIT
+
+
+def _refuse(recipe: Recipe, machine: Machine) -> None:
+    """Raise what ``pop-fit`` would on any machine."""
+    check_keys(recipe.trainer)
+    if machine.devices > 1 or machine.strategy in ("ddp", *DEEPSPEED):
+        check_placement(recipe)
+    for source in _sources(recipe):
+        check_exists(source)
+
+
+def _refuse_rows(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> None:
+    """Raise what ``pop-fit`` would for rows with images."""
+    with_images = [] if rows.data is None else [row for row in rows.data.rows() if row.images]
+    if with_images and machine.shards:
+        raise InputError(
+            f"{with_images[0].origin} has images, and trainer.strategy {machine.strategy} needs every process to read "
+            "as many at once: take ddp or deepspeed_stage_2, or rows of text."
+        )
+    for k in _boundaries(recipe, _listed_boundaries(recipe, base, rows)):
+        row = next((row for row in with_images if base.decoder.splits_image(row.prompt_ids, k)), None)
+        if row is not None:
+            raise InputError(
+                f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
+                "boundary that ends before the image or holds all of it."
+            )
 
 
 def _heading(found: Estimate) -> str:

@@ -157,7 +157,8 @@ def offline(monkeypatch):
 def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preflight, "pace", lambda found: "time has a test of its own")
-    assert fit.main(["--recipe", name, "--check"]) == 0
+    rows = ["--data.calibration", "bundled:facts-gemma3/calibration.jsonl"] if name == "example" else []
+    assert fit.main(["--recipe", name, *rows, "--check"]) == 0
     shown = capsys.readouterr().out
     assert ("assumed: bundled shape" in shown) == (name != "tiny")
     for stage in ("scoring", "search", "verify", "comparison"):
@@ -368,7 +369,7 @@ def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base,
 def test_rows_that_are_not_here_are_assumed_from_the_recipe(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
     changes = {"data__limit": 100, "data__max_prompt_tokens": 20, "data__max_response_tokens": 5}
-    words = arguments(base, tmp_path / "later.jsonl", tmp_path / "run", **changes)
+    words = [*arguments(base, tmp_path / "rows", tmp_path / "run", **changes), "--data.calibration", "nobody/rows"]
     assert fit.main([*words, "--check"]) == 0
     shown = capsys.readouterr().out
     assert "fit 30, tune 10, search 20, verify 40 (assumed: " in shown
@@ -392,6 +393,11 @@ def test_the_closed_forms_grouping_and_what_the_finer_ones_take(capsys, monkeypa
         (["--check=yes"], "--check takes no value"),
         (["--resume"], "--check writes nothing"),
         (["--budget.candidates", "[99]"], "budget.candidates must lie in 1..32"),
+        (["--data.calibration", "none.jsonl"], "data.calibration 'none.jsonl' does not exist"),
+        (["--trainer.max_steps", "3"], "trainer.max_steps is 3, which would cut"),
+        (["--trainer.strategy", "fsdp"], "trainer.strategy must be one of auto, ddp, "),
+        (["--trainer.devices", "2", "--model.device_map", "auto"], "does not go with trainer.strategy auto"),
+        (["--trainer.strategy", "ddp", "--model.device_map", "auto"], "does not go with trainer.strategy ddp"),
     ],
 )
 def test_bad_usage_is_one_sentence(words, said, offline, capsys):
