@@ -6,6 +6,7 @@ hardware that holds them and, where base and device are at hand, time. The hub i
 ``python -m pop_lightning.preflight`` prints the table of all bundled recipes that the README shows.
 """
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -368,8 +369,11 @@ class Estimate:
         return stage.flops * self.rows_read(stage) + stage.once
 
 
-def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estimate:
+def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine, *, only: str | None = None) -> Estimate:
     """Run every stage dry at the longest rows; operations are brought to the usual ones as those of one step are.
+
+    Args:
+        only: the name of a stage to run alone, with the others of its kind.
 
     Raises:
         InputError: the base is no decoder that can be pruned, or the recipe's depths or sums do not fit it.
@@ -389,6 +393,7 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
         responses=responses,
         gpu=machine.gpu,
         devices=machine.devices,
+        only=only,
     )
     if rows.usual != rows.longest:
         longest, usual = (
@@ -434,17 +439,31 @@ def _depths(recipe: Recipe, decoder: Decoder, listed: list[int], tokens: int) ->
 
 
 def ways_out(found: Estimate, limit: float) -> Iterator[tuple[str, Estimate]]:
-    """Changes of one key each after which every stage fits in ``limit`` bytes, the mildest value of each key."""
+    """Changes of one key each after which every stage fits in ``limit`` bytes, the mildest value of each key.
+
+    A whole dry run takes long where the base has many layers, so the largest stage goes first and alone, and a key
+    whose last value does not help that stage is left.
+    """
     rows = replace(found.rows, usual=found.rows.longest)  # memory alone is asked for
-    for values in _changes(found, limit):
+
+    def changed(recipe: Recipe, stage: str | None) -> Estimate | None:
+        machine, base = Machine.of(recipe), replace(found.base, dtype=_dtype(recipe, found.base))
+        if machine.weights(base) > limit:
+            return None
+        estimated = estimate(recipe, base, rows, machine, only=stage)
+        return estimated if estimated.needs <= limit else None
+
+    for values in filter(None, map(list, _changes(found, limit))):  # without those that have nothing to change
+        with contextlib.suppress(InputError):  # the last value may be too far
+            if changed(values[-1][1], found.largest.name) is None:
+                continue
         for text, recipe in values:
             try:
-                base = replace(found.base, dtype=_dtype(recipe, found.base))
-                changed = estimate(recipe, base, rows, Machine.of(recipe))
+                fits = changed(recipe, found.largest.name) and changed(recipe, None)
             except InputError:
                 break  # too far: the closed form's sums, say, no longer fit in what is left to them
-            if changed.needs <= limit:
-                yield text, changed
+            if fits:
+                yield text, fits
                 break
 
 
@@ -472,15 +491,18 @@ def _changes(found: Estimate, limit: float) -> Iterator[Iterable[tuple[str, Reci
             yield ((f"budget.candidates {n}", _with(recipe, budget={"candidates": n})) for n in halves)
     if found.base.dtype.itemsize > 2:
         yield [("model.dtype bfloat16", _with(recipe, model={"dtype": "bfloat16"}))]
-    if found.machine.gpu:
-        strategy = "deepspeed_stage_3"
-        yield (
-            (
-                f"trainer.strategy {strategy} with trainer.devices {devices}",
-                replace(recipe, trainer=recipe.trainer | {"strategy": strategy, "devices": devices}),
+    # Shards go with neither rows of images nor a base that is placed by hand.
+    if found.machine.gpu and not found.base.decoder.vision_tokens and recipe.model.device_map is None:
+        strategy, nodes = "deepspeed_stage_3", int(recipe.trainer.get("num_nodes") or 1)
+        more = [n for n in (2, 4, 8, 16) if not found.machine.shards or n * nodes > found.machine.devices]
+        if more:
+            yield (
+                (
+                    f"trainer.strategy {strategy} with trainer.devices {devices}",
+                    replace(recipe, trainer=recipe.trainer | {"strategy": strategy, "devices": devices}),
+                )
+                for devices in more
             )
-            for devices in (2, 4, 8, 16)
-        )
 
 
 def _halves(count: int) -> Iterator[int]:

@@ -221,6 +221,7 @@ def costs(
     responses: bool = False,
     gpu: bool = False,
     devices: int = 1,
+    only: str | None = None,
 ) -> list[Cost]:
     """Every stage of a fit, dry, in order.
 
@@ -232,12 +233,13 @@ def costs(
         responses: the full model writes responses first.
         gpu: count what a GPU's kernels take beside their results.
         devices: processes that share the rows of a training step.
+        only: the name of a stage to run alone, with the others of its kind.
 
     Raises:
         InputError: the closed form's sums do not fit in ``projection.memory_gib``.
     """
     with DryRun(gpu=gpu) as run:
-        return list(_Stages(run, decoder, recipe, depths, prompt, response, boundaries, devices).all(responses))
+        return list(_Stages(run, decoder, recipe, depths, prompt, response, boundaries, devices).all(responses, only))
 
 
 class _Stages:
@@ -261,11 +263,15 @@ class _Stages:
     def _steps(self, rows: int) -> Steps:
         return Steps(self.decoder, self.recipe, self.depths, batch_of(rows, self.prompt, self.response))
 
-    def all(self, responses: bool) -> Iterator[Cost]:
-        if responses:
+    def all(self, responses: bool, only: str | None) -> Iterator[Cost]:
+        def wanted(kind: str) -> bool:
+            return only is None or only.startswith(kind)
+
+        if responses and wanted("responses"):
             yield from self._responses()
-        yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
-        if fits_closed_form(self.recipe):
+        if wanted("scoring"):
+            yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
+        if fits_closed_form(self.recipe) and wanted("closed form"):
             yield from self._closed_form()
         settings = self.recipe.projection
         trains = settings.kind in ("lora", "full")
@@ -274,16 +280,19 @@ class _Stages:
         tried = [self.recipe.boundary]
         if self.recipe.boundary == "auto":
             tried = self.boundaries or [min(self.recipe.budget.boundaries)]
-        yield self._evaluation("search", "search", choices, tried)
-        if trains:
+        if wanted("search"):
+            yield self._evaluation("search", "search", choices, tried)
+        if trains and wanted("training"):
             yield from self._training()
         # A wanted speedup leaves one depth once the boundary is chosen; the deepest stands for it.
         chosen = [Choice(depth, settings.kind) for depth in self._decided]
-        yield self._evaluation("verify", "verify", chosen, [self.recipe.fit_boundary])
-        if self.boundaries:
+        if wanted("verify"):
+            yield self._evaluation("verify", "verify", chosen, [self.recipe.fit_boundary])
+        if self.boundaries and wanted("boundaries"):
             compared = sorted({*self.boundaries, *tried[:1]})
             yield self._evaluation("boundaries", "search", [Choice(min(self.depths), settings.kind)], compared)
-        yield self._comparison(len(kinds) + trains)
+        if wanted("comparison"):
+            yield self._comparison(len(kinds) + trains)
 
     def _cost(self, name: str, rows: str, step: Callable[[], object], *, pace: str, repeats: int = 1, **others) -> Cost:
         """The last of ``repeats`` steps: the first may leave behind what its peak stands on (sums, optimiser)."""

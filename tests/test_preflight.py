@@ -22,6 +22,7 @@ from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import bundled_recipes, parse
 from pop_lightning.stage_costs import Steps, batch_of, costs
 
+import vision
 from workbench import arguments, save_base, save_rows
 
 SIZES = {
@@ -253,6 +254,62 @@ def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
     tried = [text for values in preflight._changes(found, found.needs) for text, _ in values]
     for key in keys:
         assert any(key in text for text in tried), (key, tried)
+
+
+def checked_on_gpus(base, **changes):
+    """A recipe's estimate on GPUs, its rows assumed."""
+    named = {"model.base": base, "data.calibration": "nobody/rows", "data.limit": 1000, "trainer.accelerator": "gpu"}
+    named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4} | changes
+    words = [f"--{key}={value}" for key, value in named.items()]
+    checked = parse(["--recipe", "example", *words]).recipe
+    loaded = preflight.Base.of(checked)
+    return preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+
+
+@pytest.fixture(scope="module")
+def reads_images(tmp_path_factory):
+    return vision.save_base(tmp_path_factory.mktemp("gemma3"), "gemma3")
+
+
+def test_shards_are_not_proposed_where_they_are_refused(base, reads_images):
+    def proposed(found):
+        return [text for values in preflight._changes(found, found.needs) for text, _ in values]
+
+    assert any("deepspeed_stage_3" in text for text in proposed(checked_on_gpus(base)))
+    placed = checked_on_gpus(base, **{"model.device_map": "auto"})
+    assert not any("deepspeed_stage_3" in text for text in proposed(placed))
+    assert not any("deepspeed_stage_3" in text for text in proposed(checked_on_gpus(reads_images)))
+    sharded = checked_on_gpus(base, **{"trainer.strategy": "deepspeed_stage_3", "trainer.devices": 8})
+    assert [text for text in proposed(sharded) if "devices" in text] == [
+        "trainer.strategy deepspeed_stage_3 with trainer.devices 16"
+    ]
+
+
+def test_ways_out_run_all_stages_for_a_value_that_fits_the_largest_one_alone(base, monkeypatch):
+    found, runs = checked_on_gpus(base, **{"data.batch_size": 16}), []
+    estimate = preflight.estimate
+
+    def counted(*arguments, only):
+        runs.append(only)
+        return estimate(*arguments, only=only)
+
+    monkeypatch.setattr(preflight, "estimate", counted)
+    assert not list(preflight.ways_out(found, 1000))
+    assert runs.count(None) == 0
+    runs.clear()
+    text, changed = next(preflight.ways_out(found, int(0.3 * found.needs)))
+    assert text == "data.batch_size 4"
+    assert changed.needs <= 0.3 * found.needs
+    assert {stage.name for stage in changed.stages} == {stage.name for stage in found.stages}
+    assert runs.count(None) == 1
+
+
+def test_images_are_refused_where_the_run_would_refuse_them(reads_images, tmp_path, capsys):
+    rows = vision.save_rows(tmp_path / "chats.jsonl", rows=30)
+    words = [*arguments(reads_images, rows, tmp_path / "run"), "--check"]
+    assert fit.main(words) == 0
+    assert fit.main([*words, "--trainer.strategy", "deepspeed_stage_3"]) == 2
+    assert "has images, and trainer.strategy deepspeed_stage_3 needs" in capsys.readouterr().err
 
 
 def test_shards_devices_and_offload_lower_what_a_device_holds():
