@@ -147,6 +147,22 @@ def resolve_bundled(name: str) -> str:
     )
 
 
+def check_exists(source: str | Path) -> None:
+    """Raise :class:`InputError` for a file or folder that is not there; the id of a data set of the hub passes."""
+    path = Path(resolve_bundled(str(source)))
+    # No hub id looks like this: asking the hub would only cost its retries.
+    named = _kind(path) in (".jsonl", ".json", ".txt") or path.suffix.lower() == ".gz"
+    if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
+        raise InputError(
+            f"data.calibration {str(source)!r} does not exist: change data.calibration to a file that does."
+        )
+
+
+def _kind(path: Path) -> str:
+    """The suffix in front of a ``.gz``."""
+    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
+
+
 def read_examples(source: str | Path, split: str | None = None) -> list[tuple[dict, str]]:
     """All examples of ``source`` with their origins, in file order, each checked to have one of the known shapes.
 
@@ -160,8 +176,7 @@ def read_examples(source: str | Path, split: str | None = None) -> list[tuple[di
         InputError: the source is missing, empty or unreadable, or an example has none of the known shapes.
     """
     path = Path(resolve_bundled(str(source)))
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
+    kind = _kind(path)
     if path.is_file() and kind in (".jsonl", ".json"):
         examples = _read_json_lines(path)
     elif path.is_file() and kind == ".txt":
@@ -170,14 +185,8 @@ def read_examples(source: str | Path, split: str | None = None) -> list[tuple[di
         raise InputError(
             f"data.calibration {str(source)!r} is a file of unknown kind: .jsonl, .json or .txt was expected."
         )
-    elif not path.exists() and (
-        # No hub id looks like this: asking the hub would only cost its retries.
-        kind in (".jsonl", ".json", ".txt") or suffixes[-1:] == [".gz"] or len(path.parts) > 2 or path.is_absolute()
-    ):
-        raise InputError(
-            f"data.calibration {str(source)!r} does not exist: change data.calibration to a file that does."
-        )
     else:
+        check_exists(source)
         examples = _read_dataset(str(source), path, split)
     if not examples:
         raise InputError(f"data.calibration {str(source)!r} holds no rows: expected {SHAPES}.")

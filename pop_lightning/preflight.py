@@ -6,6 +6,7 @@ hardware that holds them and, where base and device are at hand, time. The hub i
 ``python -m pop_lightning.preflight`` prints the table of all bundled recipes that the README shows.
 """
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -20,9 +21,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pop_lightning import shapes
 from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
-from pop_lightning.data import CalibrationData, read_examples, resolve_bundled
+from pop_lightning.data import CalibrationData, check_exists, read_examples, resolve_bundled
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import candidates
+from pop_lightning.depths import candidates, reaching
 from pop_lightning.errors import InputError
 from pop_lightning.fitting import quiet_lightning
 from pop_lightning.memory import device_bytes
@@ -31,6 +32,8 @@ from pop_lightning.models import load_model, load_tokenizer, local_folder, visio
 from pop_lightning.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.report import text_table
 from pop_lightning.stage_costs import Cost, Steps, batch_of, closed_form_passes, costs, fits_closed_form, operations
+from pop_lightning.strategies import DEEPSPEED
+from pop_lightning.trainers import Trainers, check_keys, check_placement
 
 FITS, DOES_NOT_FIT = 0, 2
 CARDS = (24, 40, 48, 80, 141)  # GiB of common GPUs
@@ -143,6 +146,7 @@ class Rows:
         prompts: different prompts in the verify split, which is what a bound counts.
         longest: prompt and response tokens of the largest batch: memory is for that one.
         usual: the same of a mean batch, padding included: operations are for that one.
+        median: prompt tokens that a wanted speedup is counted at.
         missing: rows that the full model still has to answer; None where that is not known.
         assumed: what is not known, as a sentence; None where the rows were read.
         data: where the rows were read.
@@ -152,6 +156,7 @@ class Rows:
     prompts: int
     longest: tuple[int, int]
     usual: tuple[int, int]
+    median: int
     missing: int | None
     assumed: str | None = None
     data: CalibrationData | None = None
@@ -164,7 +169,7 @@ class Rows:
             InputError: the rows are there and do not fit.
         """
         settings = recipe.data
-        sources = [settings.calibration] if isinstance(settings.calibration, str) else settings.calibration
+        sources = _sources(recipe)
         absent = next((source for source in sources if not Path(resolve_bundled(source)).exists()), None)
         tokenizer = None
         if base.folder is not None:
@@ -175,7 +180,7 @@ class Rows:
             total = settings.limit
             what = f"data.calibration {absent!r} is not on this machine"
             if total is None:
-                needed = recipe.budget.max_drop and _needed(recipe)
+                needed = None if recipe.budget.speedup is not None else _needed(recipe)
                 total = math.ceil((needed or 300) / settings.splits.verify)
                 return cls._assumed(recipe, base, total, f"{what} and data.limit is not set: {total} rows are taken")
             return cls._assumed(recipe, base, total, f"{what}: data.limit of {total} rows is taken")
@@ -210,6 +215,7 @@ class Rows:
             data.prompts_of("verify"),
             tuple(max(width[i] for width in widths) for i in (0, 1)),
             tuple(math.ceil(sum(width[i] * width[2] for width in widths) / len(rows)) for i in (0, 1)),
+            int(data.report.prompt_tokens["median"]),
             sum(row.response_ids is None for row in rows),
             data=data,
         )
@@ -221,11 +227,16 @@ class Rows:
         response = recipe.data.max_response_tokens
         prompt = min(recipe.data.max_prompt_tokens, max(1, (base.context or math.inf) - response))
         why = f"{why}, {prompt} + {response} tokens each, the most that the recipe lets in"
-        return cls(counts, counts["verify"], (prompt, response), (prompt, response), None, why)
+        return cls(counts, counts["verify"], (prompt, response), (prompt, response), prompt, None, why)
 
     @property
     def total(self) -> int:
         return sum(self.counts.values())
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    given = recipe.data.calibration
+    return [given] if isinstance(given, str) else given
 
 
 def _needed(recipe: Recipe) -> int | None:
@@ -262,27 +273,34 @@ class Machine:
         accelerator = str(given.get("accelerator") or "auto")
         gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and found > 0)
         devices = _count(given.get("devices"), found if gpu else 1) * int(given.get("num_nodes") or 1)
-        strategy = given.get("strategy") or "auto"
-        if isinstance(strategy, dict):
-            strategy = str(strategy.get("class_path", "")).rpartition(".")[2]
         if gpu:
             memory = min((device_bytes(torch.device("cuda", i)) for i in range(found)), default=None)
         else:
             memory = device_bytes(torch.device("cpu")) // devices
         spread = max(1, found) if gpu and recipe.model.device_map is not None else 1
-        return cls(gpu, devices, str(strategy), memory, found if gpu else 1, spread)
+        return cls(gpu, devices, given.get("strategy") or "auto", memory, found if gpu else 1, spread)
 
     @property
     def limit(self) -> float | None:
         return None if self.bytes is None else USABLE * self.bytes
 
     @property
+    def at_hand(self) -> bool:
+        """Whether all devices are here."""
+        return self.bytes is not None and (not self.gpu or self.found >= self.devices)
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cuda", 0) if self.gpu else torch.device("cpu")
 
+    @property
+    def shards(self) -> bool:
+        """Whether the base is kept in shards (ZeRO-3)."""
+        return "stage_3" in self.strategy
+
     def weights(self, base: Base) -> int:
         """Bytes of the base on one device."""
-        if "stage_3" not in self.strategy:
+        if not self.shards:
             return math.ceil(base.bytes / self.spread)
         return base.largest_part + (0 if "offload" in self.strategy else math.ceil(base.bytes / self.devices))
 
@@ -343,7 +361,7 @@ class Estimate:
         if stage.rows == "steps":
             batch = recipe.projection.batch_size or recipe.data.batch_size
             accumulated = recipe.trainer.get("accumulate_grad_batches") or 1
-            return recipe.projection.steps * batch * accumulated * self.machine.devices
+            return recipe.projection.steps * batch * accumulated  # a batch of training is that of all devices together
         return self.rows.counts[stage.rows]
 
     def flops(self, stage: Cost) -> float:
@@ -351,17 +369,32 @@ class Estimate:
         return stage.flops * self.rows_read(stage) + stage.once
 
 
-def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estimate:
+def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine, *, only: str | None = None) -> Estimate:
     """Run every stage dry at the longest rows; operations are brought to the usual ones as those of one step are.
+
+    Args:
+        only: the name of a stage to run alone, with the others of its kind.
 
     Raises:
         InputError: the base is no decoder that can be pruned, or the recipe's depths or sums do not fit it.
     """
     decoder = base.decoder
-    depths = candidates(recipe.budget, [1.0] * decoder.num_layers, decoder)
-    arguments = {"responses": rows.missing != 0 and rows.data is not None, "gpu": machine.gpu}
+    listed = _listed_boundaries(recipe, base, rows)
+    depths = _depths(recipe, decoder, listed, rows.median)
+    responses = rows.missing != 0 and rows.data is not None
     prompt, response = rows.longest
-    stages = costs(decoder, recipe, depths, prompt=prompt, response=response, **arguments)
+    stages = costs(
+        decoder,
+        recipe,
+        depths,
+        prompt=prompt,
+        response=response,
+        boundaries=listed,
+        responses=responses,
+        gpu=machine.gpu,
+        devices=machine.devices,
+        only=only,
+    )
     if rows.usual != rows.longest:
         longest, usual = (
             operations(
@@ -369,7 +402,7 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
                 recipe,
                 depths,
                 batch_of(recipe.data.batch_size, *lengths),
-                responses=arguments["responses"],
+                responses=responses,
             )
             for lengths in (rows.longest, rows.usual)
         )
@@ -377,21 +410,60 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     return Estimate(recipe, base, rows, machine, depths, stages)
 
 
+def _listed_boundaries(recipe: Recipe, base: Base, rows: Rows) -> list[int]:
+    """``budget.boundaries`` that leave a context in the median prompt and begin in no row's image."""
+    prompts = [] if rows.data is None else [row.prompt_ids for row in rows.data.rows() if row.images]
+
+    def split(k: int) -> bool:
+        return any(base.decoder.splits_image(prompt, k) for prompt in prompts)
+
+    return sorted({k for k in recipe.budget.boundaries if k < rows.median and not split(k)})
+
+
+def _boundaries(recipe: Recipe, listed: list[int]) -> list[int]:
+    """What ``boundary`` may become."""
+    if recipe.boundary != "auto":
+        return [recipe.boundary]
+    return listed or [min(recipe.budget.boundaries)]
+
+
+def _depths(recipe: Recipe, decoder: Decoder, listed: list[int], tokens: int) -> list[int]:
+    """Shallowest pruning first; importance is not known yet and taken as equal."""
+    budget = recipe.budget
+    if budget.speedup is None:
+        return candidates(budget, [1.0] * decoder.num_layers, decoder)
+    return sorted(set(reaching(budget, decoder, _boundaries(recipe, listed), tokens).values()), reverse=True)
+
+
 # --- what to change -------------------------------------------------------------------------------------------------
 
 
 def ways_out(found: Estimate, limit: float) -> Iterator[tuple[str, Estimate]]:
-    """Changes of one key each after which every stage fits in ``limit`` bytes, the mildest value of each key."""
+    """Changes of one key each after which every stage fits in ``limit`` bytes, the mildest value of each key.
+
+    A whole dry run takes long where the base has many layers, so the largest stage goes first and alone, and a key
+    whose last value does not help that stage is left.
+    """
     rows = replace(found.rows, usual=found.rows.longest)  # memory alone is asked for
-    for values in _changes(found, limit):
+
+    def changed(recipe: Recipe, stage: str | None) -> Estimate | None:
+        machine, base = Machine.of(recipe), replace(found.base, dtype=_dtype(recipe, found.base))
+        if machine.weights(base) > limit:
+            return None
+        estimated = estimate(recipe, base, rows, machine, only=stage)
+        return estimated if estimated.needs <= limit else None
+
+    for values in filter(None, map(list, _changes(found, limit))):  # without those that have nothing to change
+        with contextlib.suppress(InputError):  # the last value may be too far
+            if changed(values[-1][1], found.largest.name) is None:
+                continue
         for text, recipe in values:
             try:
-                base = replace(found.base, dtype=_dtype(recipe, found.base))
-                changed = estimate(recipe, base, rows, Machine.of(recipe))
+                fits = changed(recipe, found.largest.name) and changed(recipe, None)
             except InputError:
                 break  # too far: the closed form's sums, say, no longer fit in what is left to them
-            if changed.needs <= limit:
-                yield text, changed
+            if fits:
+                yield text, fits
                 break
 
 
@@ -414,20 +486,23 @@ def _changes(found: Estimate, limit: float) -> Iterator[Iterable[tuple[str, Reci
             halves = _halves(settings.batch_size or rows)
             yield ((f"projection.batch_size {n}", _with(recipe, projection={"batch_size": n})) for n in halves)
         yield ((f"data.batch_size {n}", _with(recipe, data={"batch_size": n})) for n in _halves(rows))
-        if not isinstance(recipe.budget.candidates, list):
+        if not isinstance(recipe.budget.candidates, list) and recipe.budget.speedup is None:
             halves = _halves(len(found.depths))
             yield ((f"budget.candidates {n}", _with(recipe, budget={"candidates": n})) for n in halves)
     if found.base.dtype.itemsize > 2:
         yield [("model.dtype bfloat16", _with(recipe, model={"dtype": "bfloat16"}))]
-    if found.machine.gpu:
-        strategy = "deepspeed_stage_3"
-        yield (
-            (
-                f"trainer.strategy {strategy} with trainer.devices {devices}",
-                replace(recipe, trainer=recipe.trainer | {"strategy": strategy, "devices": devices}),
+    # Shards go with neither rows of images nor a base that is placed by hand.
+    if found.machine.gpu and not found.base.decoder.vision_tokens and recipe.model.device_map is None:
+        strategy, nodes = "deepspeed_stage_3", int(recipe.trainer.get("num_nodes") or 1)
+        more = [n for n in (2, 4, 8, 16) if not found.machine.shards or n * nodes > found.machine.devices]
+        if more:
+            yield (
+                (
+                    f"trainer.strategy {strategy} with trainer.devices {devices}",
+                    replace(recipe, trainer=recipe.trainer | {"strategy": strategy, "devices": devices}),
+                )
+                for devices in more
             )
-            for devices in (2, 4, 8, 16)
-        )
 
 
 def _halves(count: int) -> Iterator[int]:
@@ -459,10 +534,15 @@ def pace(found: Estimate) -> dict[str, float] | str:
         return f"the weights of {base.name} are not on this machine: download the base first"
     if machine.devices > 1:
         return f"trainer.devices is {machine.devices}, and steps are timed in one process: set trainer.devices to 1"
+    if machine.spread > 1:
+        return f"model.device_map spreads the base over {machine.spread} GPUs, and steps are timed on one"
+    if machine.shards:
+        return f"trainer.strategy {machine.strategy} keeps the base in shards, and steps are timed on a whole one"
     batch = batch_of(recipe.data.batch_size, *found.rows.usual)
-    if found.rows.data is not None and not found.rows.missing:
-        every = list(found.rows.data.loader("fit"))
-        batch = every[len(every) // 2]
+    if (data := found.rows.data) is not None and not found.rows.missing:
+        loader = data.loader("fit")
+        start = len(loader) // 2 * loader.batch_size  # images are read for the batch that is timed alone
+        batch = data.batch(loader.dataset[start : start + loader.batch_size])
     responses = any(stage.rows == "responses" for stage in found.stages)
     counted = operations(base.decoder, recipe, found.depths, batch, responses=responses)
     if not machine.gpu and max(counted.values()) > _SLOW_STEP:
@@ -504,13 +584,18 @@ def check(recipe: Recipe) -> int:
         InputError: base, rows or recipe do not fit together.
     """
     quiet_lightning()
+    machine = Machine.of(recipe)
+    _refuse(recipe, machine)
     base = Base.of(recipe)
-    rows, machine = Rows.of(recipe, base), Machine.of(recipe)
+    rows = Rows.of(recipe, base)
+    _refuse_rows(recipe, base, rows, machine)
     found = estimate(recipe, base, rows, machine)
     too_much = machine.limit is not None and found.needs > machine.limit
     if too_much and not machine.gpu and (recipe.trainer.get("accelerator") or "auto") == "auto":
         # The recipe names no device, and this machine's CPU is not the one that it is meant for.
         found, too_much = estimate(recipe, base, rows, replace(machine, gpu=True, bytes=None, found=0)), False
+    if found.machine.at_hand:
+        Trainers(recipe)  # refuses what does not run on this machine
     paces = "it does not fit" if too_much else pace(found)
     print(_heading(found), end="\n\n")
     print(_table(found, paces), end="\n\n")
@@ -522,14 +607,44 @@ def check(recipe: Recipe) -> int:
     return FITS if fits and enough else DOES_NOT_FIT
 
 
+def _refuse(recipe: Recipe, machine: Machine) -> None:
+    """Raise what ``pop-fit`` would on any machine."""
+    check_keys(recipe.trainer)
+    if machine.devices > 1 or machine.strategy in ("ddp", *DEEPSPEED):
+        check_placement(recipe)
+    for source in _sources(recipe):
+        check_exists(source)
+
+
+def _refuse_rows(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> None:
+    """Raise what ``pop-fit`` would for rows with images."""
+    with_images = [] if rows.data is None else [row for row in rows.data.rows() if row.images]
+    if with_images and machine.shards:
+        raise InputError(
+            f"{with_images[0].origin} has images, and trainer.strategy {machine.strategy} needs every process to read "
+            "as many at once: take ddp or deepspeed_stage_2, or rows of text."
+        )
+    for k in _boundaries(recipe, _listed_boundaries(recipe, base, rows)):
+        row = next((row for row in with_images if base.decoder.splits_image(row.prompt_ids, k)), None)
+        if row is not None:
+            raise InputError(
+                f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
+                "boundary that ends before the image or holds all of it."
+            )
+
+
 def _heading(found: Estimate) -> str:
     base, rows = found.base, found.rows
     where = f"assumed: bundled shape {base.shape}, the base is not on this machine" if base.shape else "its own config"
     counts = ", ".join(f"{name} {count}" for name, count in rows.counts.items())
     lengths = f"longest batch {rows.longest[0]} + {rows.longest[1]} tokens, mean {rows.usual[0]} + {rows.usual[1]}"
-    given = found.recipe.budget.candidates
-    known = isinstance(given, list) or given == "all"
-    placed = "" if known else " (assumed: as for layers of equal importance; scoring will place them)"
+    given, wanted = found.recipe.budget.candidates, found.recipe.budget.speedup
+    if wanted is not None:
+        placed = f" (the largest that reach budget.speedup {wanted:g} at {rows.median} prompt tokens)"
+    elif isinstance(given, list) or given == "all":
+        placed = ""
+    else:
+        placed = " (assumed: as for layers of equal importance; scoring will place them)"
     machine = found.machine
     kind = "GPU" if machine.gpu else "CPU"
     many = f"{machine.devices} {kind}s, trainer.strategy {machine.strategy}" if machine.devices > 1 else f"one {kind}"
@@ -598,9 +713,15 @@ def _trainings(found: Estimate) -> str | None:
     """How often the budget asks for a training is known only once it measures."""
     if found.recipe.projection.kind not in ("lora", "full"):
         return None
+    budget = found.recipe.budget
+    if budget.speedup is not None:
+        return (
+            "training: counted once, at the deepest of these depths; budget.speedup decides the depth, and up to "
+            f"{budget.extensions} rounds more come where they help."
+        )
     return (
         f"training: counted once at each of {len(found.depths)} depths; the budget asks for it at the deepest that it "
-        f"can keep, and for up to {found.recipe.budget.extensions} rounds more where they help."
+        f"can keep, and for up to {budget.extensions} rounds more where they help."
     )
 
 
@@ -624,6 +745,8 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     """The smallest drop that the verify rows can show, and whether the budget's is at least that."""
     recipe, rows = found.recipe, found.rows
     budget, prompts = recipe.budget, rows.prompts
+    if budget.speedup is not None:
+        return f"budget: a speedup of {budget.speedup:g} is wanted, under which the loss is no condition.", True
     least = smallest_certifiable(prompts, budget.metric, budget.confidence)
     label = " (assumed)" if rows.assumed else ""
     if least is None:
@@ -631,7 +754,7 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     unit = f"{least:.2%} of {'answers' if budget.metric == 'exact_match' else 'tokens'}"
     how = f"at best, at {budget.confidence:.0%} confidence"
     text = f"budget: {prompts} verify rows{label} can certify a drop of {unit} {how}"
-    needed = None if budget.max_drop is None else _needed(recipe)
+    needed = _needed(recipe)
     if needed is None or prompts >= needed:
         return f"{text}; budget.max_drop is {budget.max_drop}.", True
     share = needed / rows.total

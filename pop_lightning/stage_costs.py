@@ -4,6 +4,7 @@ The preflight asks here for a recipe's stages at given lengths and turns the ans
 time. The steps are written once: on a real base the same ones are timed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -216,8 +217,11 @@ def costs(
     *,
     prompt: int,
     response: int,
+    boundaries: Sequence[int] = (),
     responses: bool = False,
     gpu: bool = False,
+    devices: int = 1,
+    only: str | None = None,
 ) -> list[Cost]:
     """Every stage of a fit, dry, in order.
 
@@ -225,45 +229,70 @@ def costs(
         decoder: over a model on the meta device.
         depths: candidates, shallowest pruning first.
         prompt, response: tokens of the rows of a batch.
+        boundaries: those of ``budget.boundaries`` that are measured.
         responses: the full model writes responses first.
         gpu: count what a GPU's kernels take beside their results.
+        devices: processes that share the rows of a training step.
+        only: the name of a stage to run alone, with the others of its kind.
 
     Raises:
         InputError: the closed form's sums do not fit in ``projection.memory_gib``.
     """
     with DryRun(gpu=gpu) as run:
-        return list(_Stages(run, decoder, recipe, depths, prompt, response).all(responses))
+        return list(_Stages(run, decoder, recipe, depths, prompt, response, boundaries, devices).all(responses, only))
 
 
 class _Stages:
     def __init__(
-        self, run: DryRun, decoder: Decoder, recipe: Recipe, depths: Sequence[int], prompt: int, response: int
+        self,
+        run: DryRun,
+        decoder: Decoder,
+        recipe: Recipe,
+        depths: Sequence[int],
+        prompt: int,
+        response: int,
+        boundaries: Sequence[int],
+        devices: int,
     ):
         self.run, self.decoder, self.recipe, self.depths = run, decoder, recipe, list(depths)
         self.prompt, self.response = prompt, response
+        self.boundaries, self.devices = sorted(boundaries), devices
         self.evaluated: dict[frozenset, tuple[float, float, int]] = {}
         self.steps = self._steps(recipe.data.batch_size)
 
     def _steps(self, rows: int) -> Steps:
         return Steps(self.decoder, self.recipe, self.depths, batch_of(rows, self.prompt, self.response))
 
-    def all(self, responses: bool) -> Iterator[Cost]:
-        if responses:
+    def all(self, responses: bool, only: str | None) -> Iterator[Cost]:
+        def wanted(kind: str) -> bool:
+            return only is None or only.startswith(kind)
+
+        if responses and wanted("responses"):
             yield from self._responses()
-        yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
-        if fits_closed_form(self.recipe):
+        if wanted("scoring"):
+            yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
+        if fits_closed_form(self.recipe) and wanted("closed form"):
             yield from self._closed_form()
         settings = self.recipe.projection
         trains = settings.kind in ("lora", "full")
         kinds = dict.fromkeys(("reuse", settings.start if trains else settings.kind))
         choices = [Choice(depth, kind) for depth in self.depths for kind in kinds]
-        auto = self.recipe.boundary == "auto"
-        yield self._evaluation("search", choices, self.recipe.budget.boundaries if auto else [self.recipe.boundary])
-        if trains:
+        tried = [self.recipe.boundary]
+        if self.recipe.boundary == "auto":
+            tried = self.boundaries or [min(self.recipe.budget.boundaries)]
+        if wanted("search"):
+            yield self._evaluation("search", "search", choices, tried)
+        if trains and wanted("training"):
             yield from self._training()
-        chosen = [Choice(depth, settings.kind) for depth in self.depths]
-        yield self._evaluation("verify", chosen, [self.recipe.fit_boundary])
-        yield self._comparison(len(kinds) + trains)
+        # A wanted speedup leaves one depth once the boundary is chosen; the deepest stands for it.
+        chosen = [Choice(depth, settings.kind) for depth in self._decided]
+        if wanted("verify"):
+            yield self._evaluation("verify", "verify", chosen, [self.recipe.fit_boundary])
+        if self.boundaries and wanted("boundaries"):
+            compared = sorted({*self.boundaries, *tried[:1]})
+            yield self._evaluation("boundaries", "search", [Choice(min(self.depths), settings.kind)], compared)
+        if wanted("comparison"):
+            yield self._comparison(len(kinds) + trains)
 
     def _cost(self, name: str, rows: str, step: Callable[[], object], *, pace: str, repeats: int = 1, **others) -> Cost:
         """The last of ``repeats`` steps: the first may leave behind what its peak stands on (sums, optimiser)."""
@@ -274,6 +303,11 @@ class _Stages:
         return Cost(
             name, rows, self.run.flops / self._rows, kept=self.run.held, peak=self.run.peak, pace=pace, **others
         )
+
+    @property
+    def _decided(self) -> list[int]:
+        """The depths that are trained and verified."""
+        return self.depths if self.recipe.budget.speedup is None else [min(self.depths)]
 
     @property
     def _rows(self) -> int:
@@ -322,8 +356,11 @@ class _Stages:
 
     def _training(self) -> Iterator[Cost]:
         settings, found = self.recipe.projection, []
-        with self._batch(settings.batch_size or self.recipe.data.batch_size):
+        # The batch is that of all processes together; the one with most rows decides the memory.
+        with self._batch(math.ceil((settings.batch_size or self.recipe.data.batch_size) / self.devices)):
             for depth in self.steps.trained():
+                if depth not in self._decided:
+                    continue
                 step, group = self.steps.train(depth, KVProjections(self.decoder, depth))
                 cost = self._cost("training", "steps", step, pace="train", repeats=2)
                 trained = sum(each.nbytes for each in group["params"])
@@ -345,15 +382,15 @@ class _Stages:
         finally:
             self.steps = usual
 
-    def _evaluation(self, name: str, choices: Sequence[Choice], boundaries: Sequence[int]) -> Cost:
-        """A measurement on the split of that name, in as many passes as the pipeline makes of it."""
+    def _evaluation(self, name: str, rows: str, choices: Sequence[Choice], boundaries: Sequence[int]) -> Cost:
+        """A measurement on the split ``rows``, in as many passes as the pipeline makes of it."""
         memory, passed = int(self.recipe.projection.memory_gib * 2**30), []
         for group in groups(self.decoder, choices, memory):
             variants = {}
             for choice in group:
                 projections = KVProjections(self.decoder, choice.depth)
                 variants |= {f"{choice} {k}": Variant(PruningPlan(choice.depth, k), projections) for k in boundaries}
-            passed.append(self._evaluate(Evaluation(self.decoder, variants), name, name))
+            passed.append(self._evaluate(Evaluation(self.decoder, variants), name, rows))
             del variants, projections
         largest = max(passed, key=lambda each: each.peak)
         return Cost(**vars(largest) | {"flops": sum(each.flops for each in passed)})

@@ -33,10 +33,15 @@ DDP = ("auto", "ddp")
 DEEPSPEED = ("deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload")
 
 
-def check(name: object, accelerator: object = "auto") -> None:
-    """Raise :class:`InputError` for a ``trainer.strategy`` that pop-fit does not run."""
+def check_name(name: object) -> None:
+    """Raise :class:`InputError` for a ``trainer.strategy`` that pop-fit runs nowhere."""
     if name not in (*DDP, *DEEPSPEED):
         raise InputError(f"trainer.strategy must be one of {', '.join((*DDP, *DEEPSPEED))}, found {name!r}.")
+
+
+def check(name: object, accelerator: object = "auto") -> None:
+    """Raise :class:`InputError` for a ``trainer.strategy`` that pop-fit does not run, or not on this machine."""
+    check_name(name)
     if name in DEEPSPEED:
         try:
             _import_deepspeed(on_cpu=accelerator == "cpu" or not torch.cuda.is_available())

@@ -5,8 +5,9 @@ a trainer for a pass over rows, and one whole training with its checkpoints.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -34,6 +35,26 @@ _CUTTING = (
 )
 
 
+def check_keys(given: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` for keys of ``trainer`` that no machine would make right."""
+    for key in _CUTTING:
+        if given.get(key) not in (None, False, -1):
+            raise InputError(
+                f"trainer.{key} is {given[key]!r}, which would cut the rows or steps of every stage: leave it out; "
+                "data.limit and projection.steps are the keys for that."
+            )
+    strategies.check_name(given.get("strategy") or "auto")
+
+
+def check_placement(recipe: Recipe) -> None:
+    """Raise :class:`InputError` where a run of several processes has a base that ``model.device_map`` places."""
+    if recipe.model.device_map is not None:
+        raise InputError(
+            f"model.device_map {recipe.model.device_map!r} does not go with trainer.strategy "
+            f"{recipe.trainer.get('strategy') or 'auto'}, which places the base itself: leave model.device_map out."
+        )
+
+
 class Trainers:
     """A trainer per stage, all from one recipe.
 
@@ -47,23 +68,15 @@ class Trainers:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         given = recipe.trainer
-        for key in _CUTTING:
-            if given.get(key) not in (None, False, -1):
-                raise InputError(
-                    f"trainer.{key} is {given[key]!r}, which would cut the rows or steps of every stage: leave it out; "
-                    "data.limit and projection.steps are the keys for that."
-                )
+        check_keys(given)
         self.strategy = given.get("strategy") or "auto"
         strategies.check(self.strategy, given.get("accelerator"))
         self._plain = "ddp" if self.strategy in strategies.DEEPSPEED else self.strategy
         probe = _lightning_trainer(recipe.trainer_arguments() | {"strategy": self._plain})
         self.device: torch.device = probe.strategy.root_device
         self._ranked = probe.strategy if isinstance(probe.strategy, DDPStrategy) else None
-        if self._ranked and recipe.model.device_map is not None:
-            raise InputError(
-                f"model.device_map {recipe.model.device_map!r} does not go with trainer.strategy {self.strategy}, "
-                "which places the base itself: leave model.device_map out."
-            )
+        if self._ranked:
+            check_placement(recipe)
         self._sharded = strategies.ShardedBase(self.strategy) if strategies.shards_base(self.strategy) else None
 
     @contextlib.contextmanager

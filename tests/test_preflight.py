@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from pop_lightning import preflight, shapes
 from pop_lightning.cli import fit
 from pop_lightning.decoder import Decoder
+from pop_lightning.depths import reaching
 from pop_lightning.dry_run import DryRun
 from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.flops import prefill_flops
@@ -21,6 +22,7 @@ from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import bundled_recipes, parse
 from pop_lightning.stage_costs import Steps, batch_of, costs
 
+import vision
 from workbench import arguments, save_base, save_rows
 
 SIZES = {
@@ -156,7 +158,8 @@ def offline(monkeypatch):
 def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preflight, "pace", lambda found: "time has a test of its own")
-    assert fit.main(["--recipe", name, "--check"]) == 0
+    rows = ["--data.calibration", "bundled:facts-gemma3/calibration.jsonl"] if name == "example" else []
+    assert fit.main(["--recipe", name, *rows, "--check"]) == 0
     shown = capsys.readouterr().out
     assert ("assumed: bundled shape" in shown) == (name != "tiny")
     for stage in ("scoring", "search", "verify", "comparison"):
@@ -253,6 +256,62 @@ def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
         assert any(key in text for text in tried), (key, tried)
 
 
+def checked_on_gpus(base, **changes):
+    """A recipe's estimate on GPUs, its rows assumed."""
+    named = {"model.base": base, "data.calibration": "nobody/rows", "data.limit": 1000, "trainer.accelerator": "gpu"}
+    named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4} | changes
+    words = [f"--{key}={value}" for key, value in named.items()]
+    checked = parse(["--recipe", "example", *words]).recipe
+    loaded = preflight.Base.of(checked)
+    return preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+
+
+@pytest.fixture(scope="module")
+def reads_images(tmp_path_factory):
+    return vision.save_base(tmp_path_factory.mktemp("gemma3"), "gemma3")
+
+
+def test_shards_are_not_proposed_where_they_are_refused(base, reads_images):
+    def proposed(found):
+        return [text for values in preflight._changes(found, found.needs) for text, _ in values]
+
+    assert any("deepspeed_stage_3" in text for text in proposed(checked_on_gpus(base)))
+    placed = checked_on_gpus(base, **{"model.device_map": "auto"})
+    assert not any("deepspeed_stage_3" in text for text in proposed(placed))
+    assert not any("deepspeed_stage_3" in text for text in proposed(checked_on_gpus(reads_images)))
+    sharded = checked_on_gpus(base, **{"trainer.strategy": "deepspeed_stage_3", "trainer.devices": 8})
+    assert [text for text in proposed(sharded) if "devices" in text] == [
+        "trainer.strategy deepspeed_stage_3 with trainer.devices 16"
+    ]
+
+
+def test_ways_out_run_all_stages_for_a_value_that_fits_the_largest_one_alone(base, monkeypatch):
+    found, runs = checked_on_gpus(base, **{"data.batch_size": 16}), []
+    estimate = preflight.estimate
+
+    def counted(*arguments, only):
+        runs.append(only)
+        return estimate(*arguments, only=only)
+
+    monkeypatch.setattr(preflight, "estimate", counted)
+    assert not list(preflight.ways_out(found, 1000))
+    assert runs.count(None) == 0
+    runs.clear()
+    text, changed = next(preflight.ways_out(found, int(0.3 * found.needs)))
+    assert text == "data.batch_size 4"
+    assert changed.needs <= 0.3 * found.needs
+    assert {stage.name for stage in changed.stages} == {stage.name for stage in found.stages}
+    assert runs.count(None) == 1
+
+
+def test_images_are_refused_where_the_run_would_refuse_them(reads_images, tmp_path, capsys):
+    rows = vision.save_rows(tmp_path / "chats.jsonl", rows=30)
+    words = [*arguments(reads_images, rows, tmp_path / "run"), "--check"]
+    assert fit.main(words) == 0
+    assert fit.main([*words, "--trainer.strategy", "deepspeed_stage_3"]) == 2
+    assert "has images, and trainer.strategy deepspeed_stage_3 needs" in capsys.readouterr().err
+
+
 def test_shards_devices_and_offload_lower_what_a_device_holds():
     settings = {"trainer.accelerator": "gpu", "data.batch_size": 1, "projection.kind": "reuse", "data.limit": 1000}
     needs, weights = {}, {}
@@ -289,10 +348,85 @@ def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(base, tmp_path,
             assert key in shown
 
 
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [({"spread": 2}, "device_map spreads the base over 2 GPUs"), ({"strategy": "deepspeed_stage_3"}, "in shards")],
+)
+def test_a_base_that_is_spread_or_sharded_is_not_timed(base, data, tmp_path, monkeypatch, machine, said):
+    def load(*arguments, **others):
+        raise AssertionError("the whole base was loaded")
+
+    monkeypatch.setattr(preflight, "load_model", load)
+    checked = parse(arguments(base, data, tmp_path / "run")).recipe
+    loaded = preflight.Base.of(checked)
+    given = {"gpu": False, "devices": 1, "strategy": "auto", "bytes": 2**30, "found": 1} | machine
+    found = preflight.Estimate(checked, loaded, None, preflight.Machine(**given), [], [])
+    assert said in preflight.pace(found)
+
+
+def test_a_timing_reads_the_rows_of_one_batch(base, data, tmp_path, monkeypatch):
+    checked = parse(arguments(base, data, tmp_path / "run", data__batch_size=2)).recipe
+    loaded = preflight.Base.of(checked)
+    found = preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+    read, collate = [], found.rows.data.batch
+    monkeypatch.setattr(found.rows.data, "batch", lambda rows: read.append(rows) or collate(rows))
+    monkeypatch.setattr(preflight, "_seconds", lambda step, device: 1.0)
+    assert set(preflight.pace(found)) >= {"scoring", "evaluate"}
+    ((first, second),) = read
+    lengths = sorted(row.length for row in found.rows.data.rows_of("fit"))
+    assert lengths[0] < first.length < lengths[-1]
+    assert lengths[0] < second.length <= first.length
+
+
+def test_a_training_batch_is_shared_by_all_devices():
+    dry = decoder("llama", torch.float32, "meta")
+    settings = recipe(projection__kind="full", projection__start="reuse", projection__batch_size=6)
+    lengths = {"prompt": 120, "response": 30}
+    (alone,) = (each for each in costs(dry, settings, DEPTHS, **lengths) if each.name == "training")
+    (shared,) = (each for each in costs(dry, settings, DEPTHS, **lengths, devices=4) if each.name == "training")
+    settings.projection.batch_size = 2  # the most rows that one of 4 devices reads of 6
+    (two,) = (each for each in costs(dry, settings, DEPTHS, **lengths) if each.name == "training")
+    assert shared.peak == two.peak < alone.peak
+    machine = preflight.Machine(gpu=True, devices=4, strategy="ddp", bytes=None, found=0)
+    found = preflight.Estimate(recipe(projection__kind="full", projection__batch_size=6), None, None, machine, [], [])
+    assert found.rows_read(shared) == found.recipe.projection.steps * 6
+
+
+def test_boundaries_are_compared_on_search_rows_at_one_depth():
+    dry, settings = decoder("llama", torch.float32, "meta"), recipe(projection__kind="reuse")
+    lengths = {"prompt": 120, "response": 30}
+    stages = {each.name: each for each in costs(dry, settings, DEPTHS, boundaries=[4, 16, 64], **lengths)}
+    assert stages["boundaries"].rows == "search"
+    # The full model, and the pruned one at k of 1, 4, 16 and 64: each the dearer, the more tokens run in full.
+    alone = {each.name: each for each in costs(dry, settings, [2], boundaries=[1], **lengths)}
+    assert 3 * alone["boundaries"].flops < 2 * stages["boundaries"].flops < 10 * alone["boundaries"].flops
+    assert "boundaries" not in {each.name for each in costs(dry, settings, DEPTHS, **lengths)}
+
+
+def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
+    # A max_drop that 32 verify rows could never show: under a speedup it is no condition.
+    changes = {"budget__metric": "agreement", "budget__max_drop": 0.001, "budget__speedup": 1.2}
+    words = arguments(base, data, tmp_path / "run", **changes, projection__kind="lora", boundary="auto")
+    words += ["--budget.boundaries", "[1, 2, 4, 64]"]
+    checked = parse(words).recipe
+    loaded = preflight.Base.of(checked)
+    rows = preflight.Rows.of(checked, loaded)
+    found = preflight.estimate(checked, loaded, rows, preflight.Machine.of(checked))
+    expected = reaching(checked.budget, loaded.decoder, [1, 2, 4], rows.median)  # 64 is above every prompt
+    assert found.depths == sorted(set(expected.values()), reverse=True)
+    assert fit.main([*words, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "under which the loss is no condition" in shown
+    assert "training: counted once, at the deepest" in shown
+    assert fit.main([*words, "--budget.speedup", "1000", "--check"]) == 2
+    assert "budget.speedup 1000 is more than any depth reaches" in capsys.readouterr().err
+
+
 def test_rows_that_are_not_here_are_assumed_from_the_recipe(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "pace", lambda found: "it is not asked for")
     changes = {"data__limit": 100, "data__max_prompt_tokens": 20, "data__max_response_tokens": 5}
-    words = arguments(base, tmp_path / "later.jsonl", tmp_path / "run", **changes)
+    words = [*arguments(base, tmp_path / "rows", tmp_path / "run", **changes), "--data.calibration", "nobody/rows"]
     assert fit.main([*words, "--check"]) == 0
     shown = capsys.readouterr().out
     assert "fit 30, tune 10, search 20, verify 40 (assumed: " in shown
@@ -316,6 +450,11 @@ def test_the_closed_forms_grouping_and_what_the_finer_ones_take(capsys, monkeypa
         (["--check=yes"], "--check takes no value"),
         (["--resume"], "--check writes nothing"),
         (["--budget.candidates", "[99]"], "budget.candidates must lie in 1..32"),
+        (["--data.calibration", "none.jsonl"], "data.calibration 'none.jsonl' does not exist"),
+        (["--trainer.max_steps", "3"], "trainer.max_steps is 3, which would cut"),
+        (["--trainer.strategy", "fsdp"], "trainer.strategy must be one of auto, ddp, "),
+        (["--trainer.devices", "2", "--model.device_map", "auto"], "does not go with trainer.strategy auto"),
+        (["--trainer.strategy", "ddp", "--model.device_map", "auto"], "does not go with trainer.strategy ddp"),
     ],
 )
 def test_bad_usage_is_one_sentence(words, said, offline, capsys):
