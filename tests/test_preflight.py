@@ -310,6 +310,12 @@ def test_images_are_refused_where_the_run_would_refuse_them(reads_images, tmp_pa
     assert fit.main(words) == 0
     assert fit.main([*words, "--trainer.strategy", "deepspeed_stage_3"]) == 2
     assert "has images, and trainer.strategy deepspeed_stage_3 needs" in capsys.readouterr().err
+    picture = vision.save_pictures(tmp_path / "pictures", count=1)[0]
+    row = {"response": "w6", "images": [f"pictures/{picture}"]}
+    prompts = [f"w{number} {vision.PLACEHOLDER['gemma3']}" for number in range(6, 36)]
+    rows.write_text("".join(json.dumps(row | {"prompt": prompt}) + "\n" for prompt in prompts))
+    assert fit.main([*words, "--boundary", "3"]) == 2  # the prompt ends in the image
+    assert "boundary 3 begins inside an image of chats.jsonl line" in capsys.readouterr().err
 
 
 def test_shards_devices_and_offload_lower_what_a_device_holds():
