@@ -36,7 +36,8 @@ from pop_lightning.strategies import DEEPSPEED
 from pop_lightning.trainers import Trainers, check_keys, check_placement
 
 FITS, DOES_NOT_FIT = 0, 2
-CARDS = (24, 40, 48, 80, 141)  # GiB of common GPUs
+# By the GB that a GPU is sold with: GiB that PyTorch finds on it, on the least of the common ones of that size.
+CARDS = {24: 22, 40: 39, 48: 44, 80: 79, 141: 139}
 USABLE = 0.94  # of a device's memory: the rest goes to the CUDA context, libraries and fragmentation
 _GIB = 2**30
 _SLOW_STEP = 2e12  # operations of a step that a CPU takes too long for, so that it is not timed there
@@ -515,8 +516,8 @@ def _with(recipe: Recipe, **sections: dict) -> Recipe:
 
 
 def card_for(needed: float) -> int | None:
-    """The smallest of the common GPUs that holds so many bytes, in GiB; None where none does."""
-    return next((card for card in CARDS if USABLE * card * _GIB >= needed), None)
+    """The smallest of the common GPUs that holds so many bytes, by its nominal GB; None where none does."""
+    return next((card for card, there in CARDS.items() if USABLE * there * _GIB >= needed), None)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -682,8 +683,9 @@ def _memory(found: Estimate) -> tuple[bool, str]:
         card = card_for(found.needs)
         if card is not None:
             return True, f"{text}; no GPU is here to judge it by: it fits a GPU of {card} GB."
-        options = _listed(found, USABLE * CARDS[-1] * _GIB)
-        return True, f"{text}; no GPU is here, and none of {CARDS[-1]} GB would hold it: {options}."
+        largest = max(CARDS)
+        options = _listed(found, USABLE * CARDS[largest] * _GIB)
+        return True, f"{text}; no GPU is here, and none of {largest} GB would hold it: {options}."
     there = f"{_gib(machine.bytes)} GiB are there, of which {USABLE:.0%} can be counted on"
     if found.needs <= machine.limit:
         if machine.found < machine.devices and machine.gpu:
@@ -795,7 +797,7 @@ def hardware_table(names: Sequence[str]) -> str:
         machine = replace(Machine.of(recipe), gpu=not on_cpu)
         found = estimate(recipe, base, Rows.of(recipe, base), machine)
         card = card_for(found.needs)
-        what = f"GPU of {card} GB" if card else f"GPU above {CARDS[-1]} GB"
+        what = f"GPU of {card} GB" if card else f"GPU above {max(CARDS)} GB"
         what = f"{machine.devices} x {what}" if machine.devices > 1 else f"one {what}"
         lines.append(
             f"| `pop-fit --recipe {name}` | {found.needs / _GIB:.1f} GiB | {found.largest.name} | "

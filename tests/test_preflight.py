@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import socket
 
 import pytest
@@ -164,6 +165,10 @@ def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch,
     assert ("assumed: bundled shape" in shown) == (name != "tiny")
     for stage in ("scoring", "search", "verify", "comparison"):
         assert f"\n{stage}" in shown
+    if name == "llama3_3_70b_deepspeed":
+        needs = float(re.search(r"memory: ([\d.]+) GiB per device", shown)[1])
+        assert needs <= preflight.USABLE * 79  # what PyTorch finds on a card of 80 GB
+        assert "it fits a GPU of 80 GB" in shown
     assert fit.main(["--recipe", name, "--print_config"]) == 0
     assert not list(tmp_path.iterdir())
 
@@ -244,12 +249,7 @@ def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monk
 )
 def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
     """Which keys are tried, over a small base that is said to run on GPUs."""
-    named = {"model.base": base, "data.calibration": "none.jsonl", "data.limit": 1000}
-    named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4, "trainer.accelerator": "gpu"}
-    words = [f"--{key}={value}" for key, value in (named | changes).items()]
-    checked = parse(["--recipe", "example", *words]).recipe
-    loaded = preflight.Base.of(checked)
-    found = preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+    found = checked_on_gpus(base, **changes)
     assert found.largest.name.startswith(stage)
     tried = [text for values in preflight._changes(found, found.needs) for text, _ in values]
     for key in keys:
@@ -310,6 +310,12 @@ def test_images_are_refused_where_the_run_would_refuse_them(reads_images, tmp_pa
     assert fit.main(words) == 0
     assert fit.main([*words, "--trainer.strategy", "deepspeed_stage_3"]) == 2
     assert "has images, and trainer.strategy deepspeed_stage_3 needs" in capsys.readouterr().err
+    picture = vision.save_pictures(tmp_path / "pictures", count=1)[0]
+    row = {"response": "w6", "images": [f"pictures/{picture}"]}
+    prompts = [f"w{number} {vision.PLACEHOLDER['gemma3']}" for number in range(6, 36)]
+    rows.write_text("".join(json.dumps(row | {"prompt": prompt}) + "\n" for prompt in prompts))
+    assert fit.main([*words, "--boundary", "3"]) == 2  # the prompt ends in the image
+    assert "boundary 3 begins inside an image of chats.jsonl line" in capsys.readouterr().err
 
 
 def test_shards_devices_and_offload_lower_what_a_device_holds():
@@ -476,3 +482,17 @@ def test_the_table_of_all_recipes_is_made_from_the_same_estimate():
     table = preflight.hardware_table(["mistral_7b"])
     assert "| `pop-fit --recipe mistral_7b` | " in table
     assert table.endswith("| one GPU of 80 GB |")
+
+
+@pytest.mark.full
+def test_the_table_has_a_row_of_every_bundled_recipe():
+    rows = preflight.hardware_table(bundled_recipes()).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [f"pop-fit --recipe {name}" for name in bundled_recipes()]
+    assert not any("GPU above" in row for row in rows)
+
+
+def test_a_card_holds_less_than_it_is_sold_with():
+    gib = 2**30
+    assert preflight.card_for(0.94 * 79 * gib) == 80
+    assert preflight.card_for(0.94 * 80 * gib) == 141
+    assert preflight.card_for(140 * gib) is None
