@@ -155,7 +155,12 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.mark.parametrize("name", bundled_recipes())
+SHORT = ("llama3_1_8b", "gemma3_12b", "qwen3_vl_8b", "tiny")  # the paper's three, and the demo's
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.full) for name in bundled_recipes()]
+)
 def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preflight, "pace", lambda found: "time has a test of its own")
