@@ -7,6 +7,7 @@ function is the place to add a family. Nothing here asks for a family by name; t
 what was read on the model itself.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -560,8 +561,7 @@ class Decoder:
     def arguments(self, layer: int, args: tuple, kwargs: dict) -> dict:
         """What a model passes to one of its layers, by name, whether it stood in ``args`` or ``kwargs``."""
         block = getattr(self.layers[layer], "_orig_mod", self.layers[layer])  # torch.compile wraps
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        return dict(zip(names, args, strict=False)) | kwargs
+        return dict(zip(_argument_names(type(block)), args, strict=False)) | kwargs
 
     def run_layer(self, layer: int, hidden: Tensor, **kwargs) -> Tensor:
         output = self.layers[layer](hidden, **kwargs)
@@ -847,6 +847,11 @@ def _last_block(mask: BlockMask, rows: int, columns: int, behind: int) -> BlockM
 
     batch, heads = mask.shape[:2]
     return create_block_mask(last, batch, heads, rows, columns, device=mask.kv_num_blocks.device)
+
+
+@functools.cache
+def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _active_experts(config) -> int | None:
