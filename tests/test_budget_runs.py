@@ -5,12 +5,11 @@ import random
 
 import pytest
 
-from pop_lightning import StageAwareGenerator, pipeline
+from pop_lightning import StageAwareGenerator, pipeline, trainers
 from pop_lightning.cli import fit
 from pop_lightning.flops import speedup
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projection_training import KVProjectionTraining
-from pop_lightning.trainers import Trainer
 
 from families import COMMON
 from workbench import WORDS, arguments, save_base, save_rows, snapshot
@@ -182,7 +181,7 @@ def test_a_round_whose_last_checkpoint_was_not_written_resumes_to_the_same_bytes
 
     changes = extended[0] | {"projection__checkpoint_every": every}
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_checkpoint", interrupt)
+        patch.setattr(trainers._Checkpoints, "on_train_end", interrupt)
         assert run(output=tmp_path / "run", **changes)[0] == 130
     run("--resume", output=tmp_path / "run", **changes)
     same_result(extended[1], tmp_path / "run")
