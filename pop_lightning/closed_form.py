@@ -106,43 +106,6 @@ def passes(
     return groups
 
 
-def fit_flops(
-    shape: Shape,
-    depths: Sequence[int],
-    context: int,
-    tokens: int,
-    queries: int,
-    grouping: str,
-    objectives: Sequence[str] = DEFAULT,
-) -> int:
-    """Operations (2 per multiply-add) per row that the sums of ``depths`` add to a forward pass.
-
-    Args:
-        context: context tokens of the row, of ``tokens`` in all.
-        queries: boundary and response tokens whose attention is used.
-    """
-    width, outputs, samples = shape.hidden + 1, 2 * shape.kv_dim, shape.heads * queries
-    objectives, head_dim = collected(grouping, objectives), shape.kv_dim // shape.kv_heads
-    fitted = [range(depth + 1, shape.layers) for depth in depths]
-    asked = len({layer for layers in fitted for layer in layers})
-    if objectives == ("plain",):
-        tokens = context
-    total = asked * 2 * tokens * shape.hidden * outputs  # the targets
-    weighted = len(set(objectives) - {"attention"})
-    per_depth, per_pair = weighted * 2 * context * width * width, weighted * 2 * context * width * outputs
-    if objectives != ("plain",):
-        total += asked * 2 * samples * head_dim * (shape.hidden + tokens)  # queries and scores
-    if "token" in objectives:
-        total += asked * 2 * tokens * shape.hidden * outputs  # the targets once more
-    if "attention" in objectives:
-        groups = shape.groups(grouping)
-        # what queries read from all tokens, and from the context for one head or for all; the keys' weights
-        total += asked * 2 * samples * (head_dim * (tokens + context) + shape.kv_dim // groups * context + context)
-        per_pair += 2 * context * width * (width + shape.kv_dim)  # keys
-        per_pair += 2 * samples * width * (context + width + shape.kv_dim // groups)  # values
-    return total + sum(per_depth + len(layers) * per_pair for layers in fitted if layers)
-
-
 class ClosedFormFit(lightning.LightningModule):
     """Collect the sums of the regressions in one ``validate`` pass; then :meth:`solve` gives projections.
 

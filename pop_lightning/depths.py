@@ -1,14 +1,68 @@
-"""Which depths are fitted and measured: between importance scoring and the search in the flow."""
+"""Which depths and boundaries are fitted and measured: between importance scoring and the search in the flow.
 
-from collections.abc import Sequence
+The pipeline asks here for what it will do, the preflight for what a run would do.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from pop_lightning.data import Row
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.flops import speedup
 from pop_lightning.plan import PruningPlan
-from pop_lightning.recipe import Budget
+from pop_lightning.recipe import Budget, Recipe
+
+
+def to_measure(
+    recipe: Recipe, decoder: Decoder, prefill_importance: Sequence[float], boundaries: Sequence[int], tokens: int
+) -> list[int]:
+    """Depths to fit and measure, shallowest pruning first: :func:`candidates`, or those that :func:`reaching` gives.
+
+    Args:
+        boundaries: :func:`possible_boundaries`.
+        tokens: prompt length that a wanted speedup is counted at.
+    """
+    if recipe.budget.speedup is None:
+        return candidates(recipe.budget, prefill_importance, decoder)
+    return sorted(set(reaching(recipe.budget, decoder, boundaries, tokens).values()), reverse=True)
+
+
+def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int]:
+    """``budget.boundaries`` that leave a context in a prompt of ``tokens`` tokens and begin in no row's image."""
+    rows = [row for row in rows if row.images]
+    return sorted({k for k in budget.boundaries if k < tokens and _split_by(decoder, rows, k) is None})
+
+
+def possible_boundaries(recipe: Recipe, listed: Sequence[int]) -> list[int]:
+    """What ``boundary`` may become: it is a number, or chosen among those of :func:`listed_boundaries`."""
+    if recipe.boundary != "auto":
+        return [recipe.boundary]
+    return list(listed) or [min(recipe.budget.boundaries)]
+
+
+def check_images(
+    recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Sequence[int], shards: bool
+) -> None:
+    """Raise :class:`InputError` where rows with images do not go with the base in shards, or with a boundary."""
+    rows = [row for row in rows if row.images]
+    if rows and shards:
+        raise InputError(
+            f"{rows[0].origin} has images, and trainer.strategy {recipe.trainer['strategy']} needs every process to "
+            "read as many at once: take ddp or deepspeed_stage_2, or rows of text."
+        )
+    for k in boundaries:
+        if (row := _split_by(decoder, rows, k)) is not None:
+            raise InputError(
+                f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
+                "boundary that ends before the image or holds all of it."
+            )
+
+
+def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int) -> Row | None:
+    """The first row that has an image in which the boundary begins, where that cannot be."""
+    return next((row for row in rows if decoder.splits_image(row.prompt_ids, boundary)), None)
 
 
 def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Decoder) -> list[int]:

@@ -17,7 +17,7 @@ from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
 from pop_lightning.data import CalibrationData, Row, until_end
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import candidates, reaching
+from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, reaching, to_measure
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant, groups
 from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
@@ -66,7 +66,7 @@ class _Run:
         self._load()
         self.folder.settle()
         importance = self.folder.once("importance.json", self._score)
-        depths = self._depths(importance)
+        depths = to_measure(self.recipe, self.decoder, importance["prefill"], self._boundaries, self.tokens)
         if "closed_form" in self._untrained:
             self._closed_form(depths)
         curve = self._search(depths)
@@ -170,18 +170,7 @@ class _Run:
     def _check_rows(self) -> None:
         """Refuse what the rows cannot give, whatever is fitted."""
         budget = self.recipe.budget
-        with_images = [row for row in self.data.rows() if row.images]
-        if with_images and self.trainers.shards_base:
-            raise InputError(
-                f"{with_images[0].origin} has images, and trainer.strategy {self.recipe.trainer['strategy']} needs "
-                "every process to read as many at once: take ddp or deepspeed_stage_2, or rows of text."
-            )
-        for k in self._boundaries:
-            if (row := self._split_by(k)) is not None:
-                raise InputError(
-                    f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose "
-                    "a boundary that ends before the image or holds all of it."
-                )
+        check_images(self.recipe, self.decoder, self.data.rows(), self._boundaries, self.trainers.shards_base)
         if budget.speedup is not None:
             reaching(budget, self.decoder, self._boundaries, self.tokens)
             return
@@ -204,19 +193,11 @@ class _Run:
     @property
     def _boundaries(self) -> list[int]:
         """What ``boundary`` may become."""
-        if self.recipe.boundary != "auto":
-            return [self.recipe.boundary]
-        return self._listed_boundaries or [min(self.recipe.budget.boundaries)]
+        return possible_boundaries(self.recipe, self._listed_boundaries)
 
     @property
     def _listed_boundaries(self) -> list[int]:
-        """``budget.boundaries`` that leave a context: at or above the prompt's length nothing is pruned."""
-        return sorted({k for k in self.recipe.budget.boundaries if k < self.tokens and self._split_by(k) is None})
-
-    def _split_by(self, boundary: int) -> Row | None:
-        """The first row that has an image in which the boundary begins, where that cannot be."""
-        rows = (row for row in self.data.rows() if row.images)
-        return next((row for row in rows if self.decoder.splits_image(row.prompt_ids, boundary)), None)
+        return listed_boundaries(self.recipe.budget, self.decoder, self.data.rows(), self.tokens)
 
     # --- score ----------------------------------------------------------------------------------------------------
 
@@ -233,14 +214,6 @@ class _Run:
             "prefill": prefill,
             "decode": decode,
         }
-
-    def _depths(self, importance: dict) -> list[int]:
-        """Depths to fit and measure, shallowest pruning first; under a wanted speedup those that reach it."""
-        budget = self.recipe.budget
-        if budget.speedup is None:
-            return candidates(budget, importance["prefill"], self.decoder)
-        found = reaching(budget, self.decoder, self._boundaries, self.tokens)
-        return sorted(set(found.values()), reverse=True)
 
     # --- fit projections ------------------------------------------------------------------------------------------
 

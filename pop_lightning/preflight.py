@@ -21,9 +21,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pop_lightning import shapes
 from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
-from pop_lightning.data import CalibrationData, check_exists, read_examples, resolve_bundled
+from pop_lightning.data import CalibrationData, Row, check_exists, read_examples, resolve_bundled
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import candidates, reaching
+from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, to_measure
 from pop_lightning.errors import InputError
 from pop_lightning.fitting import quiet_lightning
 from pop_lightning.memory import device_bytes
@@ -234,6 +234,11 @@ class Rows:
     def total(self) -> int:
         return sum(self.counts.values())
 
+    @property
+    def read(self) -> list[Row]:
+        """Those that were read; none where they are assumed."""
+        return [] if self.data is None else list(self.data.rows())
+
 
 def _sources(recipe: Recipe) -> list[str]:
     given = recipe.data.calibration
@@ -380,8 +385,10 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine, *, only: 
         InputError: the base is no decoder that can be pruned, or the recipe's depths or sums do not fit it.
     """
     decoder = base.decoder
-    listed = _listed_boundaries(recipe, base, rows)
-    depths = _depths(recipe, decoder, listed, rows.median)
+    listed = listed_boundaries(recipe.budget, decoder, rows.read, rows.median)
+    boundaries = possible_boundaries(recipe, listed)
+    # Importance is not known yet and taken as equal.
+    depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, boundaries, rows.median)
     responses = rows.missing != 0 and rows.data is not None
     prompt, response = rows.longest
     stages = costs(
@@ -409,31 +416,6 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine, *, only: 
         )
         stages = [replace(each, flops=each.flops * usual[each.pace] / longest[each.pace]) for each in stages]
     return Estimate(recipe, base, rows, machine, depths, stages)
-
-
-def _listed_boundaries(recipe: Recipe, base: Base, rows: Rows) -> list[int]:
-    """``budget.boundaries`` that leave a context in the median prompt and begin in no row's image."""
-    prompts = [] if rows.data is None else [row.prompt_ids for row in rows.data.rows() if row.images]
-
-    def split(k: int) -> bool:
-        return any(base.decoder.splits_image(prompt, k) for prompt in prompts)
-
-    return sorted({k for k in recipe.budget.boundaries if k < rows.median and not split(k)})
-
-
-def _boundaries(recipe: Recipe, listed: list[int]) -> list[int]:
-    """What ``boundary`` may become."""
-    if recipe.boundary != "auto":
-        return [recipe.boundary]
-    return listed or [min(recipe.budget.boundaries)]
-
-
-def _depths(recipe: Recipe, decoder: Decoder, listed: list[int], tokens: int) -> list[int]:
-    """Shallowest pruning first; importance is not known yet and taken as equal."""
-    budget = recipe.budget
-    if budget.speedup is None:
-        return candidates(budget, [1.0] * decoder.num_layers, decoder)
-    return sorted(set(reaching(budget, decoder, _boundaries(recipe, listed), tokens).values()), reverse=True)
 
 
 # --- what to change -------------------------------------------------------------------------------------------------
@@ -589,7 +571,8 @@ def check(recipe: Recipe) -> int:
     _refuse(recipe, machine)
     base = Base.of(recipe)
     rows = Rows.of(recipe, base)
-    _refuse_rows(recipe, base, rows, machine)
+    listed = listed_boundaries(recipe.budget, base.decoder, rows.read, rows.median)
+    check_images(recipe, base.decoder, rows.read, possible_boundaries(recipe, listed), machine.shards)
     found = estimate(recipe, base, rows, machine)
     too_much = machine.limit is not None and found.needs > machine.limit
     if too_much and not machine.gpu and (recipe.trainer.get("accelerator") or "auto") == "auto":
@@ -615,23 +598,6 @@ def _refuse(recipe: Recipe, machine: Machine) -> None:
         check_placement(recipe)
     for source in _sources(recipe):
         check_exists(source)
-
-
-def _refuse_rows(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> None:
-    """Raise what ``pop-fit`` would for rows with images."""
-    with_images = [] if rows.data is None else [row for row in rows.data.rows() if row.images]
-    if with_images and machine.shards:
-        raise InputError(
-            f"{with_images[0].origin} has images, and trainer.strategy {machine.strategy} needs every process to read "
-            "as many at once: take ddp or deepspeed_stage_2, or rows of text."
-        )
-    for k in _boundaries(recipe, _listed_boundaries(recipe, base, rows)):
-        row = next((row for row in with_images if base.decoder.splits_image(row.prompt_ids, k)), None)
-        if row is not None:
-            raise InputError(
-                f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
-                "boundary that ends before the image or holds all of it."
-            )
 
 
 def _heading(found: Estimate) -> str:

@@ -5,7 +5,6 @@ import functools
 import itertools
 import threading
 
-import lightning
 import pytest
 import torch
 from transformers import StaticCache
@@ -14,12 +13,12 @@ from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.benchmark import run as benchmark
 from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.decoder import Decoder
-from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
 
 from families import COMMON, WINDOW, relative
+from test_importance import score
 from vision import (
     DEEPSTACK,
     FAMILIES,
@@ -435,15 +434,6 @@ def test_a_depth_inside_the_deepstack_layers_is_refused_with_the_smallest_one_al
 def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
     rows = [[4, (4, 8), 9], [7], [(4, 4), 3]]
 
-    def score(*batches):
-        module = ImportanceScoring(Decoder(build(family)))
-        trainer = lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, inference_mode=False,
-        )  # fmt: skip
-        trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
-        return module.scores
-
     together = with_response(prompts(family, rows))
     alone = []
     pixels = {"gemma3": [1, 0, 1], "qwen3_vl": [32, 0, 16]}[family]
@@ -454,8 +444,8 @@ def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
         if vision and family == "qwen3_vl":
             vision["image_grid_thw"] = together["vision"]["image_grid_thw"][0 if number == 0 else 1][None]
         alone.append(row | {"vision": vision, "prompt_length": length - 6, "row_seed": torch.tensor([number])})
-    scores = score(together)
-    assert torch.allclose(scores, score(*alone), rtol=1e-4)
+    scores = score(build(family), [together])
+    assert torch.allclose(scores, score(build(family), alone), rtol=1e-4)
     assert (scores[:-1] > 0).all()
     assert scores[-1, 0] == 0  # nothing reads the last layer's context
 
