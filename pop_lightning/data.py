@@ -1,18 +1,14 @@
-"""Calibration data: from files, folders and datasets to tokenised rows in four disjoint splits.
+"""Calibration data: rows in four disjoint splits, their batches, and the responses that are generated once.
 
-First in the flow: importance, projection training, the choice of a depth and its verification all read their rows here.
-Every row is a prompt (what prefill sees) and a response (what decode produces), and all randomness about a row comes
-from its content, so the order of a file changes nothing.
+Behind ``examples.py`` and ``rows.py`` in the flow: importance, projection training, the choice of a depth and its
+verification all take their batches here.
 """
 
-import gzip
 import hashlib
-import importlib.resources
 import json
 import statistics
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, count, groupby, zip_longest
@@ -20,70 +16,20 @@ from pathlib import Path
 
 import lightning
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning import ranks
 from pop_lightning.errors import InputError
+from pop_lightning.examples import read_examples
 from pop_lightning.files import write_json
-from pop_lightning.images import KEYS as IMAGE_KEYS
 from pop_lightning.images import RowImage, VisionProcessor
+from pop_lightning.rows import EMPTY_RESPONSE, Row, Tokeniser, hash63
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
-SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
-MIN_TEXT_TOKENS = 8
-_KEYS = ("messages", "prompt", "response", "text")
-_CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
-_RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
-_BUNDLED = "bundled:"
-
-_EMPTY_PROMPT = "empty prompt"
-_EMPTY_RESPONSE = "empty response"
-_LONG_PROMPT = "prompt longer than data.max_prompt_tokens"
-_LONG_ROW = "longer than the model's context"
-_SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 _DUPLICATE = "duplicate"
 _IMAGE_RESPONSE = "response with an image token"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tokenised row; ``response_ids`` is None until the full model has generated it.
-
-    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` the prompt's ids hold a
-    token for every feature; they are opened when a batch wants their tensors.
-    """
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...] | None
-    origin: str
-    images: tuple[RowImage, ...] = ()
-
-    @property
-    def prompt(self) -> tuple:
-        """What the model is asked: token ids, and the images' digests where there are any."""
-        return (self.prompt_ids, *(image.digest for image in self.images))
-
-    @property
-    def content(self) -> tuple:
-        """What makes two rows the same row."""
-        return (self.prompt, self.response_ids)
-
-    @property
-    def seed(self) -> int:
-        """A 63-bit hash of the content: the same on every machine, in every process and for every file order."""
-        return _hash63(*self.prompt, self.response_ids)
-
-    @property
-    def prompt_seed(self) -> int:
-        """The same hash of the prompt alone: rows that share it are one draw of a prompt, not several."""
-        return _hash63(*self.prompt)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids or ())
 
 
 @dataclass(frozen=True)
@@ -117,469 +63,6 @@ class DataReport:
 
     def _unusable(self) -> str:
         return "; ".join(f"{n} {reason} (first: {self.first_unusable[reason]})" for reason, n in self.unusable.items())
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def resolve_bundled(name: str) -> str:
-    """The path behind ``bundled:NAME``, a file or folder installed with the library; any other name unchanged.
-
-    Raises:
-        InputError: nothing of that name is bundled; the message lists what is.
-    """
-    if not name.startswith(_BUNDLED):
-        return name
-    root = Path(str(importlib.resources.files("pop_lightning.checkpoints"))).resolve()
-    inside = name.removeprefix(_BUNDLED)
-    path = (root / inside).resolve()
-    if inside and path.exists() and path.is_relative_to(root) and path != root:
-        return str(path)
-    entries = sorted(
-        entry.relative_to(root).as_posix()
-        for folder in root.iterdir()
-        if folder.is_dir() and not folder.name.startswith(("_", "."))
-        for entry in (folder, *folder.glob("*.jsonl"))
-    )
-    raise InputError(
-        f"{name!r} is not bundled with pop_lightning; what is bundled: "
-        f"{', '.join(_BUNDLED + entry for entry in entries) or 'nothing'}; change model.base or data.calibration."
-    )
-
-
-def check_exists(source: str | Path) -> None:
-    """Raise :class:`InputError` for a file or folder that is not there; the id of a data set of the hub passes."""
-    path = Path(resolve_bundled(str(source)))
-    # No hub id looks like this: asking the hub would only cost its retries.
-    named = _kind(path) in (".jsonl", ".json", ".txt") or path.suffix.lower() == ".gz"
-    if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
-        raise InputError(
-            f"data.calibration {str(source)!r} does not exist: change data.calibration to a file that does."
-        )
-
-
-def _kind(path: Path) -> str:
-    """The suffix in front of a ``.gz``."""
-    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
-
-
-def read_examples(source: str | Path, split: str | None = None) -> list[tuple[dict, str]]:
-    """All examples of ``source`` with their origins, in file order, each checked to have one of the known shapes.
-
-    Args:
-        source: a ``.jsonl`` or ``.json`` file (JSON Lines; also ``.gz``), a ``.txt`` file (a blank line separates
-            documents; also ``.gz``), ``bundled:NAME``, a folder written by ``datasets.save_to_disk``, or anything that
-            ``datasets.load_dataset`` loads.
-        split: the split of a dataset that has several, ``train`` unless given; files have none and ignore it.
-
-    Raises:
-        InputError: the source is missing, empty or unreadable, or an example has none of the known shapes.
-    """
-    path = Path(resolve_bundled(str(source)))
-    kind = _kind(path)
-    if path.is_file() and kind in (".jsonl", ".json"):
-        examples = _read_json_lines(path)
-    elif path.is_file() and kind == ".txt":
-        examples = _read_text(path)
-    elif path.is_file():
-        raise InputError(
-            f"data.calibration {str(source)!r} is a file of unknown kind: .jsonl, .json or .txt was expected."
-        )
-    else:
-        check_exists(source)
-        examples = _read_dataset(str(source), path, split)
-    if not examples:
-        raise InputError(f"data.calibration {str(source)!r} holds no rows: expected {SHAPES}.")
-    return examples
-
-
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            yield from enumerate(file, start=1)
-    except UnicodeDecodeError as error:
-        raise InputError(f"data.calibration {str(path)!r} is not UTF-8 text: {error}.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"data.calibration {str(path)!r} cannot be read: {error}.") from error
-
-
-def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
-    examples = []
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"data.calibration {str(path)!r} line {number}"
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON ({error.msg}): expected one object per line, {SHAPES}.") from error
-        if not isinstance(example, dict):
-            raise InputError(f"{where} is a JSON {type(example).__name__}, not an object: expected {SHAPES}.")
-        shaped = _shape(example, where)
-        if shaped.keys() & {"parts", "images"}:
-            shaped["folder"] = path.parent  # relative paths of images start here
-        examples.append((shaped, f"{path.name} line {number}"))
-    return examples
-
-
-def _read_text(path: Path) -> list[tuple[dict, str]]:
-    examples = []
-    for blank, group in groupby(_lines(path), key=lambda line: not line[1].strip()):
-        if not blank:
-            lines = list(group)
-            text = "".join(line for _, line in lines).strip("\n")
-            examples.append(({"text": text}, f"{path.name} line {lines[0][0]}"))
-    return examples
-
-
-def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict, str]]:
-    import datasets  # pulls in pyarrow and pandas, which plain files do without
-
-    wanted = split or "train"
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            dataset = datasets.load_from_disk(str(path))
-        else:
-            dataset = datasets.load_dataset(str(path) if path.exists() else source, split=wanted)
-    except Exception as error:  # every loader of `datasets` raises its own kind, all of them about the source
-        raise InputError(
-            f"data.calibration {source!r} (data.split {wanted!r}) is neither a file that exists nor a dataset that "
-            f"loads: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-        ) from error
-    if isinstance(dataset, Mapping):
-        if wanted not in dataset:
-            raise InputError(
-                f"data.calibration {source!r} has no split {wanted!r}: set data.split to one of {', '.join(dataset)}."
-            )
-        dataset = dataset[wanted]
-    known = [key for key in _KEYS if key in dataset.column_names]
-    if not known:
-        raise InputError(
-            f"data.calibration {source!r} has the columns {', '.join(dataset.column_names) or '(none)'}: "
-            f"expected {SHAPES}."
-        )
-    name = path.name or source
-    chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
-    images = "images" in dataset.column_names
-    if images:
-        undecoded = dataset.select_columns(["images"])
-        undecoded = undecoded.cast_column("images", _undecoded(undecoded.features["images"]))
-    examples = []
-    # Other columns may be images or audio, which are decoded when a row is read.
-    for number, example in enumerate(dataset.select_columns(known + chat)):
-        lazy = {"images": partial(_cells, undecoded, number)} if images else {}
-        shaped = _shape(_without_nulls(example) | lazy, f"data.calibration {source!r} row {number}")
-        examples.append((shaped, f"{name} row {number}"))
-    return examples
-
-
-def _undecoded(feature):
-    """A feature of `datasets` whose images come as the bytes they are stored as."""
-    import datasets
-
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, list):
-        return [_undecoded(each) for each in feature]
-    inner = getattr(feature, "feature", None)
-    return feature if inner is None else type(feature)(_undecoded(inner))
-
-
-def _cells(dataset, row: int) -> list[Callable]:
-    """A dataset row's images, each to be read when it is wanted."""
-    found = dataset[row]["images"]
-    count = len(found) if isinstance(found, list) else int(found is not None)
-    return [partial(_cell, dataset, row, index) for index in range(count)]
-
-
-def _cell(dataset, row: int, index: int):
-    found = dataset[row]["images"]
-    return found[index] if isinstance(found, list) else found
-
-
-def _without_nulls(value):
-    """A table's rows share their keys at every depth: those that a row does not have are null there, and go."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
-
-
-def _shape(example: dict, where: str) -> dict:
-    """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
-
-    Images are kept apart from the text: under ``parts`` what each image part of the messages names (None where it
-    names nothing), under ``images`` those that stand in a list beside the text, or a call that gives that list.
-    """
-    found = {key: value for key, value in example.items() if value is not None}
-    images = found.get("images") or None
-    if not (images is None or isinstance(images, list) or callable(images)):
-        raise InputError(f'{where} has "images" of type {type(images).__name__}: a list was expected.')
-    beside = {} if images is None else {"images": images}
-    if "messages" in found:
-        messages, parts = _messages(found["messages"], where)
-        shown = {"parts": parts} if parts else {}
-        return {"messages": messages} | _chat_arguments(found, where) | shown | beside
-    keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
-    if keys is None:
-        named = ", ".join(repr(key) for key in example) or "none"
-        raise InputError(f"{where} has the keys {named}: expected {SHAPES}; change the rows or data.calibration.")
-    for key in keys:
-        if not isinstance(found[key], str):
-            raise InputError(f"{where} has a {key!r} of type {type(found[key]).__name__}: a string was expected.")
-    return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
-
-
-def _chat_arguments(found: dict, where: str) -> dict:
-    """``tools`` and ``chat_template_kwargs`` of a row, each as it is or as JSON text, as tables often hold them."""
-    given = {}
-    for key, kind, what in zip(_CHAT_KEYS, (list, dict), ("a list of tools", "an object"), strict=True):
-        value = found.get(key)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where} has a {key!r} that is not JSON ({error.msg}).") from error
-        if value is None:
-            continue
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(each, dict) for each in value)):
-            raise InputError(f"{where} has a {key!r} of type {type(value).__name__}: {what} was expected.")
-        given[key] = value
-    taken = sorted(_RENDERING & given.get("chat_template_kwargs", {}).keys())
-    if taken:
-        raise InputError(
-            f"{where} sets {', '.join(taken)} in 'chat_template_kwargs', which is for the template's own variables "
-            "(such as enable_thinking)."
-        )
-    return given
-
-
-def _messages(messages, where: str) -> tuple[list[dict], list]:
-    """The messages as a chat template takes them, and what their image parts name, in order."""
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
-    ):
-        raise InputError(f'{where} has "messages" that are not a list of objects with "role" and "content".')
-    if not messages or messages[-1]["role"] != "assistant":
-        last = repr(messages[-1]["role"]) if messages else "missing"
-        raise InputError(f"{where}: the role of the last message is {last}, 'assistant' was expected (the response).")
-    clean, images = [], []
-    for message in messages:
-        content = message.get("content")
-        parts = [{"type": "text"}] if isinstance(content, str) or content is None else content
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise InputError(f'{where} has a message whose "content" is neither a string nor a list of parts.')
-        others = sorted({str(part.get("type")) for part in parts} - {"text", "image", "image_url"})
-        if others:  # the tokenizer alone would drop them without a word
-            raise InputError(f"{where} has message parts of type {', '.join(others)}: text and image are supported.")
-        found = [part for part in parts if part["type"] != "text"]
-        if found and message is messages[-1]:
-            raise InputError(f"{where} has an image in its last message, the response: only prompts may hold images.")
-        images += map(_named_image, found)
-        clean.append({key: value for key, value in message.items() if value is not None})
-        if isinstance(content, list):
-            clean[-1]["content"] = [
-                {key: value for key, value in part.items() if value is not None}
-                if part["type"] == "text"
-                else {"type": "image"}
-                for part in parts
-            ]
-    return clean, images
-
-
-def _named_image(part: dict):
-    """What an image part names, or None; OpenAI's ``image_url`` parts are taken as Transformers takes them."""
-    address = part.get("image_url")
-    if part["type"] == "image_url":
-        return {"url": address.get("url") if isinstance(address, dict) else address}
-    return part if any(part.get(key) is not None for key in IMAGE_KEYS) else None
-
-
-# --- tokenising -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tokeniser:
-    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
-
-    ``vision`` is None where the model reads text alone.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    max_prompt: int
-    max_response: int
-    context: int | None
-    ends: frozenset[int] = frozenset()
-    vision: VisionProcessor | None = None
-    allow_urls: bool = False
-
-    def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
-        row, reason, truncated = self._row(example, origin)
-        if row is not None and self.vision is not None:
-            # Image tokens that no image stands behind would be given another's features.
-            text = (*(() if row.images else row.prompt_ids), *(row.response_ids or ()))
-            stray = next((token for token in self.vision.tokens if token in text), None)
-            if stray is not None:
-                raise InputError(
-                    f"{origin} has the image token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with no "
-                    "image behind it: take it out, or give the row's images."
-                )
-        return row, reason, truncated
-
-    def images(self, example: dict, origin: str) -> tuple[RowImage, ...]:
-        """The example's images in the order of its text; each file is read once for its hash, and not kept."""
-        listed, parts = example.get("images") or [], example.get("parts")
-        listed = listed() if callable(listed) else listed
-        bare = len(listed) if parts is None and "messages" not in example else (parts or []).count(None)
-        if bare != len(listed):
-            raise InputError(
-                f'{origin} has {bare} image parts that name no image, and {len(listed)} entries in "images": expected '
-                "one entry for each."
-            )
-        if parts is not None:
-            rest = iter(listed)
-            listed = [next(rest) if part is None else part for part in parts]
-        return tuple(
-            RowImage.of(given, f"{origin}, image {number}", folder=example.get("folder"), allow_urls=self.allow_urls)
-            for number, given in enumerate(listed, start=1)
-        )
-
-    def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
-        if "text" in example:
-            return self._text(example["text"], origin)
-        images = self.images(example, origin)
-        if images:
-            self._check_vision(origin)
-        if "messages" in example:
-            prompt, response = self._chat(example, origin, images)
-        else:
-            prompt = self._with_specials(example["prompt"], images, origin)
-            response = self._response(example["response"]) if "response" in example else None
-        if not prompt:
-            return None, _EMPTY_PROMPT, False
-        if response is not None and not response:
-            return None, _EMPTY_RESPONSE, False
-        if len(prompt) > self.max_prompt:
-            return None, _LONG_PROMPT, False
-        # A response that is still to be generated may come out at the full length.
-        length = len(prompt) + (self.max_response if response is None else min(self.max_response, len(response)))
-        if self.context is not None and length > self.context:
-            return None, _LONG_ROW, False
-        truncated = response is not None and len(response) > self.max_response
-        response = None if response is None else tuple(response[: self.max_response])
-        return Row(tuple(prompt), response, origin, images), None, truncated
-
-    def _check_vision(self, origin: str) -> None:
-        if self.vision is None:
-            raise InputError(
-                f"{origin} has images, and the model reads text alone: change model.base to a model that reads images, "
-                "or take the row out of data.calibration."
-            )
-        try:
-            _ = self.vision.processor
-        except InputError as error:
-            raise InputError(f"{origin} has images, but {error}") from error
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _with_specials(self, text: str, images: tuple[RowImage, ...] = (), origin: str = "") -> list[int]:
-        """Token ids with the tokenizer's own bos and the like, without an eos at the end; [] for a blank text."""
-        bare = self._ids(text) if text.strip() else []
-        if not bare:
-            return []
-        if images:
-            ids = self.vision.encode(text, images, origin, special=True)
-        else:
-            ids = self.tokenizer(text, verbose=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        # An eos that the text itself ends on stays: it is part of what the user wrote.
-        return ids[:-1] if eos is not None and ids[-1] == eos and bare[-1] != eos else ids
-
-    def _response(self, text: str) -> list[int]:
-        ids = self._ids(text) if text.strip() else []
-        eos = self.tokenizer.eos_token_id
-        return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
-
-    def _chat(self, example: dict, origin: str, images: tuple[RowImage, ...] = ()) -> tuple[list[int], list[int]]:
-        """Prompt and response of a chat: what the template renders up to the generation prompt, and what follows it.
-
-        Both are rendered by ``apply_chat_template`` with the row's own tools and template variables.
-        """
-        messages = example["messages"]
-        if len(messages) == 1:
-            return [], []
-        # The tokenizer picks among named templates itself; the processor's goes with images, or where it alone has one.
-        template = None
-        if images or (self.vision is not None and not self.tokenizer.chat_template):
-            template = self.vision.chat_template
-        if not (template or self.tokenizer.chat_template):
-            raise InputError(
-                f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
-                '{"prompt", "response"} rows in data.calibration.'
-            )
-        render = partial(
-            self.tokenizer.apply_chat_template,
-            chat_template=template,
-            tools=example.get("tools"),
-            tokenize=False,
-            **example.get("chat_template_kwargs", {}),
-        )
-        try:
-            prompt, full = render(messages[:-1], add_generation_prompt=True), render(messages)
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{origin} cannot be rendered by the tokenizer's chat template ({error}): change that row's "
-                '"messages" in data.calibration.'
-            ) from error
-        if not full.startswith(prompt):
-            common = next((at for at, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
-            near = slice(max(0, common - 40), common + 40)
-            raise InputError(
-                f"{origin}: the chat template renders the prompt differently once the answer follows, so prompt and "
-                f"response cannot be told apart (prompt alone: ...{prompt[near]!r}, with the answer: "
-                f"...{full[near]!r}); set the template's variables in the row's \"chat_template_kwargs\" (such as "
-                '{"enable_thinking": false}), give the answer its "reasoning_content", or give {"prompt", "response"} '
-                "rows in data.calibration instead."
-            )
-        prompt_ids, full_ids = self._ids(prompt), self._ids(full)
-        if not _has_content(messages[-1]):
-            return prompt_ids, []
-        response = full_ids[len(prompt_ids) :]
-        if full_ids[: len(prompt_ids)] != prompt_ids:
-            # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
-            response = self._ids(full[len(prompt) :])
-        if images:  # a placeholder is a token of its own, so expanding it moves no split
-            prompt_ids = self.vision.encode(prompt, images, origin, special=False)
-        # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
-        return prompt_ids, list(until_end(response, self.ends))
-
-    def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, bool]:
-        ids = self._with_specials(text)
-        length = min(len(ids), self.max_prompt + self.max_response, self.context or len(ids))
-        if length < MIN_TEXT_TOKENS:
-            return None, _SHORT_TEXT, False
-        latest = min(length * 4 // 5, self.max_prompt)
-        earliest = min((length + 1) // 2, latest)
-        split = earliest + _hash63(text) % (latest - earliest + 1)
-        response = ids[split : min(length, split + self.max_response)]
-        return Row(tuple(ids[:split]), tuple(response), origin), None, split + len(response) < len(ids)
-
-
-def _has_content(message: dict) -> bool:
-    content = message.get("content", "")
-    texts = [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
-    return any(text.strip() for text in texts) or bool(message.get("tool_calls") or message.get("reasoning_content"))
-
-
-def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
-    """A response up to and with its first end token, where decode stops; what follows goes."""
-    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tuple(tokens[:stop])
-
-
-def _hash63(*parts) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -642,7 +125,7 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
     Raises:
         InputError: there are fewer distinct prompts than splits.
     """
-    key = {row.prompt: _hash63(seed, *row.prompt) for row in rows}
+    key = {row.prompt: hash63(seed, *row.prompt) for row in rows}
     ordered = sorted(rows, key=lambda row: (key[row.prompt], row.prompt, row.seed))
     groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt)]
     if len(groups) < len(fractions):
@@ -673,7 +156,7 @@ class _TrainingSteps(IterableDataset):
     def __iter__(self) -> Iterator[list[Row]]:
         per_epoch = -(-len(self.rows) // self.batch_size)
         for epoch in count(self.start // per_epoch):
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(_hash63(self.seed, epoch)))
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(hash63(self.seed, epoch)))
             first = self.start % per_epoch if epoch == self.start // per_epoch else 0
             for step in range(first, per_epoch):
                 yield [self.rows[index] for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
@@ -739,7 +222,7 @@ class CalibrationData(lightning.LightningDataModule):
         self.report: DataReport | None = None
         self.vision = vision
         self.ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
-        self._tokenise = _Tokeniser(
+        self._tokenise = Tokeniser(
             tokenizer,
             max_prompt_tokens,
             max_response_tokens,
@@ -802,7 +285,7 @@ class CalibrationData(lightning.LightningDataModule):
     def _order(self, example: dict, origin: str) -> tuple:
         """Where an example stands in the order that ``limit`` samples by: what is written, then what images hold."""
         written = json.dumps(example, sort_keys=True, default=lambda unwritten: None)
-        key = _hash63(self.seed, written)
+        key = hash63(self.seed, written)
         return (key, _ByImages(partial(self._tokenise.images, example, origin)))
 
     def rows(self) -> Iterator[Row]:
@@ -942,7 +425,7 @@ class CalibrationData(lightning.LightningDataModule):
                     ids = responses[str(row.seed)]
                     truncated += len(ids) > self.max_response_tokens
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
-                reason = _DUPLICATE if row.content in seen else None if row.response_ids else _EMPTY_RESPONSE
+                reason = _DUPLICATE if row.content in seen else None if row.response_ids else EMPTY_RESPONSE
                 if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
                     reason = _IMAGE_RESPONSE  # a pass over the row would look for an image behind it
                 if reason:
@@ -951,7 +434,7 @@ class CalibrationData(lightning.LightningDataModule):
                     continue
                 seen.add(row.content)
                 splits[name].append(row)
-            splits[name].sort(key=lambda row: (_hash63(self.seed, *row.prompt), row.seed))
+            splits[name].sort(key=lambda row: (hash63(self.seed, *row.prompt), row.seed))
         self.report = _report([row for rows in splits.values() for row in rows], dict(unusable), first, truncated)
         empty = [name for name, rows in splits.items() if not rows]
         if empty:

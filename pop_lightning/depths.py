@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from pop_lightning.data import Row
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.flops import speedup
 from pop_lightning.plan import PruningPlan
 from pop_lightning.recipe import Budget, Recipe
+from pop_lightning.rows import Row
 
 
 def to_measure(

@@ -1,6 +1,6 @@
 """Images of rows: where their bytes are, what they hash to, and the processor that turns them into tensors.
 
-``data.py`` gives every row its images and asks for their tensors batch by batch. Bytes are read and decoded when a
+``rows.py`` gives every row its images, and batches ask for their tensors. Bytes are read and decoded when a
 tensor is wanted, so that no decoded image is held for a row that waits.
 """
 

@@ -20,7 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from pop_lightning.data import resolve_bundled
+from pop_lightning.bundled import resolve_bundled
 from pop_lightning.errors import InputError
 from pop_lightning.images import VisionProcessor
 

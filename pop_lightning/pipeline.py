@@ -15,7 +15,7 @@ from pop_lightning import ranks
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
-from pop_lightning.data import CalibrationData, Row, until_end
+from pop_lightning.data import CalibrationData
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, reaching, to_measure
 from pop_lightning.errors import InputError
@@ -31,6 +31,7 @@ from pop_lightning.prefill import check_decoder
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
 from pop_lightning.report import print_table, write_report
+from pop_lightning.rows import Row, until_end
 from pop_lightning.run_folder import RunFolder, file_name
 from pop_lightning.selection import Choice, Training
 from pop_lightning.trainers import Trainers

@@ -20,17 +20,20 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pop_lightning import shapes
+from pop_lightning.bundled import resolve_bundled
 from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
-from pop_lightning.data import CalibrationData, Row, check_exists, read_examples, resolve_bundled
+from pop_lightning.data import CalibrationData
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, to_measure
 from pop_lightning.errors import InputError
+from pop_lightning.examples import check_exists, read_examples
 from pop_lightning.fitting import quiet_lightning
 from pop_lightning.memory import device_bytes
 from pop_lightning.metrics import rows_needed, smallest_certifiable
 from pop_lightning.models import load_model, load_tokenizer, local_folder, vision_processor
 from pop_lightning.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.report import text_table
+from pop_lightning.rows import Row
 from pop_lightning.stage_costs import Cost, Steps, batch_of, closed_form_passes, costs, fits_closed_form, operations
 from pop_lightning.strategies import DEEPSPEED
 from pop_lightning.trainers import Trainers, check_keys, check_placement

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from pop_lightning.closed_form import DEFAULT, ClosedFormFit, Shape, ValueRefit, choose_grouping, passes
-from pop_lightning.data import Row, collate
+from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, position_ids
 from pop_lightning.dry_run import DryRun
 from pop_lightning.evaluate import Evaluation, Variant, groups
@@ -25,6 +25,7 @@ from pop_lightning.plan import PruningPlan
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
+from pop_lightning.rows import Row
 from pop_lightning.selection import Choice
 
 

@@ -20,10 +20,11 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from pop_lightning.closed_form import OBJECTIVES
-from pop_lightning.data import CalibrationData, Row, collate, read_examples, split_rows
+from pop_lightning.data import CalibrationData, collate, split_rows
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant
+from pop_lightning.examples import read_examples
 from pop_lightning.files import write_json, write_text, write_whole
 from pop_lightning.fitting import Distillation, FittedDepth, closed_form, quiet_lightning
 from pop_lightning.metrics import row_loss
@@ -31,6 +32,7 @@ from pop_lightning.models import context_length, end_tokens, load_model, load_to
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import check_decoder
 from pop_lightning.projection_training import JointTraining
+from pop_lightning.rows import Row
 
 FRACTIONS = {"fit": 0.45, "tune": 0.15, "search": 0.1, "verify": 0.3}
 METRICS = ("kl", "agreement", "exact_match")

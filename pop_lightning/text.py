@@ -13,12 +13,14 @@ import torch
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
 
-from pop_lightning.data import CalibrationData, DataReport, Row, collate, read_examples
+from pop_lightning.data import CalibrationData, DataReport, collate
 from pop_lightning.errors import InputError
+from pop_lightning.examples import read_examples
 from pop_lightning.files import write_text
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.images import RowImage
 from pop_lightning.models import context_length, end_tokens
+from pop_lightning.rows import Row
 
 
 def stream(

@@ -1,6 +1,7 @@
 """The data path: every row shape, every error with its place, disjoint splits, batches, cached responses."""
 
 import gzip
+import importlib.resources
 import itertools
 import json
 import random
@@ -13,17 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pop_lightning import data
-from pop_lightning.data import (
-    SPLITS,
-    CalibrationData,
-    Row,
-    collate,
-    read_examples,
-    resolve_bundled,
-    split_rows,
-)
+from pop_lightning.bundled import resolve_bundled
+from pop_lightning.data import SPLITS, CalibrationData, collate, split_rows
 from pop_lightning.errors import InputError
+from pop_lightning.examples import read_examples
+from pop_lightning.rows import MIN_TEXT_TOKENS, Row, Tokeniser
 
 WORDS = [f"w{number}" for number in range(200)]
 SPECIAL = ["<unk>", "<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
@@ -147,9 +142,9 @@ def test_long_text_is_cut_to_what_prompt_and_response_may_hold(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(7, 199), prompt=st.integers(1, 60), response=st.integers(1, 60), context=st.integers(8, 90))
 def test_text_of_any_length_keeps_every_limit(length, prompt, response, context):
-    tokenise = data._Tokeniser(make_tokenizer(), prompt, response, context)
+    tokenise = Tokeniser(make_tokenizer(), prompt, response, context)
     row, reason, truncated = tokenise({"text": words(*range(length))}, "here")
-    if prompt + response < data.MIN_TEXT_TOKENS:
+    if prompt + response < MIN_TEXT_TOKENS:
         assert row is None
         assert "text shorter" in reason
         return
@@ -216,7 +211,7 @@ def test_bundled_names_resolve_inside_the_package_only(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "small").mkdir(parents=True)
     write(tmp_path / "checkpoints" / "small" / "rows.jsonl", pairs(5))
     write(tmp_path / "outside.jsonl", pairs(5))
-    monkeypatch.setattr(data.importlib.resources, "files", lambda package: tmp_path / "checkpoints")
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path / "checkpoints")
     assert resolve_bundled("org/model") == "org/model"
     assert resolve_bundled("bundled:small") == str(tmp_path / "checkpoints" / "small")
     assert len(read_examples("bundled:small/rows.jsonl")) == 5

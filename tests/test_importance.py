@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from pop_lightning import PruningPlan
-from pop_lightning.data import Row, collate
+from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, position_ids
 from pop_lightning.gates import gate_gradients, gated, probed
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
+from pop_lightning.rows import Row
 
 from families import COMMON, EVERY, build
 

@@ -25,7 +25,7 @@ from pop_lightning.closed_form import (
     bytes_needed,
     collected,
 )
-from pop_lightning.data import Row, collate
+from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, cut, position_ids
 from pop_lightning.fitting import Distillation, closed_form
 from pop_lightning.prefill import student_logits
@@ -37,6 +37,7 @@ from pop_lightning.projection_training import (
     teacher_pass,
 )
 from pop_lightning.projections import KVProjections
+from pop_lightning.rows import Row
 
 from families import COMMON, EVERY, build, mapped_kv, ragged, random_maps, relative, two_pass
 from test_importance import rows

@@ -16,13 +16,14 @@ import torch
 
 from pop_lightning import StageAwareGenerator, pipeline, strategies
 from pop_lightning.cli import fit
-from pop_lightning.data import Row, collate, real_rows
+from pop_lightning.data import collate, real_rows
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.files import replace_folder, restore_folder
 from pop_lightning.models import load_model
 from pop_lightning.projection_training import teacher_trace
 from pop_lightning.recipe import parse
+from pop_lightning.rows import Row
 from pop_lightning.trainers import Trainers
 
 from workbench import arguments, save_base, save_rows, snapshot

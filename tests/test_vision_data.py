@@ -16,10 +16,11 @@ from transformers import AutoProcessor
 
 from pop_lightning import InputError, StageAwareGenerator
 from pop_lightning.cli import fit, generate
-from pop_lightning.data import SPLITS, CalibrationData, Row
+from pop_lightning.data import SPLITS, CalibrationData
 from pop_lightning.decoder import Decoder
 from pop_lightning.images import RowImage, VisionProcessor
 from pop_lightning.models import load_model, load_processor, load_tokenizer
+from pop_lightning.rows import Row
 from pop_lightning.text import generate_file, stream
 
 from vision import (
