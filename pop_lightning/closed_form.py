@@ -42,12 +42,14 @@ class Shape:
     kv_dim: int
     heads: int
     kv_heads: int
+    itemsize: int  # bytes of a weight of the base, and so of a fitted one
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Shape":
         widest = max(decoder.parts.values(), key=lambda parts: parts.kv_dim)
         kv_heads, heads = (max(getattr(p, n) for p in decoder.parts.values()) for n in ("kv_heads", "heads"))
-        return cls(decoder.config.hidden_size, decoder.num_layers, widest.kv_dim, heads, kv_heads)
+        itemsize = decoder.model.dtype.itemsize
+        return cls(decoder.config.hidden_size, decoder.num_layers, widest.kv_dim, heads, kv_heads, itemsize)
 
     def groups(self, grouping: str) -> int:
         """How many separate regressions the values of one layer make under ``attention``, at most."""
@@ -64,25 +66,40 @@ def collected(grouping: str, objectives: Sequence[str] = DEFAULT) -> tuple[str, 
 
 
 def bytes_needed(shape: Shape, depth: int, grouping: str, objectives: Sequence[str] = DEFAULT) -> int:
-    """Memory of one depth's running sums, in bytes: Grams ``[hidden+1, hidden+1]`` and cross matrices, float64."""
+    """Memory of one depth's running sums, in bytes: triangles of ``[hidden+1, hidden+1]`` Gram matrices, and cross
+    matrices, float64.
+    """
     width, layers = shape.hidden + 1, max(0, shape.layers - depth - 1)
     objectives = collected(grouping, objectives)
     grams = len(set(objectives) - {"attention"}) if layers else 0
     if "attention" in objectives:
         grams += layers * (1 + shape.groups(grouping))
-    return 8 * width * (grams * width + len(objectives) * layers * 2 * shape.kv_dim)
+    return 8 * width * (grams * (width + 1) // 2) + 8 * width * len(objectives) * layers * 2 * shape.kv_dim
 
 
-def choose_grouping(shape: Shape, depths: Sequence[int], limit: int, objectives: Sequence[str] = DEFAULT) -> str:
-    """The finest grouping whose sums for all ``depths`` fit in ``limit`` bytes in one pass, or ``none``."""
-    for grouping in GROUPINGS:
-        if sum(bytes_needed(shape, depth, grouping, objectives) for depth in depths) <= limit:
-            return grouping
-    return "none"
+def group_bytes(
+    shape: Shape, depths: Sequence[int], grouping: str, ridges: int, objectives: Sequence[str] = DEFAULT
+) -> int:
+    """The most that a pass over ``depths`` and the choice that follows hold: the sums of all of them, and the maps of
+    every option of one. A depth's sums are dropped once its options are made, and they are larger than what is kept
+    of those.
+    """
+    options = 1 + ridges * len(collected(grouping, objectives))
+    layers = max(shape.layers - depth for depth in depths)
+    maps = options * layers * 2 * shape.kv_dim * (shape.hidden + 1) * shape.itemsize
+    return maps + sum(bytes_needed(shape, depth, grouping, objectives) for depth in depths)
+
+
+def choose_grouping(
+    shape: Shape, depths: Sequence[int], limit: int, ridges: int, objectives: Sequence[str] = DEFAULT
+) -> str:
+    """The finest grouping with which all ``depths`` fit in ``limit`` bytes in one pass, or ``none``."""
+    fitting = (g for g in GROUPINGS if group_bytes(shape, depths, g, ridges, objectives) <= limit)
+    return next(fitting, "none")
 
 
 def passes(
-    shape: Shape, depths: Sequence[int], grouping: str, limit: int, objectives: Sequence[str] = DEFAULT
+    shape: Shape, depths: Sequence[int], grouping: str, limit: int, ridges: int, objectives: Sequence[str] = DEFAULT
 ) -> list[list[int]]:
     """``depths`` in groups that each fit in ``limit`` bytes, in order: one forward pass over the rows per group.
 
@@ -90,19 +107,16 @@ def passes(
         InputError: a single depth does not fit.
     """
     groups: list[list[int]] = []
-    room = -1
     for depth in depths:
-        needed = bytes_needed(shape, depth, grouping, objectives)
+        needed = group_bytes(shape, [depth], grouping, ridges, objectives)
         if needed > limit:
             raise InputError(
-                f"closed form needs {needed / 2**30:.1f} GiB of running sums at depth {depth}, above "
+                f"closed form needs {needed / 2**30:.1f} GiB of running sums and options at depth {depth}, above "
                 f"projection.memory_gib of {limit / 2**30:g}; raise it, or set projection.grouping to a coarser one."
             )
-        if needed > room:
+        if not groups or group_bytes(shape, [*groups[-1], depth], grouping, ridges, objectives) > limit:
             groups.append([])
-            room = limit
         groups[-1].append(depth)
-        room -= needed
     return groups
 
 
@@ -138,7 +152,7 @@ class ClosedFormFit(lightning.LightningModule):
         self.grouping, self.queries = grouping, queries
         self.objectives = collected(grouping, objectives)
         self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in self.depths}
-        self.sums = _Sums()
+        self.sums = Sums()
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -239,7 +253,7 @@ class ValueRefit(lightning.LightningModule):
         self.decoder = next(iter(self.starts.values())).decoder
         self.grouping = grouping
         self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in self.starts}
-        self.sums = _Sums()
+        self.sums = Sums()
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -407,7 +421,7 @@ class _Asked:
 
 
 def _add_values(
-    sums: "_Sums", depth: int, layer: int, asked: _Asked, grouping: str, normed: Tensor, wanted: Tensor
+    sums: "Sums", depth: int, layer: int, asked: _Asked, grouping: str, normed: Tensor, wanted: Tensor
 ) -> None:
     """Add the pooled regressions of one (depth, layer): inputs ``sum_t a_qt n_t``, targets ``wanted``.
 
@@ -426,24 +440,45 @@ def _add_values(
         sums.add_cross(name, layer, targets.flatten(0, 3), pooled)
 
 
-def _solve_values(sums: "_Sums", depth: int, layer: int, reuse: Tensor, groups: int, ridge: float) -> Tensor:
+def _solve_values(sums: "Sums", depth: int, layer: int, reuse: Tensor, groups: int, ridge: float) -> Tensor:
     parts = enumerate(reuse.chunk(groups))
     return torch.cat([sums.solve(("values", depth, layer, group), layer, part, ridge) for group, part in parts])
 
 
-class _Sums:
-    """Running Gram and cross matrices by name, float64, and the ridge solution toward a prior."""
+class Sums:
+    """Running Gram and cross matrices by name, float64, and the ridge solution toward a prior.
+
+    Gram matrices are symmetric: of each the lower triangle is kept, row after row.
+    """
 
     def __init__(self):
         self.gram: dict[tuple, Tensor] = {}
         self.cross: dict[tuple, Tensor] = {}
+        self._triangles: dict[torch.device, Tensor] = {}
 
     def add_gram(self, name: tuple, left: Tensor, right: Tensor) -> None:
-        _add(self.gram, name, left.T @ right)
+        product = left.T @ right
+        _add(self.gram, name, product.view(-1)[self._triangle(product)])
+
+    def _triangle(self, like: Tensor) -> Tensor:
+        """Where the lower triangle of a matrix lies; all of them are of one width."""
+        if like.device not in self._triangles:
+            rows, columns = torch.tril_indices(*like.shape, device=like.device)
+            self._triangles[like.device] = rows * len(like) + columns
+        return self._triangles[like.device]
 
     def add_cross(self, name: tuple, layer: int, targets: Tensor, inputs: Tensor) -> None:
         """Targets ``[tokens, outputs]`` against inputs ``[tokens, hidden + 1]``."""
         _add(self.cross, (name, layer), targets.T @ inputs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (*self.gram.values(), *self.cross.values()))
+
+    def drop(self, depth: int) -> None:
+        """Free the sums of one depth; the second part of every name is the depth."""
+        self.gram = {name: each for name, each in self.gram.items() if name[1] != depth}
+        self.cross = {name: each for name, each in self.cross.items() if name[0][1] != depth}
 
     def add_up(self) -> None:
         """Make them the sums over the rows of all processes, in place; every process has the same names in order."""
@@ -454,13 +489,16 @@ class _Sums:
         """argmin over W of sum |y - W x|^2 + ridge * mean diagonal * |W - prior|^2, ``[outputs, hidden + 1]``."""
         if name not in self.gram:
             return prior
-        gram, prior = self.gram[name], prior.to(self.gram[name].device)
+        prior = prior.to(self.gram[name].device)
+        gram = prior.new_zeros(prior.shape[1], prior.shape[1])
+        gram.view(-1)[self._triangle(gram)] = self.gram[name]
+        gram += gram.tril(-1).T
         scale = gram.diagonal().mean()
         if not scale > 0:
             return prior
-        regular = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         residual = self.cross[name, layer] - prior @ gram
-        return prior + torch.cholesky_solve(residual.T, torch.linalg.cholesky(regular)).T
+        gram.diagonal().add_(ridge * scale)
+        return prior + torch.cholesky_solve(residual.T, torch.linalg.cholesky(gram)).T
 
 
 def _add(sums: dict, key, value: Tensor) -> None:

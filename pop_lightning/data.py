@@ -308,17 +308,19 @@ class CalibrationData(lightning.LightningDataModule):
         """How many different prompts the rows of one split have: the independent draws that a bound counts."""
         return len({row.prompt_seed for row in self.rows_of(name)})
 
-    def loader(self, name: str, limit: int | None = None) -> DataLoader:
+    def loader(self, name: str, limit: int | None = None, batch_size: int | None = None) -> DataLoader:
         """Batches of :func:`collate` over one split, every row once; each process gets its share of every batch.
 
-        ``batch_size`` rows are one process's. The longest rows come first: little padding, and what does not fit in
-        memory shows at once. ``limit`` takes the first rows of :meth:`rows_of`.
+        ``batch_size`` rows (those that the module was given, unless said otherwise here) are one process's. The
+        longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
+        first rows of :meth:`rows_of`.
 
         Raises:
             InputError: a row's response is still missing.
         """
         rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
-        return DataLoader(rows, batch_size=self.batch_size * ranks.size(), collate_fn=self._share)
+        batch_size = (batch_size or self.batch_size) * ranks.size()
+        return DataLoader(rows, batch_size=batch_size, collate_fn=self._share)
 
     def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
         """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.

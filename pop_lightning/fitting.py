@@ -16,7 +16,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from pop_lightning import lora
-from pop_lightning.closed_form import DEFAULT, ClosedFormFit, Shape, ValueRefit, bytes_needed, choose_grouping, passes
+from pop_lightning.closed_form import (
+    DEFAULT,
+    ClosedFormFit,
+    Shape,
+    Sums,
+    ValueRefit,
+    bytes_needed,
+    choose_grouping,
+    passes,
+)
 from pop_lightning.decoder import Decoder
 from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.plan import PruningPlan
@@ -64,7 +73,7 @@ def closed_form(
     refit: bool = True,
     memory: int = 8 * 2**30,
 ) -> Iterator[FittedDepth]:
-    """Fit all depths, in as few passes over ``fit_rows`` as ``memory`` bytes of running sums allow.
+    """Fit all depths, in as few passes over ``fit_rows`` as ``memory`` bytes of running sums and options allow.
 
     Reuse is always one of the options, so the best of them is never worse than reuse on the tuning rows.
 
@@ -75,13 +84,14 @@ def closed_form(
         validate: runs a module over rows, as ``Trainer.validate`` does; the text says what for.
 
     Raises:
-        InputError: one depth's sums do not fit in ``memory``.
+        InputError: one depth does not fit in ``memory``.
     """
-    shape, depths = Shape.of(decoder), list(depths)
+    shape, depths, number_of_ridges = Shape.of(decoder), list(depths), len(ridges)
     if grouping == "auto":
-        grouping = choose_grouping(shape, depths, memory, objectives)
+        grouping = choose_grouping(shape, depths, memory, number_of_ridges, objectives)
     chooser = _Chooser(decoder, boundary, tune_rows, validate, memory)
-    for number, group in enumerate(groups := passes(shape, depths, grouping, memory, objectives), 1):
+    groups = passes(shape, depths, grouping, memory, number_of_ridges, objectives)
+    for number, group in enumerate(groups, 1):
         needed = sum(bytes_needed(shape, depth, grouping, objectives) for depth in group)
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
@@ -91,7 +101,8 @@ def closed_form(
             options = {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")}
             if depth < decoder.num_layers - 1:
                 options |= {(name, each): fit.solve(depth, each, name) for name in fit.objectives for each in ridges}
-            chooser.add(fitted, options)
+            fit.sums.drop(depth)
+            chooser.add(fitted, options, fit.sums)
         chooser.measure()
         attention = "attention" in fit.objectives
         del fit, options  # they make room for the second pass
@@ -101,7 +112,9 @@ def closed_form(
             second = ValueRefit(best, boundary, grouping=grouping, queries=queries)
             validate("closed form, second pass", second, fit_rows)
             for depth, fitted in starts.items():
-                chooser.add(fitted, {("refit", each): second.solve(depth, each) for each in ridges})
+                options = {("refit", each): second.solve(depth, each) for each in ridges}
+                second.sums.drop(depth)
+                chooser.add(fitted, options, second.sums)
             chooser.measure()
             del second
         yield from found.values()
@@ -110,7 +123,7 @@ def closed_form(
 class _Chooser:
     """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
 
-    Options wait until those of another depth would take more than ``memory`` bytes.
+    Options wait until those of another depth and the sums that are left would take more than ``memory`` bytes.
     """
 
     def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, memory: int):
@@ -118,9 +131,9 @@ class _Chooser:
         self.memory, self.held = memory, 0
         self.waiting: list[tuple[FittedDepth, dict[Option, KVProjections]]] = []
 
-    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections]) -> None:
+    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections], sums: Sums) -> None:
         needed = sum(tensor.nbytes for each in options.values() for tensor in each.parameters())
-        if self.waiting and self.held + needed > self.memory:
+        if self.waiting and self.held + needed + sums.nbytes > self.memory:
             self.measure()
         self.waiting.append((fitted, options))
         self.held += needed

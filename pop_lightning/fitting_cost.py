@@ -1,9 +1,9 @@
 """What scoring and training cost, as ratios to plain passes of the same model on the same batch, in one run.
 
 ``python -m pop_lightning.fitting_cost`` measures, alternating after warm-up: importance scoring against a plain
-forward and backward with frozen weights (gradients flow through the activations, as they must for scoring), and a
-training step at half depth against a plain full fine-tuning step. Peak memory stands beside each. It stands beside
-the pipeline, whose modules it runs as they are.
+forward and backward with frozen weights (gradients flow through the activations, as they must for scoring), with
+gradient checkpointing and without, and a training step at half depth against a plain full fine-tuning step. Peak
+memory stands beside each. It stands beside the pipeline, whose modules it runs as they are.
 """
 
 import gc
@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pop_lightning.benchmark import synchronise
 from pop_lightning.decoder import Decoder
 from pop_lightning.fitting import Distillation
-from pop_lightning.gates import gate_gradients, probed
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.memory import peak_bytes
 from pop_lightning.models import load_model
@@ -53,7 +52,7 @@ class Settings:
 
 
 def run(settings: Settings) -> dict[str, dict]:
-    """Both ratios: ``{"scoring": ..., "training step": ...}`` with medians in seconds, peaks in MiB and the ratio."""
+    """By what is measured: medians in seconds, peaks in MiB, the ratio and, where there is one, its limit."""
     model = _model(settings)
     decoder = Decoder(model)
     response = max(1, settings.prompt // 4)
@@ -64,12 +63,16 @@ def run(settings: Settings) -> dict[str, dict]:
         "prompt_length": settings.prompt,
         "row_seed": torch.arange(settings.batch),
     }
-    found = {"scoring": compare(_scoring(decoder, batch), _plain_backward(decoder, batch), settings.repeats, model)}
+    plain = _plain_backward(decoder, batch)
+    found = {
+        "scoring": compare(_scoring(decoder, batch), plain, settings.repeats, model) | {"limit": SCORING_LIMIT},
+        "scoring, gradient checkpointing": compare(_scoring(decoder, batch, True), plain, settings.repeats, model),
+    }
     # One model serves both: fine-tuning asks for gradients of its weights only while it runs.
     found["training step"] = compare(
         _training_step(decoder, batch), _fine_tuning_step(decoder, batch), settings.repeats, model
     )
-    found["scoring"]["limit"], found["training step"]["limit"] = SCORING_LIMIT, TRAINING_LIMIT
+    found["training step"]["limit"] = TRAINING_LIMIT
     return found
 
 
@@ -93,15 +96,9 @@ def compare(ours: Callable[[], None], plain: Callable[[], None], repeats: int, m
 # --- the four passes ------------------------------------------------------------------------------------------------
 
 
-def _scoring(decoder: Decoder, batch: dict) -> Callable[[], None]:
-    module = ImportanceScoring(decoder)
-
-    def once() -> None:
-        with probed(decoder, batch["prompt_length"] - 1) as found:
-            module.loss(batch).backward()
-        gate_gradients(found, decoder.num_layers).double().pow(2).sum(0)
-
-    return once
+def _scoring(decoder: Decoder, batch: dict, gradient_checkpointing: bool = False) -> Callable[[], None]:
+    module = ImportanceScoring(decoder, gradient_checkpointing=gradient_checkpointing)
+    return lambda: module.gradients(batch).double().pow(2).sum(0)
 
 
 def _plain_backward(decoder: Decoder, batch: dict) -> Callable[[], None]:
@@ -190,9 +187,10 @@ def render(found: dict[str, dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, each in found.items():
+        wanted = f"at most {each['limit']:g}" if "limit" in each else ""
         lines.append(
             f"| {name} | {each['seconds']:.3f} | {each['plain_seconds']:.3f} | {each['ratio']:.3f} "
-            f"({each['lowest']:.3f} to {each['highest']:.3f}) | at most {each['limit']:g} | {each['peak_mib']:.1f} | "
+            f"({each['lowest']:.3f} to {each['highest']:.3f}) | {wanted} | {each['peak_mib']:.1f} | "
             f"{each['plain_peak_mib']:.1f} |"
         )
     return "\n".join(lines)

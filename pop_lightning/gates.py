@@ -67,22 +67,22 @@ def gated(decoder: Decoder, gates: Tensor, context: int):
 
 
 @contextmanager
-def probed(decoder: Decoder, context: int):
+def probed(decoder: Decoder, rows: int, context: int):
     """The gradients of every gate at one, at the price of one product per branch in the backward pass.
 
     Args:
+        rows: of the batch.
         context: how many tokens at the front are context; boundary and response tokens follow.
 
     Yields:
-        A list that the backward pass of the one forward pass run inside fills with ``(layer, [batch, 2])`` (prefill,
+        A list that the backward pass of what runs inside, each layer once, fills with ``(layer, [rows, 2])`` (prefill,
         decode), float32, an entry per branch; :func:`gate_gradients` sums it. The model's weights may be frozen.
     """
-    handles, found, rows = [], [], []
+    handles, found = [], []
 
     def start(module, args, kwargs):
         # A leaf below the first layer, so that gradients reach every branch of a frozen model.
         hidden = args[0] if args else kwargs["hidden_states"]
-        rows[:] = [len(hidden)]
         if hidden.requires_grad:
             return None
         hidden = hidden.detach().requires_grad_(True)
@@ -91,7 +91,7 @@ def probed(decoder: Decoder, context: int):
     def hook(layer: int):
         def apply(module, args, output):
             branch = output[0] if isinstance(output, tuple) else output
-            held = _by_row(branch.detach(), *rows)
+            held = _by_row(branch.detach(), rows)
             branch.register_hook(lambda grad: found.append((layer, _by_stage(held, grad.view_as(held), context))))
 
         return apply

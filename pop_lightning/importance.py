@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pop_lightning import ranks
 from pop_lightning.data import real_rows
-from pop_lightning.decoder import Decoder
+from pop_lightning.decoder import Decoder, Trace
 from pop_lightning.gates import gate_gradients, probed
 
 
@@ -25,11 +25,14 @@ class ImportanceScoring(lightning.LightningModule):
         decoder: the base; its weights stay frozen.
         boundary: how many of the last prompt tokens count as decode.
         seed: of the sampled targets.
+        gradient_checkpointing: keep each layer's input alone for the backward pass and run the layer again there: the
+            activations of one layer live at a time, for half as many operations again.
     """
 
-    def __init__(self, decoder: Decoder, boundary: int = 1, seed: int = 0):
+    def __init__(self, decoder: Decoder, boundary: int = 1, seed: int = 0, gradient_checkpointing: bool = False):
         super().__init__()
         self.decoder, self.boundary, self.seed = decoder, boundary, seed
+        self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("sums", torch.zeros(decoder.num_layers, 2, dtype=torch.float64), persistent=False)
         self.rows = 0
 
@@ -38,19 +41,51 @@ class ImportanceScoring(lightning.LightningModule):
         self.rows = 0
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        with torch.enable_grad(), probed(self.decoder, max(0, batch["prompt_length"] - self.boundary)) as found:
-            self.loss(batch).backward()
         # The square is taken per row, before any sum over rows or processes.
-        self.sums += gate_gradients(found, self.decoder.num_layers).double().pow(2).sum(0)
+        self.sums += self.gradients(batch).double().pow(2).sum(0)
         self.rows += real_rows(batch)
 
     def on_validation_epoch_end(self) -> None:
         ranks.add_up(self.sums)
         self.rows = sum(ranks.counts(self.rows, self.sums.device))
 
+    def gradients(self, batch: dict, targets: Tensor | None = None) -> Tensor:
+        """dL/dg of every row, layer and stage at g = 1, ``[batch, L, 2]`` (prefill, decode), float32."""
+        rows, context = len(batch["input_ids"]), max(0, batch["prompt_length"] - self.boundary)
+        trace = self._trace(batch) if self.gradient_checkpointing else None
+        with torch.enable_grad(), probed(self.decoder, rows, context) as found:
+            if trace is None:
+                self.loss(batch, targets).backward()
+            else:
+                self._backward_by_layer(trace, batch, targets)
+        return gate_gradients(found, self.decoder.num_layers)
+
     def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""
-        logits = self.decoder.response_logits(batch)
+        return self._loss(self.decoder.response_logits(batch), batch, targets)
+
+    @torch.no_grad()
+    def _trace(self, batch: dict) -> Trace:
+        with self.decoder.tracing(masks=True) as trace:
+            self.decoder.model(**self.decoder.inputs(batch), use_cache=False, logits_to_keep=1)
+        return trace
+
+    def _backward_by_layer(self, trace: Trace, batch: dict, targets: Tensor | None) -> None:
+        """The backward pass of :meth:`loss`, down from the head, over layers that run again from their inputs.
+
+        Whatever a family adds between two layers (DeepStack) depends on no gate, so a layer's output and the next
+        one's input share their gradient.
+        """
+        hidden = trace.hidden.pop(self.decoder.num_layers).requires_grad_()
+        logits = self.decoder.logits(hidden[:, batch["prompt_length"] - 1 : -1])
+        self._loss(logits, batch, targets).backward()
+        del logits
+        for layer in reversed(range(self.decoder.num_layers)):
+            above, hidden = hidden.grad, trace.hidden.pop(layer).requires_grad_()
+            output = self.decoder.run_layer(layer, hidden, attention_mask=trace.masks[layer], **trace.kwargs[layer])
+            output.backward(above)
+
+    def _loss(self, logits: Tensor, batch: dict, targets: Tensor | None) -> Tensor:
         real = batch["attention_mask"][:, batch["prompt_length"] :].bool()
         if targets is None:
             targets = sample(logits.detach(), real, batch["row_seed"], self.seed)

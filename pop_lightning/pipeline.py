@@ -203,8 +203,14 @@ class _Run:
     # --- score ----------------------------------------------------------------------------------------------------
 
     def _score(self) -> dict:
-        scoring = ImportanceScoring(self.decoder, self.recipe.fit_boundary, self.recipe.seed)
-        loader = self.data.loader("fit", limit=self.recipe.importance.rows)
+        settings = self.recipe.importance
+        scoring = ImportanceScoring(
+            self.decoder,
+            self.recipe.fit_boundary,
+            self.recipe.seed,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        loader = self.data.loader("fit", settings.rows, settings.rows_at_a_time(self.recipe.data))
         self.trainers.make("scoring layers").validate(scoring, loader, verbose=False)
         prefill, decode = scoring.scores.T.tolist()
         return {

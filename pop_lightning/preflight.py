@@ -21,16 +21,18 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pop_lightning import shapes
 from pop_lightning.bundled import resolve_bundled
-from pop_lightning.closed_form import DEFAULT, GROUPINGS, Shape, bytes_needed
+from pop_lightning.closed_form import GROUPINGS, Shape, group_bytes
 from pop_lightning.data import CalibrationData
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, to_measure
 from pop_lightning.errors import InputError
 from pop_lightning.examples import check_exists, read_examples
 from pop_lightning.fitting import quiet_lightning
+from pop_lightning.flops import prefill_flops
 from pop_lightning.memory import device_bytes
 from pop_lightning.metrics import rows_needed, smallest_certifiable
 from pop_lightning.models import load_model, load_tokenizer, local_folder, vision_processor
+from pop_lightning.plan import PruningPlan
 from pop_lightning.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.report import text_table
 from pop_lightning.rows import Row
@@ -465,6 +467,12 @@ def _changes(found: Estimate, limit: float) -> Iterator[Iterable[tuple[str, Reci
         if stage.startswith("closed form"):
             halves = (settings.memory_gib / 2**power for power in range(1, 6))
             yield ((f"projection.memory_gib {gib:g}", _with(recipe, projection={"memory_gib": gib})) for gib in halves)
+        if stage == "scoring":
+            many = _halves(recipe.importance.rows_at_a_time(recipe.data))
+            yield ((f"importance.batch_size {n}", _with(recipe, importance={"batch_size": n})) for n in many)
+            if not recipe.importance.gradient_checkpointing:
+                changed = _with(recipe, importance={"gradient_checkpointing": True})
+                yield [("importance.gradient_checkpointing true", changed)]
         if stage == "training":
             if not settings.gradient_checkpointing:
                 changed = _with(recipe, projection={"gradient_checkpointing": True})
@@ -524,13 +532,14 @@ def pace(found: Estimate) -> dict[str, float] | str:
         return f"model.device_map spreads the base over {machine.spread} GPUs, and steps are timed on one"
     if machine.shards:
         return f"trainer.strategy {machine.strategy} keeps the base in shards, and steps are timed on a whole one"
-    batch = batch_of(recipe.data.batch_size, *found.rows.usual)
+    sizes = list(dict.fromkeys((recipe.data.batch_size, recipe.importance.rows_at_a_time(recipe.data))))
+    batches = [batch_of(size, *found.rows.usual) for size in sizes]
     if (data := found.rows.data) is not None and not found.rows.missing:
-        loader = data.loader("fit")
-        start = len(loader) // 2 * loader.batch_size  # images are read for the batch that is timed alone
-        batch = data.batch(loader.dataset[start : start + loader.batch_size])
+        rows = data.loader("fit").dataset
+        middle = len(rows) // 2 // sizes[0] * sizes[0]  # images are read for the batches that are timed alone
+        batches = [data.batch(rows[middle : middle + size]) for size in sizes]
     responses = any(stage.rows == "responses" for stage in found.stages)
-    counted = operations(base.decoder, recipe, found.depths, batch, responses=responses)
+    counted = operations(base.decoder, recipe, found.depths, *batches, responses=responses)
     if not machine.gpu and max(counted.values()) > _SLOW_STEP:
         return "one step takes a CPU too long to try it: set trainer.accelerator to gpu where there is one"
     try:
@@ -542,7 +551,7 @@ def pace(found: Estimate) -> dict[str, float] | str:
         ).to(machine.device)
     except InputError as error:
         return f"the base does not load here: {error}".rstrip(".")
-    steps = Steps(Decoder(model), recipe, found.depths, batch).all(responses=responses)
+    steps = Steps(Decoder(model), recipe, found.depths, *batches).all(responses=responses)
     return {name: _seconds(step, machine.device) / counted[name] for name, step in steps.items()}
 
 
@@ -697,19 +706,26 @@ def _trainings(found: Estimate) -> str | None:
 
 
 def _groupings(found: Estimate) -> str | None:
-    """Which grouping the closed form gets, and what the finer ones take."""
+    """Which grouping the closed form gets, what the finer ones take, and its passes beside plain ones."""
     if not fits_closed_form(found.recipe):
         return None
-    shape, limit = Shape.of(found.base.decoder), found.recipe.projection.memory_gib
+    shape, settings = Shape.of(found.base.decoder), found.recipe.projection
     grouping, groups = closed_form_passes(found.base.decoder, found.recipe, found.depths)
-    needed = {
-        name: sum(bytes_needed(shape, depth, name, DEFAULT) for depth in found.depths) / _GIB for name in GROUPINGS
-    }
+    needed = {name: group_bytes(shape, found.depths, name, len(settings.ridge)) / _GIB for name in GROUPINGS}
     passes = f"{len(groups)} passes" if len(groups) > 1 else "one pass"
-    text = f"closed form: grouping {grouping} in {passes} over the fit rows, projection.memory_gib {limit:g}"
+    text = (
+        f"closed form: grouping {grouping} in {passes} over the fit rows, projection.memory_gib {settings.memory_gib:g}"
+    )
     finer = [name for name in GROUPINGS if GROUPINGS.index(name) < GROUPINGS.index(grouping)]
     more = [f"{name} takes projection.memory_gib {math.ceil(needed[name] * 10) / 10:g}" for name in reversed(finer)]
-    return f"{text}; in one pass {', '.join(more)}." if more else f"{text}."
+    text = f"{text}; in one pass {', '.join(more)}." if more else f"{text}."
+    plain = prefill_flops(found.base.decoder, PruningPlan(shape.layers), sum(found.rows.usual))
+    ratios = [
+        f"{stage.name.removeprefix('closed form: ')} {stage.flops / plain:.2f}x"
+        for stage in found.stages
+        if stage.rows == "fit"
+    ]
+    return f"{text} Counted beside one forward pass over the fit rows: {', '.join(ratios)}."
 
 
 def _certifiable(found: Estimate) -> tuple[str, bool]:

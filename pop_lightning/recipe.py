@@ -87,9 +87,15 @@ class Data:
 
 @dataclass
 class Importance:
-    """How many calibration rows the layers are scored on."""
+    """How many calibration rows the layers are scored on, and how many of them at a time."""
 
     rows: int = 64
+    batch_size: int | None = None
+    gradient_checkpointing: bool = False
+
+    def rows_at_a_time(self, data: Data) -> int:
+        """Of one process; its backward pass keeps more of a row than any other stage does."""
+        return self.batch_size or data.batch_size
 
 
 @dataclass
@@ -273,6 +279,7 @@ def _problems(recipe: Recipe) -> list[str]:
         "data.limit": (data.limit, 1),
         "data.batch_size": (data.batch_size, 1),
         "importance.rows": (recipe.importance.rows, 1),
+        "importance.batch_size": (recipe.importance.batch_size, 1),
         "projection.steps": (projection.steps, 1),
         "projection.batch_size": (projection.batch_size, 1),
         "projection.weight_decay": (projection.weight_decay, 0),

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from pop_lightning.closed_form import DEFAULT, ClosedFormFit, Shape, ValueRefit, choose_grouping, passes
+from pop_lightning.closed_form import ClosedFormFit, Shape, ValueRefit, choose_grouping, passes
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, position_ids
 from pop_lightning.dry_run import DryRun
 from pop_lightning.evaluate import Evaluation, Variant, groups
 from pop_lightning.fitting import Distillation, closed_form
-from pop_lightning.gates import gate_gradients, probed
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projection_training import teacher_pass
@@ -68,14 +67,19 @@ class Steps:
 
     Args:
         depths: those to be fitted and measured, shallowest pruning first.
+        scored: the batch that layers are scored on, where that is another one.
     """
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, depths: Sequence[int], batch: dict):
+    def __init__(
+        self, decoder: Decoder, recipe: Recipe, depths: Sequence[int], batch: dict, scored: dict | None = None
+    ):
         self.decoder, self.recipe, self.depths = decoder, recipe, list(depths)
-        self.batch = {
-            name: each.to(decoder.model.device) if name in ("input_ids", "attention_mask") else each
-            for name, each in batch.items()
-        }
+        self.batch = self._placed(batch)
+        self.scored = self.batch if scored is None else self._placed(scored)
+
+    def _placed(self, batch: dict) -> dict:
+        moved = ("input_ids", "attention_mask")
+        return {name: each.to(self.decoder.model.device) if name in moved else each for name, each in batch.items()}
 
     def all(self, *, responses: bool) -> dict[str, Callable[[], object]]:
         """The steps that the recipe's stages are made of, by name."""
@@ -123,15 +127,9 @@ class Steps:
         return cache
 
     def scoring(self) -> Callable[[], None]:
-        module = ImportanceScoring(self.decoder, self.recipe.fit_boundary, self.recipe.seed)
-        context = max(0, self.batch["prompt_length"] - self.recipe.fit_boundary)
-
-        def once() -> None:
-            with probed(self.decoder, context) as found:
-                module.loss(self.batch).backward()
-            gate_gradients(found, self.decoder.num_layers)
-
-        return once
+        checkpointing = self.recipe.importance.gradient_checkpointing
+        module = ImportanceScoring(self.decoder, self.recipe.fit_boundary, gradient_checkpointing=checkpointing)
+        return lambda: module.gradients(self.scored)
 
     def fit(self) -> Callable[[], None]:
         """The closed form's pass over as many depths as it reads at once."""
@@ -189,22 +187,28 @@ def closed_form_passes(decoder: Decoder, recipe: Recipe, depths: Sequence[int]) 
     """How the closed form groups its regressions, and which depths each pass over the rows fits.
 
     Raises:
-        InputError: one depth's sums do not fit in ``projection.memory_gib``.
+        InputError: one depth's sums and options do not fit in ``projection.memory_gib``.
     """
     settings, shape = recipe.projection, Shape.of(decoder)
-    limit, grouping = int(settings.memory_gib * 2**30), settings.grouping
+    limit, grouping, ridges = int(settings.memory_gib * 2**30), settings.grouping, len(settings.ridge)
     if grouping == "auto":
-        grouping = choose_grouping(shape, depths, limit, DEFAULT)
-    return grouping, passes(shape, depths, grouping, limit, DEFAULT)
+        grouping = choose_grouping(shape, depths, limit, ridges)
+    return grouping, passes(shape, depths, grouping, limit, ridges)
 
 
 def operations(
-    decoder: Decoder, recipe: Recipe, depths: Sequence[int], batch: dict, *, responses: bool
+    decoder: Decoder,
+    recipe: Recipe,
+    depths: Sequence[int],
+    batch: dict,
+    scored: dict | None = None,
+    *,
+    responses: bool,
 ) -> dict[str, int]:
-    """Operations of every step on one batch, dry."""
+    """Operations of every step on one batch (of scoring on ``scored``, where given), dry."""
     found = {}
     with DryRun() as run:
-        for name, step in Steps(decoder, recipe, depths, batch).all(responses=responses).items():
+        for name, step in Steps(decoder, recipe, depths, batch, scored).all(responses=responses).items():
             run.reset()
             step()
             found[name] = run.flops
@@ -271,7 +275,8 @@ class _Stages:
         if responses and wanted("responses"):
             yield from self._responses()
         if wanted("scoring"):
-            yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
+            with self._batch(self.recipe.importance.rows_at_a_time(self.recipe.data)):
+                yield self._cost("scoring", "importance", self.steps.scoring(), pace="scoring")
         if fits_closed_form(self.recipe) and wanted("closed form"):
             yield from self._closed_form()
         settings = self.recipe.projection

@@ -7,7 +7,7 @@ import torch
 from pop_lightning import PruningPlan
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, position_ids
-from pop_lightning.gates import gate_gradients, gated, probed
+from pop_lightning.gates import gated
 from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
@@ -63,20 +63,19 @@ def test_gate_gradients_equal_finite_differences(family):
         assert gates.grad[row, layer, stage].item() == pytest.approx(difference, rel=2e-3, abs=2e-3)
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", EVERY)
-def test_probes_read_the_gradients_of_gates_at_one(family, dtype):
-    module, batch = ImportanceScoring(Decoder(build(family, dtype=dtype))), collate(rows(3), 0)
-    targets, context = batch["input_ids"][:, batch["prompt_length"] :], batch["prompt_length"] - 1
+def test_scoring_reads_the_gradients_of_gates_at_one(family, dtype, gradient_checkpointing):
+    decoder, batch = Decoder(build(family, dtype=dtype)), collate(rows(3), 0)
+    module = ImportanceScoring(decoder, gradient_checkpointing=gradient_checkpointing)
+    targets = batch["input_ids"][:, batch["prompt_length"] :]
     gates = torch.ones(3, LAYERS, 2, requires_grad=True)
     loss_under_gates(module, batch, gates, targets).backward()
-    with probed(module.decoder, context) as found:
-        module.loss(batch, targets).backward()
+    found = module.gradients(batch, targets)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     scale = gates.grad.abs().max()
-    torch.testing.assert_close(
-        gate_gradients(found, LAYERS) / scale, gates.grad / scale, rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(found / scale, gates.grad / scale, rtol=tolerance, atol=tolerance)
     hooks = [hook for each in module.decoder.model.modules() for hook in (each._forward_hooks, each._forward_pre_hooks)]
     assert not any(hooks)
 

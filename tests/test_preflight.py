@@ -89,6 +89,32 @@ def test_the_peak_of_every_step_is_within_a_fifth_of_a_measured_one():
     compare("gemma3", torch.float32, batch_of(2, 150, 40), projection__kind="lora", projection__grouping="layer")
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradient_checkpointing_lowers_the_peak_of_scoring_as_the_dry_run_says(family):
+    batch, changes = batch_of(2, 200, 30), {"projection__kind": "reuse", "importance__gradient_checkpointing": "true"}
+    compare(family, torch.float32, batch, **changes)
+    without = predicted(family, torch.float32, batch, projection__kind="reuse")["scoring"]
+    assert predicted(family, torch.float32, batch, **changes)["scoring"] < 0.6 * without
+
+
+def test_scoring_takes_batches_of_its_own():
+    dry = decoder("llama", torch.float32, "meta")
+
+    def scoring(**changes):
+        settings = recipe(projection__kind="reuse", **changes)
+        return next(each for each in costs(dry, settings, DEPTHS, prompt=120, response=30) if each.name == "scoring")
+
+    own, same, large = (
+        each.peak - each.kept
+        for each in (
+            scoring(data__batch_size=8, importance__batch_size=1),
+            scoring(data__batch_size=1),
+            scoring(data__batch_size=8),
+        )
+    )
+    assert own == same < large
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -170,6 +196,14 @@ def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch,
     assert ("assumed: bundled shape" in shown) == (name != "tiny")
     for stage in ("scoring", "search", "verify", "comparison"):
         assert f"\n{stage}" in shown
+    limit = parse(["--recipe", name]).recipe.projection.memory_gib
+    for line in shown.splitlines():
+        if line.startswith("closed form: ") and re.search(r"pass  |choice  ", line):
+            assert float(line.split()[-3]) <= limit, line
+    if name == "llama3_1_8b":  # eight depths in one pass over the rows, and one more for the second fit
+        ratios = [float(each) for each in re.findall(r"pass ([\d.]+)x", shown)]
+        assert len(ratios) == 2
+        assert max(ratios) <= 2
     if name == "llama3_3_70b_deepspeed":
         needs = float(re.search(r"memory: ([\d.]+) GiB per device", shown)[1])
         assert needs <= preflight.USABLE * 79  # what PyTorch finds on a card of 80 GB
@@ -231,8 +265,9 @@ def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monk
     capsys.readouterr()
     assert fit.main(words) == 2
     shown = capsys.readouterr().out
-    assert "it does not fit: set data.batch_size 4" in shown
+    assert "it does not fit: set importance.batch_size 4" in shown
     assert "not measured, because it does not fit" in shown
+    assert fit.main([*words, "--importance.batch_size", "4"]) == 0
     assert fit.main([*words, "--data.batch_size", "4"]) == 0
 
 
@@ -249,7 +284,17 @@ def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monk
             "training",
             ["projection.gradient_checkpointing", "projection.batch_size"],
         ),
-        ({"model.dtype": "float32"}, "scoring", ["data.batch_size", "model.dtype bfloat16", "deepspeed_stage_3"]),
+        (
+            {"model.dtype": "float32"},
+            "scoring",
+            [
+                "importance.batch_size",
+                "importance.gradient_checkpointing true",
+                "data.batch_size",
+                "model.dtype bfloat16",
+                "deepspeed_stage_3",
+            ],
+        ),
     ],
 )
 def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
@@ -303,7 +348,7 @@ def test_ways_out_run_all_stages_for_a_value_that_fits_the_largest_one_alone(bas
     assert runs.count(None) == 0
     runs.clear()
     text, changed = next(preflight.ways_out(found, int(0.3 * found.needs)))
-    assert text == "data.batch_size 4"
+    assert text == "importance.batch_size 4"
     assert changed.needs <= 0.3 * found.needs
     assert {stage.name for stage in changed.stages} == {stage.name for stage in found.stages}
     assert runs.count(None) == 1
@@ -450,7 +495,7 @@ def test_the_closed_forms_grouping_and_what_the_finer_ones_take(capsys, monkeypa
     assert fit.main(words) == 0
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith("closed form: grouping"))
-    assert line.startswith("closed form: grouping layer in one pass over the fit rows, projection.memory_gib 16;")
+    assert line.startswith("closed form: grouping layer in one pass over the fit rows, projection.memory_gib 33;")
     assert "head takes projection.memory_gib" in line
 
 

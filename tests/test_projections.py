@@ -24,6 +24,7 @@ from pop_lightning.closed_form import (
     ValueRefit,
     bytes_needed,
     collected,
+    group_bytes,
 )
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, cut, position_ids
@@ -356,7 +357,7 @@ def test_depths_take_several_passes_under_a_small_bound_and_give_the_same_projec
             )
         )  # fmt: skip
 
-    small = run(bytes_needed(shape, 1, "head"), grouping="head")
+    small = run(group_bytes(shape, [1], "head", ridges=2), grouping="head")
     assert sum("pass" in what and "second" not in what for what in seen) == 2
     large = run(2**30)
     assert [each.depth for each in small] == [3, 2, 1]
@@ -432,7 +433,7 @@ def test_eight_depths_of_an_8b_llama_cost_at_most_one_forward_pass_more():
     matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     pairs = tokens * (tokens + 1) // 2  # causal
     forward = 2 * tokens * matrices + 4 * pairs * config.hidden_size * config.num_hidden_layers
-    shape = Shape(4096, 32, 1024, 32, 8)
+    shape = Shape(4096, 32, 1024, 32, 8, 2)
     for depths in (range(3, 32, 4), range(16, 24), range(1, 9)):
         for grouping in GROUPINGS:
             extra = fit_flops(shape, list(depths), prompt, tokens, queries=24, grouping=grouping)

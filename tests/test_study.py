@@ -113,11 +113,15 @@ def test_shares_depths_and_verdicts_follow_from_the_rows():
     assert study._judge({"mean": 0.3, "low": 0.2, "high": 0.4}, 0.5)["holds"] is False
 
 
-def test_the_cost_command_prints_both_ratios_with_their_memory(capsys):
+def test_the_cost_command_prints_every_ratio_with_its_memory(capsys):
     arguments = ["--layers", "4", "--hidden", "64", "--vocabulary", "128", "--prompt", "32", "--repeats", "1"]
     assert fitting_cost.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[-2:]] == ["scoring", "training step"]
+    assert [line.split("|")[1].strip() for line in lines[-3:]] == [
+        "scoring",
+        "scoring, gradient checkpointing",
+        "training step",
+    ]
     settings = fitting_cost.Settings(layers=4, hidden=64, vocabulary=128, prompt=32, repeats=1)
     found = fitting_cost.run(settings)["training step"]
     # Gradients and moments of all weights against those of two layers' projections.
