@@ -270,7 +270,11 @@ SETTINGS = {
     "adapters under DDP": ("ddp", {"projection__kind": "lora", "trainer__accumulate_grad_batches": 2}),
     "a tied head and windows, activations computed again": (
         "deepspeed_stage_3",
-        {"projection__gradient_checkpointing": "true"},
+        {
+            "projection__gradient_checkpointing": "true",
+            "importance__gradient_checkpointing": "true",
+            "importance__batch_size": 2,
+        },
     ),
     "shards in the CPU's memory": ("deepspeed_stage_3_offload", {"projection__steps": 2}),
 }
