@@ -22,7 +22,7 @@ from transformers import (
 
 from pop_lightning.bundled import resolve_bundled
 from pop_lightning.errors import InputError
-from pop_lightning.images import VisionProcessor
+from pop_lightning.vision import VisionProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 
