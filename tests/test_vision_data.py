@@ -33,9 +33,11 @@ from vision import (
     OPEN,
     PLACEHOLDER,
     VIDEO,
+    VIDEO_PLACEHOLDER,
     build,
     processor,
     save_base,
+    save_frames,
     save_pictures,
     save_rows,
 )
@@ -67,7 +69,7 @@ def picture(path):
 
 def reader(source, family="qwen3_vl", **settings):
     made = processor(family)
-    vision = VisionProcessor(lambda: made, (IMAGE, VIDEO))
+    vision = VisionProcessor(lambda: made, (IMAGE,) if family == "gemma3" else (IMAGE, VIDEO))
     return CalibrationData(source, made.tokenizer, vision=vision, **settings)
 
 
@@ -416,16 +418,18 @@ def test_pop_generate_refuses_what_does_not_fit_in_one_sentence(run, tmp_path, c
         assert "Traceback" not in message
 
 
-def test_prompts_alone_are_answered_by_the_full_model_with_their_images(tmp_path):
+def test_prompts_alone_are_answered_by_the_full_model_with_their_images_and_videos(tmp_path):
     base = save_base(tmp_path / "base", "qwen3_vl")
-    names = save_pictures(tmp_path / "pictures")
+    names, frames = save_pictures(tmp_path / "pictures"), save_frames(tmp_path / "pictures")
     place = PLACEHOLDER["qwen3_vl"]
     rows = []
     for number in range(40):
         images = [f"pictures/{names[number % PICTURES]}"] * (number % 2)
-        rows.append({"prompt": f"w{number + 3} {place * len(images)}".strip(), "images": images})
+        videos = [[f"pictures/{frames[(number + each) % 8]}" for each in range(3)]] * (number % 4 > 1)
+        text = f"w{number + 3} {VIDEO_PLACEHOLDER * len(videos)} {place * len(images)}".strip()
+        rows.append({"prompt": text, "images": images, "videos": videos})
     data = write(tmp_path / "rows.jsonl", rows)
-    # The prompts end in an image's closing token: with boundary 3 the boundary begins inside the image.
+    # Most prompts end in the closing token of an image or a frame: with boundary 3 the boundary begins inside it.
     changes = {"boundary": 3, "projection__kind": "closed_form", "data__max_response_tokens": 4}
     assert fit.main(arguments(base, data, tmp_path / "run", **changes)) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
