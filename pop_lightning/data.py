@@ -24,12 +24,12 @@ from pop_lightning import ranks
 from pop_lightning.errors import InputError
 from pop_lightning.examples import read_examples
 from pop_lightning.files import write_json
-from pop_lightning.images import RowImage, VisionProcessor
 from pop_lightning.rows import EMPTY_RESPONSE, Row, Tokeniser, hash63
+from pop_lightning.vision import VisionProcessor
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 _DUPLICATE = "duplicate"
-_IMAGE_RESPONSE = "response with an image token"
+_VISION_RESPONSE = "response with an image or video token"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def collate(
 
     Returns:
         ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
-        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images among the
-        rows ``vision``: the tensors of all of them, in order, by the names that the model's forward gives them.
+        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images or
+        videos among the rows ``vision``: the tensors of all of them, in order, by the names that the model's forward
+        gives them.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
@@ -105,8 +106,8 @@ def collate(
         "row_seed": row_seed,
         "prompt_seed": prompt_seed,
     }
-    if any(row.images for row in share):
-        batch["vision"] = vision.tensors([row.images for row in share])
+    if any(row.media for row in share):
+        batch["vision"] = vision.tensors([(row.images, row.videos) for row in share])
     return batch
 
 
@@ -177,8 +178,9 @@ class CalibrationData(lightning.LightningDataModule):
         batch_size: rows per batch.
         splits: the fraction of the rows for each of the four splits; they sum to 1.
         seed: another seed, other splits.
-        vision: the base's processor; None for a model that reads text alone, where a row with images is refused.
-        allow_urls: fetch images that rows name by URL.
+        vision: the base's processor; None for a model that reads text alone, where a row with images or videos is
+            refused.
+        allow_urls: fetch images and videos that rows name by URL.
 
     Raises:
         InputError: a setting does not fit; from :meth:`setup`, the data does not.
@@ -283,10 +285,10 @@ class CalibrationData(lightning.LightningDataModule):
         return rows
 
     def _order(self, example: dict, origin: str) -> tuple:
-        """Where an example stands in the order that ``limit`` samples by: what is written, then what images hold."""
+        """Where an example stands in the order that ``limit`` samples by: what is written, then what it shows."""
         written = json.dumps(example, sort_keys=True, default=lambda unwritten: None)
         key = hash63(self.seed, written)
-        return (key, _ByImages(partial(self._tokenise.images, example, origin)))
+        return (key, _ByMedia(partial(self._tokenise.media, example, origin)))
 
     def rows(self) -> Iterator[Row]:
         """The rows of all splits."""
@@ -343,10 +345,10 @@ class CalibrationData(lightning.LightningDataModule):
         return rows
 
     def batch(self, rows: Sequence[Row]) -> dict:
-        """:func:`collate` of some rows, all of them on this process; their images are read and prepared here.
+        """:func:`collate` of some rows, all of them on this process; what they show is read and prepared here.
 
         Raises:
-            InputError: an image can no longer be read.
+            InputError: an image or a video can no longer be read.
         """
         return collate(rows, self.pad_token_id, self.vision)
 
@@ -429,7 +431,7 @@ class CalibrationData(lightning.LightningDataModule):
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
                 reason = _DUPLICATE if row.content in seen else None if row.response_ids else EMPTY_RESPONSE
                 if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
-                    reason = _IMAGE_RESPONSE  # a pass over the row would look for an image behind it
+                    reason = _VISION_RESPONSE  # a pass over the row would look for an image behind it
                 if reason:
                     unusable[reason] += 1
                     first.setdefault(reason, row.origin)
@@ -448,13 +450,16 @@ class CalibrationData(lightning.LightningDataModule):
 
 
 @dataclass(eq=False)
-class _ByImages:
-    """Sorts by the images' digests, and reads them only where two examples are written alike."""
+class _ByMedia:
+    """Sorts by the digests of images and videos, and reads them only where two examples are written alike."""
 
-    images: Callable[[], tuple[RowImage, ...]]
+    media: Callable[[], tuple[Sequence, Sequence]]
 
-    def __lt__(self, other: "_ByImages") -> bool:
-        return [image.digest for image in self.images()] < [image.digest for image in other.images()]
+    def __lt__(self, other: "_ByMedia") -> bool:
+        return self._digests() < other._digests()
+
+    def _digests(self) -> list[list[str]]:
+        return [[each.digest for each in kind] for kind in self.media()]
 
 
 def _check_counts(counts: dict[str, int]) -> None:

@@ -31,7 +31,7 @@ def to_measure(
 
 def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int]:
     """``budget.boundaries`` that leave a context in a prompt of ``tokens`` tokens and begin in no row's image."""
-    rows = [row for row in rows if row.images]
+    rows = [row for row in rows if row.media]
     return sorted({k for k in budget.boundaries if k < tokens and _split_by(decoder, rows, k) is None})
 
 
@@ -45,11 +45,12 @@ def possible_boundaries(recipe: Recipe, listed: Sequence[int]) -> list[int]:
 def check_images(
     recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Sequence[int], shards: bool
 ) -> None:
-    """Raise :class:`InputError` where rows with images do not go with the base in shards, or with a boundary."""
-    rows = [row for row in rows if row.images]
+    """Raise :class:`InputError` where rows with images or videos do not go with a base in shards, or a boundary."""
+    rows = [row for row in rows if row.media]
     if rows and shards:
+        kind = "images" if rows[0].images else "videos"
         raise InputError(
-            f"{rows[0].origin} has images, and trainer.strategy {recipe.trainer['strategy']} needs every process to "
+            f"{rows[0].origin} has {kind}, and trainer.strategy {recipe.trainer['strategy']} needs every process to "
             "read as many at once: take ddp or deepspeed_stage_2, or rows of text."
         )
     for k in boundaries:

@@ -1,6 +1,7 @@
 """From files, folders and data sets to examples: plain dictionaries of the known shapes, each with its origin.
 
-First in the flow of the data: ``rows.py`` tokenises what is read here. Images are kept apart from the text, unread.
+First in the flow of the data: ``rows.py`` tokenises what is read here. Images and videos are kept apart from the text,
+unread.
 """
 
 import gzip
@@ -13,10 +14,12 @@ from pathlib import Path
 
 from pop_lightning.bundled import resolve_bundled
 from pop_lightning.errors import InputError
-from pop_lightning.images import KEYS as IMAGE_KEYS
+from pop_lightning.images import IMAGE
+from pop_lightning.videos import VIDEO
 
 SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
 _KEYS = ("messages", "prompt", "response", "text")
+_LISTS = ("images", "videos")  # beside the text, for placeholders and for parts that name none
 _CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
 _RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
 
@@ -91,8 +94,8 @@ def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
         if not isinstance(example, dict):
             raise InputError(f"{where} is a JSON {type(example).__name__}, not an object: expected {SHAPES}.")
         shaped = _shape(example, where)
-        if shaped.keys() & {"parts", "images"}:
-            shaped["folder"] = path.parent  # relative paths of images start here
+        if shaped.keys() & {"parts", *_LISTS}:
+            shaped["folder"] = path.parent  # relative paths of images and videos start here
         examples.append((shaped, f"{path.name} line {number}"))
     return examples
 
@@ -135,40 +138,40 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
         )
     name = path.name or source
     chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
-    images = "images" in dataset.column_names
-    if images:
-        undecoded = dataset.select_columns(["images"])
-        undecoded = undecoded.cast_column("images", _undecoded(undecoded.features["images"]))
+    shown = {}
+    for key in {*_LISTS} & {*dataset.column_names}:
+        column = dataset.select_columns([key])
+        shown[key] = column.cast_column(key, _undecoded(column.features[key]))
     examples = []
     # Other columns may be images or audio, which are decoded when a row is read.
     for number, example in enumerate(dataset.select_columns(known + chat)):
-        lazy = {"images": partial(_cells, undecoded, number)} if images else {}
+        lazy = {key: partial(_cells, column, key, number) for key, column in shown.items()}
         shaped = _shape(_without_nulls(example) | lazy, f"data.calibration {source!r} row {number}")
         examples.append((shaped, f"{name} row {number}"))
     return examples
 
 
 def _undecoded(feature):
-    """A feature of `datasets` whose images come as the bytes they are stored as."""
+    """A feature of `datasets` whose images and videos come as the bytes they are stored as."""
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.Image | datasets.Video):
+        return type(feature)(decode=False)
     if isinstance(feature, list):
         return [_undecoded(each) for each in feature]
     inner = getattr(feature, "feature", None)
     return feature if inner is None else type(feature)(_undecoded(inner))
 
 
-def _cells(dataset, row: int) -> list[Callable]:
-    """A dataset row's images, each to be read when it is wanted."""
-    found = dataset[row]["images"]
+def _cells(dataset, key: str, row: int) -> list[Callable]:
+    """A dataset row's images or videos, each to be read when it is wanted."""
+    found = dataset[row][key]
     count = len(found) if isinstance(found, list) else int(found is not None)
-    return [partial(_cell, dataset, row, index) for index in range(count)]
+    return [partial(_cell, dataset, key, row, index) for index in range(count)]
 
 
-def _cell(dataset, row: int, index: int):
-    found = dataset[row]["images"]
+def _cell(dataset, key: str, row: int, index: int):
+    found = dataset[row][key]
     return found[index] if isinstance(found, list) else found
 
 
@@ -182,14 +185,14 @@ def _without_nulls(value):
 def _shape(example: dict, where: str) -> dict:
     """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
 
-    Images are kept apart from the text: under ``parts`` what each image part of the messages names (None where it
-    names nothing), under ``images`` those that stand in a list beside the text, or a call that gives that list.
+    Images and videos are kept apart from the text: under ``parts`` the messages' parts that show one, in order, under
+    ``images`` and ``videos`` those that stand in a list beside the text, or a call that gives that list.
     """
     found = {key: value for key, value in example.items() if value is not None}
-    images = found.get("images") or None
-    if not (images is None or isinstance(images, list) or callable(images)):
-        raise InputError(f'{where} has "images" of type {type(images).__name__}: a list was expected.')
-    beside = {} if images is None else {"images": images}
+    beside = {key: found[key] for key in _LISTS if found.get(key)}
+    for key, listed in beside.items():
+        if not (isinstance(listed, list) or callable(listed)):
+            raise InputError(f'{where} has "{key}" of type {type(listed).__name__}: a list was expected.')
     if "messages" in found:
         messages, parts = _messages(found["messages"], where)
         shown = {"parts": parts} if parts else {}
@@ -229,7 +232,7 @@ def _chat_arguments(found: dict, where: str) -> dict:
 
 
 def _messages(messages, where: str) -> tuple[list[dict], list]:
-    """The messages as a chat template takes them, and what their image parts name, in order."""
+    """The messages as a chat template takes them, and their parts that show an image or a video, in order."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
@@ -237,33 +240,37 @@ def _messages(messages, where: str) -> tuple[list[dict], list]:
     if not messages or messages[-1]["role"] != "assistant":
         last = repr(messages[-1]["role"]) if messages else "missing"
         raise InputError(f"{where}: the role of the last message is {last}, 'assistant' was expected (the response).")
-    clean, images = [], []
+    clean, shown = [], []
     for message in messages:
         content = message.get("content")
         parts = [{"type": "text"}] if isinstance(content, str) or content is None else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise InputError(f'{where} has a message whose "content" is neither a string nor a list of parts.')
-        others = sorted({str(part.get("type")) for part in parts} - {"text", "image", "image_url"})
+        others = sorted({str(part.get("type")) for part in parts} - {"text", "image_url", IMAGE.name, VIDEO.name})
         if others:  # the tokenizer alone would drop them without a word
-            raise InputError(f"{where} has message parts of type {', '.join(others)}: text and image are supported.")
+            raise InputError(
+                f"{where} has message parts of type {', '.join(others)}: text, image and video are supported."
+            )
+        parts = [_image_of(part) if part["type"] == "image_url" else part for part in parts]
         found = [part for part in parts if part["type"] != "text"]
         if found and message is messages[-1]:
-            raise InputError(f"{where} has an image in its last message, the response: only prompts may hold images.")
-        images += map(_named_image, found)
+            kind = "a video" if found[0]["type"] == VIDEO.name else "an image"
+            raise InputError(
+                f"{where} has {kind} in its last message, the response: only prompts may hold images and videos."
+            )
+        shown += found
         clean.append({key: value for key, value in message.items() if value is not None})
         if isinstance(content, list):
             clean[-1]["content"] = [
                 {key: value for key, value in part.items() if value is not None}
                 if part["type"] == "text"
-                else {"type": "image"}
+                else {"type": part["type"]}
                 for part in parts
             ]
-    return clean, images
+    return clean, shown
 
 
-def _named_image(part: dict):
-    """What an image part names, or None; OpenAI's ``image_url`` parts are taken as Transformers takes them."""
+def _image_of(part: dict) -> dict:
+    """OpenAI's ``image_url`` part as Transformers takes it."""
     address = part.get("image_url")
-    if part["type"] == "image_url":
-        return {"url": address.get("url") if isinstance(address, dict) else address}
-    return part if any(part.get(key) is not None for key in IMAGE_KEYS) else None
+    return {"type": IMAGE.name, "url": address.get("url") if isinstance(address, dict) else address}

@@ -34,11 +34,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
-from pop_lightning.images import VisionProcessor
 from pop_lightning.models import end_tokens
 from pop_lightning.plan import PruningPlan
 from pop_lightning.prefill import StageAwarePrefill, check_decoder
 from pop_lightning.projections import KVProjections
+from pop_lightning.vision import VisionProcessor
 
 _MARK = "_pop_mark"  # on a cache: who filled it
 _SHIFT = "_pop_rotary_shift"  # on a cache: Decoder.rotary_shift of what it holds

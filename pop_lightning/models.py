@@ -22,7 +22,7 @@ from transformers import (
 
 from pop_lightning.bundled import resolve_bundled
 from pop_lightning.errors import InputError
-from pop_lightning.images import VisionProcessor
+from pop_lightning.vision import VisionProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -94,7 +94,7 @@ def vision_processor(
 
 
 def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
-    """What makes a base's inputs of text with images.
+    """What makes a base's inputs of text with images and videos.
 
     Raises:
         InputError: there is none, or a package that it needs is missing.
@@ -105,7 +105,7 @@ def load_processor(name: str, *, revision: str | None = None, trust_remote_code:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
-            f"model.base {name!r} has no processor that loads, which images need: {_first_sentence(error)}"
+            f"model.base {name!r} has no processor that loads, which images and videos need: {_first_sentence(error)}"
         ) from error
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"model.base {name!r} has no image processor (preprocessor_config.json), which images need.")

@@ -686,7 +686,7 @@ def _listed(found: Estimate, limit: float) -> str:
 def _images(found: Estimate) -> str | None:
     if not found.base.decoder.vision_tokens:
         return None
-    return "images: what the vision tower holds while it reads them is not counted, its weights are."
+    return "images and videos: what the vision tower holds while it reads them is not counted, its weights are."
 
 
 def _trainings(found: Estimate) -> str | None:

@@ -81,7 +81,7 @@ class Data:
     max_response_tokens: int = 256
     limit: int | None = None
     batch_size: int = 8
-    allow_urls: bool = False  # fetch the images that rows name by URL
+    allow_urls: bool = False  # fetch the images and videos that rows name by URL
     splits: Splits = field(default_factory=Splits)
 
 

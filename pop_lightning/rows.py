@@ -1,11 +1,11 @@
-"""From examples to rows: the token ids of a prompt and its response, and the images that the prompt shows.
+"""From examples to rows: the token ids of a prompt and its response, and the images and videos that the prompt shows.
 
 Between ``examples.py``, which reads, and ``data.py``, which splits and batches. All randomness about a row comes from
 its content, so the order of a file changes nothing.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.errors import InputError
-from pop_lightning.images import RowImage, VisionProcessor
+from pop_lightning.images import IMAGE, RowImage
+from pop_lightning.media import Medium
+from pop_lightning.videos import TIMING, VIDEO, RowVideo
+from pop_lightning.vision import VisionProcessor
 
 MIN_TEXT_TOKENS = 8
 _EMPTY_PROMPT = "empty prompt"
@@ -27,19 +30,25 @@ _SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 class Row:
     """One tokenised row; ``response_ids`` is None until the full model has generated it.
 
-    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` the prompt's ids hold a
-    token for every feature; they are opened when a batch wants their tensors.
+    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` and ``videos`` the ids of
+    the prompt hold a token for every feature; they are opened when a batch wants their tensors.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...] | None
     origin: str
     images: tuple[RowImage, ...] = ()
+    videos: tuple[RowVideo, ...] = ()
+
+    @property
+    def media(self) -> tuple[RowImage | RowVideo, ...]:
+        """All that the row shows."""
+        return self.images + self.videos
 
     @property
     def prompt(self) -> tuple:
-        """What the model is asked: token ids, and the images' digests where there are any."""
-        return (self.prompt_ids, *(image.digest for image in self.images))
+        """What the model is asked: token ids, and the digests of images and videos where there are any."""
+        return (self.prompt_ids, *(each.digest for each in self.media))
 
     @property
     def content(self) -> tuple:
@@ -79,44 +88,50 @@ class Tokeniser:
     def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
         row, reason, truncated = self._row(example, origin)
         if row is not None and self.vision is not None:
-            # Image tokens that no image stands behind would be given another's features.
-            text = (*(() if row.images else row.prompt_ids), *(row.response_ids or ()))
+            # Such tokens with no image or video behind them would be given another's features.
+            text = (*(() if row.media else row.prompt_ids), *(row.response_ids or ()))
             stray = next((token for token in self.vision.tokens if token in text), None)
             if stray is not None:
+                kind = "image" if stray == self.vision.tokens[0] else "video"
                 raise InputError(
-                    f"{origin} has the image token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with no "
-                    "image behind it: take it out, or give the row's images."
+                    f"{origin} has the {kind} token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with "
+                    f"no {kind} behind it: take it out, or give the row's {kind}s."
                 )
         return row, reason, truncated
 
-    def images(self, example: dict, origin: str) -> tuple[RowImage, ...]:
-        """The example's images in the order of its text; each file is read once for its hash, and not kept."""
-        listed, parts = example.get("images") or [], example.get("parts")
+    def media(self, example: dict, origin: str) -> tuple[tuple[RowImage, ...], tuple[RowVideo, ...]]:
+        """Its images and its videos, each in the order of the text; a file is read once for its hash, and not kept."""
+        images = self._media(IMAGE, RowImage.of, example, origin)
+        return images, self._media(VIDEO, RowVideo.of, example, origin)
+
+    def _media(self, medium: Medium, of: Callable, example: dict, origin: str) -> tuple:
+        kind, listed = medium.name, example.get(f"{medium.name}s") or []
         listed = listed() if callable(listed) else listed
-        bare = len(listed) if parts is None and "messages" not in example else (parts or []).count(None)
-        if bare != len(listed):
-            raise InputError(
-                f'{origin} has {bare} image parts that name no image, and {len(listed)} entries in "images": expected '
-                "one entry for each."
-            )
-        if parts is not None:
+        if "messages" in example:
+            parts = [part for part in example.get("parts", ()) if part["type"] == kind]
+            bare = sum(not medium.named(part) for part in parts)
+            if bare != len(listed):
+                raise InputError(
+                    f'{origin} has {bare} {kind} parts that name no {kind}, and {len(listed)} entries in "{kind}s": '
+                    "expected one entry for each."
+                )
             rest = iter(listed)
-            listed = [next(rest) if part is None else part for part in parts]
+            listed = [part if medium.named(part) else _filled(part, next(rest)) for part in parts]
         return tuple(
-            RowImage.of(given, f"{origin}, image {number}", folder=example.get("folder"), allow_urls=self.allow_urls)
+            of(given, f"{origin}, {kind} {number}", folder=example.get("folder"), allow_urls=self.allow_urls)
             for number, given in enumerate(listed, start=1)
         )
 
     def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
         if "text" in example:
             return self._text(example["text"], origin)
-        images = self.images(example, origin)
-        if images:
-            self._check_vision(origin)
+        images, videos = self.media(example, origin)
+        if images or videos:
+            self._check_vision(images, videos, origin)
         if "messages" in example:
-            prompt, response = self._chat(example, origin, images)
+            prompt, response = self._chat(example, origin, images, videos)
         else:
-            prompt = self._with_specials(example["prompt"], images, origin)
+            prompt = self._with_specials(example["prompt"], images, videos, origin)
             response = self._response(example["response"]) if "response" in example else None
         if not prompt:
             return None, _EMPTY_PROMPT, False
@@ -130,29 +145,32 @@ class Tokeniser:
             return None, _LONG_ROW, False
         truncated = response is not None and len(response) > self.max_response
         response = None if response is None else tuple(response[: self.max_response])
-        return Row(tuple(prompt), response, origin, images), None, truncated
+        return Row(tuple(prompt), response, origin, images, videos), None, truncated
 
-    def _check_vision(self, origin: str) -> None:
+    def _check_vision(self, images: tuple[RowImage, ...], videos: tuple[RowVideo, ...], origin: str) -> None:
+        kind = "videos" if videos else "images"
         if self.vision is None:
             raise InputError(
-                f"{origin} has images, and the model reads text alone: change model.base to a model that reads images, "
+                f"{origin} has {kind}, and the model reads text alone: change model.base to a model that reads {kind}, "
                 "or take the row out of data.calibration."
             )
         try:
-            _ = self.vision.processor
+            self.vision.check(images, videos)
         except InputError as error:
-            raise InputError(f"{origin} has images, but {error}") from error
+            raise InputError(f"{origin} has {kind}, but {error}") from error
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _with_specials(self, text: str, images: tuple[RowImage, ...] = (), origin: str = "") -> list[int]:
+    def _with_specials(
+        self, text: str, images: tuple[RowImage, ...] = (), videos: tuple[RowVideo, ...] = (), origin: str = ""
+    ) -> list[int]:
         """Token ids with the tokenizer's own bos and the like, without an eos at the end; [] for a blank text."""
         bare = self._ids(text) if text.strip() else []
         if not bare:
             return []
-        if images:
-            ids = self.vision.encode(text, images, origin, special=True)
+        if images or videos:
+            ids = self.vision.encode(text, images, videos, origin, special=True)
         else:
             ids = self.tokenizer(text, verbose=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
@@ -164,7 +182,9 @@ class Tokeniser:
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
 
-    def _chat(self, example: dict, origin: str, images: tuple[RowImage, ...] = ()) -> tuple[list[int], list[int]]:
+    def _chat(
+        self, example: dict, origin: str, images: tuple[RowImage, ...], videos: tuple[RowVideo, ...]
+    ) -> tuple[list[int], list[int]]:
         """Prompt and response of a chat: what the template renders up to the generation prompt, and what follows it.
 
         Both are rendered by ``apply_chat_template`` with the row's own tools and template variables.
@@ -172,9 +192,10 @@ class Tokeniser:
         messages = example["messages"]
         if len(messages) == 1:
             return [], []
-        # The tokenizer picks among named templates itself; the processor's goes with images, or where it alone has one.
+        # The tokenizer picks among named templates itself; the processor's goes with what is shown, or where it alone
+        # has one.
         template = None
-        if images or (self.vision is not None and not self.tokenizer.chat_template):
+        if images or videos or (self.vision is not None and not self.tokenizer.chat_template):
             template = self.vision.chat_template
         if not (template or self.tokenizer.chat_template):
             raise InputError(
@@ -212,8 +233,8 @@ class Tokeniser:
         if full_ids[: len(prompt_ids)] != prompt_ids:
             # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
             response = self._ids(full[len(prompt) :])
-        if images:  # a placeholder is a token of its own, so expanding it moves no split
-            prompt_ids = self.vision.encode(prompt, images, origin, special=False)
+        if images or videos:  # a placeholder is a token of its own, so expanding it moves no split
+            prompt_ids = self.vision.encode(prompt, images, videos, origin, special=False)
         # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
         return prompt_ids, list(until_end(response, self.ends))
 
@@ -227,6 +248,12 @@ class Tokeniser:
         split = earliest + hash63(text) % (latest - earliest + 1)
         response = ids[split : min(length, split + self.max_response)]
         return Row(tuple(ids[:split]), tuple(response), origin), None, split + len(response) < len(ids)
+
+
+def _filled(part: dict, entry):
+    """An entry of the list for a part that names nothing, with what the part says about its times."""
+    timing = {key: part[key] for key in TIMING if part.get(key) is not None}
+    return {**timing, VIDEO.name: entry} if timing and part["type"] == VIDEO.name else entry
 
 
 def _has_content(message: dict) -> bool:

@@ -21,6 +21,7 @@ from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.images import RowImage
 from pop_lightning.models import context_length, end_tokens
 from pop_lightning.rows import Row
+from pop_lightning.videos import RowVideo
 
 
 def stream(
@@ -29,6 +30,7 @@ def stream(
     *,
     max_new_tokens: int,
     images: Sequence = (),
+    videos: Sequence = (),
     allow_urls: bool = False,
     full: bool = False,
 ) -> Iterator[tuple[str, float]]:
@@ -36,16 +38,17 @@ def stream(
 
     Args:
         images: shown before the prompt, in a user's turn of the base's chat template: paths, bytes, PIL images or, with
-            ``allow_urls``, URLs. Without images the prompt goes in as it is.
+            ``allow_urls``, URLs. Without images and videos the prompt goes in as it is.
+        videos: shown behind the images: paths, bytes, lists of frames, or URLs.
         full: generate with the unpruned model.
 
     Raises:
-        InputError: no tokenizer, an empty prompt, an image that cannot be read or that the base cannot, or a prompt
-            that leaves no room in the model's context.
+        InputError: no tokenizer, an empty prompt, an image or a video that cannot be read or that the base cannot, or a
+            prompt that leaves no room in the model's context.
     """
     check_prompt(prompt)
     tokenizer = _tokenizer(generator)
-    row = _row(generator, tokenizer, prompt, images, allow_urls)
+    row = _row(generator, tokenizer, prompt, images, videos, allow_urls)
     _check_length(generator, len(row.prompt_ids), max_new_tokens, "--prompt")
     inputs = generator.decoder.inputs(collate([row], tokenizer.pad_token_id, generator.vision))
     streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -76,16 +79,22 @@ def stream(
         raise failure[0]
 
 
-def _row(generator, tokenizer, prompt: str, images: Sequence, allow_urls: bool) -> Row:
-    if not images:
+def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, allow_urls: bool) -> Row:
+    if not images and not videos:
         return Row(tuple(tokenizer(prompt)["input_ids"]), (), "--prompt")
+    flag = "--video" if videos else "--image"
     if generator.vision is None:
-        raise InputError(f"--image was given, and the base ({generator.decoder.name}) reads text alone.")
+        raise InputError(f"{flag} was given, and the base ({generator.decoder.name}) reads text alone.")
     with _named_as_flags():
-        found = tuple(
-            RowImage.of(image, f"--image {number}", allow_urls=allow_urls) for number, image in enumerate(images, 1)
-        )
-        return Row(tuple(generator.vision.ask(prompt, found, "--prompt")), (), "--prompt", found)
+        shown = [
+            tuple(of(each, f"{flag} {number}", allow_urls=allow_urls) for number, each in enumerate(given, 1))
+            for of, flag, given in ((RowImage.of, "--image", images), (RowVideo.of, "--video", videos))
+        ]
+        try:
+            generator.vision.check(*shown)
+        except InputError as error:
+            raise InputError(f"{flag} was given, but {error}") from error
+        return Row(tuple(generator.vision.ask(prompt, *shown, "--prompt")), (), "--prompt", *shown)
 
 
 class _TimedStreamer(TextIteratorStreamer):
@@ -122,7 +131,7 @@ def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> No
 
 @contextmanager
 def _named_as_flags():
-    """Rows and images are read as a recipe's; here the user gave them with flags."""
+    """Rows and what they show are read as a recipe's; here the user gave them with flags."""
     try:
         yield
     except InputError as error:
@@ -145,7 +154,7 @@ def generate_file(
     Args:
         data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
         compare: run the unpruned model as well and say how often both agree.
-        allow_urls: fetch images that rows name by URL.
+        allow_urls: fetch images and videos that rows name by URL.
 
     Returns:
         ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import threading
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -18,10 +19,10 @@ from pop_lightning import InputError, StageAwareGenerator
 from pop_lightning.cli import fit, generate
 from pop_lightning.data import SPLITS, CalibrationData
 from pop_lightning.decoder import Decoder
-from pop_lightning.images import RowImage, VisionProcessor
+from pop_lightning.images import RowImage
 from pop_lightning.models import load_model, load_processor, load_tokenizer
-from pop_lightning.rows import Row
 from pop_lightning.text import generate_file, stream
+from pop_lightning.vision import VisionProcessor
 
 from vision import (
     CLOSE,
@@ -32,9 +33,11 @@ from vision import (
     OPEN,
     PLACEHOLDER,
     VIDEO,
+    VIDEO_PLACEHOLDER,
     build,
     processor,
     save_base,
+    save_frames,
     save_pictures,
     save_rows,
 )
@@ -66,7 +69,7 @@ def picture(path):
 
 def reader(source, family="qwen3_vl", **settings):
     made = processor(family)
-    vision = VisionProcessor(lambda: made, (IMAGE, VIDEO))
+    vision = VisionProcessor(lambda: made, (IMAGE,) if family == "gemma3" else (IMAGE, VIDEO))
     return CalibrationData(source, made.tokenizer, vision=vision, **settings)
 
 
@@ -264,12 +267,12 @@ def test_every_fault_of_an_image_row_is_named_by_its_line(pictures, tmp_path):
         (chat({"type": "image", "url": "https://example.org/a.png"}), r"image 1 is the URL .* nothing is fetched"),
         (chat({"type": "image"}), r"has 1 image parts that name no image, and 0 entries in \"images\""),
         (chat(good) | {"images": ["0.png"]}, r"has 0 image parts that name no image, and 1 entries"),
-        (chat({"type": "video", "path": "a.mp4"}), r"has message parts of type video: text and image are supported"),
+        (chat({"type": "audio", "path": "a.wav"}), r"has message parts of type audio: text, image and video are supp"),
         ({"prompt": "w1", "response": "w2", "images": [good["path"]]}, r"has 1 images, and its prompt .* 0 times"),
         ({"prompt": f"{place} {place}", "response": "w2", "images": [good["path"]]}, r"has 1 images, .* 2 times"),
         ({"prompt": f"w1 {place}", "response": "w2"}, r"has the image token '<\|image_pad\|>' in its text with no"),
         (chat(good, text="w1 <|image_pad|>"), r"has 1 images, and its prompt holds '<\|image_pad\|>' 2 times"),
-        (chat(good, text="w1 <|video_pad|>"), r"has 1 images, .* 1 times and 1 image tokens besides"),
+        (chat(good, text="w1 <|video_pad|>"), r"has 0 videos, and its prompt holds '<\|video_pad\|>' 1 times"),
         (chat(good, answer="<|image_pad|>"), r"has the image token '<\|image_pad\|>' in its text with no image"),
     ]  # fmt: skip
     for row, message in cases:
@@ -280,7 +283,7 @@ def test_every_fault_of_an_image_row_is_named_by_its_line(pictures, tmp_path):
 
 def test_a_soft_token_beside_gemmas_images_is_a_mismatch(pictures, tmp_path):
     row = chat(picture(pictures / "0.png"), text="w1 <image_soft_token>")
-    with pytest.raises(InputError, match=r"line 1 has 1 images, .* 1 times and 1 image tokens besides"):
+    with pytest.raises(InputError, match=r"line 1 has 1 image tokens in its prompt beside '<start_of_image>'"):
         read(tmp_path / "rows.jsonl", [row], "gemma3")
 
 
@@ -324,10 +327,10 @@ def test_without_a_processor_text_rows_work_and_an_image_row_says_what_is_missin
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def run(request, tmp_path_factory):
-    """A fitted run on rows of which two thirds have images; every kind of stage ran: scoring to training."""
+    """A fitted run on rows with images, for Qwen3-VL with videos besides; every kind of stage ran."""
     folder = tmp_path_factory.mktemp(request.param)
     base = save_base(folder / "base", request.param)
-    data = save_rows(folder / "rows.jsonl")
+    data = save_rows(folder / "rows.jsonl", videos=request.param == "qwen3_vl")
     changes = {"projection__kind": "full", "projection__steps": 3, "data__limit": 48}
     assert fit.main(arguments(base, data, folder / "run", **changes)) == 0
     return request.param, folder
@@ -351,14 +354,16 @@ def test_pop_fit_scores_fits_trains_and_exports_on_rows_with_images(run):
 
 
 def test_a_file_of_rows_with_images_is_answered_by_both_models(run):
-    _, folder = run
+    family, folder = run
     generator = StageAwareGenerator.from_artifact(folder / "run" / "artifact")
     summary = generate_file(generator, str(folder / "rows.jsonl"), folder / "out.jsonl", max_new_tokens=4, compare=True)
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert summary["rows"] == len(records) == 60
     data = CalibrationData(folder / "rows.jsonl", generator.tokenizer, vision=generator.vision)
-    for row, record in list(zip(data.read_rows(), records, strict=True))[:9]:
-        inputs = generator.decoder.inputs(data.batch([Row(row.prompt_ids, (), row.origin, row.images)]))
+    rows = data.read_rows()
+    assert {bool(row.videos) for row in rows[:9]} == ({False} if family == "gemma3" else {True, False})
+    for row, record in list(zip(rows, records, strict=True))[:9]:
+        inputs = generator.decoder.inputs(data.batch([replace(row, response_ids=())]))
         with generator.full_model():
             expected = {"full_generated": generator.generate(**inputs, max_new_tokens=4, do_sample=False)}
         expected["generated"] = generator.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -413,16 +418,18 @@ def test_pop_generate_refuses_what_does_not_fit_in_one_sentence(run, tmp_path, c
         assert "Traceback" not in message
 
 
-def test_prompts_alone_are_answered_by_the_full_model_with_their_images(tmp_path):
+def test_prompts_alone_are_answered_by_the_full_model_with_their_images_and_videos(tmp_path):
     base = save_base(tmp_path / "base", "qwen3_vl")
-    names = save_pictures(tmp_path / "pictures")
+    names, frames = save_pictures(tmp_path / "pictures"), save_frames(tmp_path / "pictures")
     place = PLACEHOLDER["qwen3_vl"]
     rows = []
     for number in range(40):
         images = [f"pictures/{names[number % PICTURES]}"] * (number % 2)
-        rows.append({"prompt": f"w{number + 3} {place * len(images)}".strip(), "images": images})
+        videos = [[f"pictures/{frames[(number + each) % 8]}" for each in range(3)]] * (number % 4 > 1)
+        text = f"w{number + 3} {VIDEO_PLACEHOLDER * len(videos)} {place * len(images)}".strip()
+        rows.append({"prompt": text, "images": images, "videos": videos})
     data = write(tmp_path / "rows.jsonl", rows)
-    # The prompts end in an image's closing token: with boundary 3 the boundary begins inside the image.
+    # Most prompts end in the closing token of an image or a frame: with boundary 3 the boundary begins inside it.
     changes = {"boundary": 3, "projection__kind": "closed_form", "data__max_response_tokens": 4}
     assert fit.main(arguments(base, data, tmp_path / "run", **changes)) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -1,14 +1,16 @@
-"""Tiny random models that read images, prompts with images, the slow plain references, and bases saved in folders."""
+"""Tiny random models that read images and videos, prompts with some, the slow plain references, bases in folders."""
 
 import json
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoProcessor,
+    BatchFeature,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
@@ -22,6 +24,8 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.processing_utils import VideosKwargs
+from transformers.video_utils import default_sample_indices_fn
 
 from families import COMMON, SLIDING, WINDOW
 
@@ -312,36 +316,80 @@ SPECIAL = {
     "qwen3_vl": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"],
 }
 PLACEHOLDER = {"gemma3": "<start_of_image>", "qwen3_vl": "<|vision_start|> <|image_pad|> <|vision_end|>"}
+VIDEO_PLACEHOLDER = "<|vision_start|> <|video_pad|> <|vision_end|>"
+TIMES = [
+    "<0.0",
+    "<0.2",
+    "<0.5",
+    "<1.0",
+    "<2.0",
+    "seconds>",
+]  # the last words of text: all other times are unknown words
 
 
-class ImagesOnlyQwen3VLProcessor(Qwen3VLProcessor):
-    """Qwen3-VL's processor without its part for videos, which needs torchvision."""
+class SmallVideoProcessor:
+    """What Qwen3-VL's own, which needs torchvision, yields of frames whose sides are multiples of 8; others are cut."""
+
+    patch_size, temporal_patch_size, merge_size = 4, 2, 2
+    do_sample_frames, fps, num_frames = True, 2, None
+    valid_kwargs = VideosKwargs
+
+    def sample_frames(self, metadata, num_frames=None, fps=None, **settings):
+        return default_sample_indices_fn(metadata, num_frames, fps)
+
+    def __call__(self, videos, video_metadata, do_sample_frames, **settings):
+        assert not do_sample_frames  # files are sampled when they are read
+        patches, grids = [], []
+        for frames in videos:
+            frames = torch.as_tensor(np.asarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            if frames.shape[0] % 2:
+                frames = torch.cat([frames, frames[-1:]])
+            height, width = (side // 8 * 2 for side in frames.shape[2:])
+            frames = frames[:, :, : 4 * height, : 4 * width]
+            if not frames.numel():
+                raise ValueError(f"frames of {frames.shape[2]}x{frames.shape[3]} are too small")
+            parts = frames.reshape(-1, 2, 3, height // 2, 2, 4, width // 2, 2, 4)
+            grids.append([len(parts), height, width])
+            patches.append(parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 4 * 4))
+        found = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
+        return BatchFeature(found | {"video_metadata": video_metadata})
+
+
+class SmallQwen3VLProcessor(Qwen3VLProcessor):
+    """Qwen3-VL's processor with the small part for videos."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         self.image_token, self.video_token = SPECIAL["qwen3_vl"][1], SPECIAL["qwen3_vl"][3]
         self.image_token_id, self.video_token_id = IMAGE, VIDEO
+        self.vision_start_token, self.vision_end_token = SPECIAL["qwen3_vl"][0], SPECIAL["qwen3_vl"][2]
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
+    @property
+    def video_processor(self):
+        return SmallVideoProcessor()
 
-class ImagesOnlyQwen3VLConfig(Qwen3VLConfig):
+
+class SmallQwen3VLConfig(Qwen3VLConfig):
     """A key to register the processor under; AutoProcessor finds it by its name in the saved folder."""
 
 
-AutoProcessor.register(ImagesOnlyQwen3VLConfig, ImagesOnlyQwen3VLProcessor)
+AutoProcessor.register(SmallQwen3VLConfig, SmallQwen3VLProcessor)
 
 
 def template(family):
-    """A chat template with image parts, as the real ones have them."""
+    """A chat template with parts for images and videos, as the real ones have them."""
     return (
         "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}"
         "{% if m.content is string %}{{ m.content }} {% else %}{% for p in m.content %}"
-        "{{ '" + PLACEHOLDER[family] + " ' if p.type == 'image' else p.text + ' ' }}{% endfor %}{% endif %}"
+        "{{ '" + PLACEHOLDER[family] + " ' if p.type == 'image' else '" + VIDEO_PLACEHOLDER + " ' if p.type == 'video'"
+        " else p.text + ' ' }}{% endfor %}{% endif %}"
         "{{ '<eos> ' if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
     )
 
 
 def processor(family):
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *[f"w{i}" for i in range(WORDS - 4)], *SPECIAL[family]]
+    text = [f"w{i}" for i in range(WORDS - 4 - len(TIMES))] + TIMES
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *text, *SPECIAL[family]]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     extra = {"boi_token": words[OPEN], "image_token": words[IMAGE], "eoi_token": words[CLOSE]}
@@ -359,7 +407,7 @@ def processor(family):
         pixels = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
         return Gemma3Processor(pixels, tokenizer, chat_template=template(family), image_seq_length=4)
     pixels = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=512)
-    return ImagesOnlyQwen3VLProcessor(pixels, tokenizer, chat_template=template(family))
+    return SmallQwen3VLProcessor(pixels, tokenizer, chat_template=template(family))
 
 
 def save_base(folder, family, model=None):
@@ -381,17 +429,34 @@ def save_pictures(folder, count=6, seed=0):
     return names
 
 
-def save_rows(path, rows=60, seed=0):
-    """Chats, every third one of text alone, the others with one or two images (``pictures/``) in their first turn."""
+def save_frames(folder, count=8, seed=0, size=(16, 24)):
+    """Frames of one size; their file names."""
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"frame{number}.png" for number in range(count)]
+    for name in names:
+        pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / name)
+    return names
+
+
+def save_rows(path, rows=60, seed=0, videos=False):
+    """Chats, every third one of text alone, the others with one or two images (``pictures/``) in their first turn.
+
+    With ``videos`` every fifth chat shows one besides, of two to four frames."""
     names = save_pictures(path.parent / "pictures", seed=seed)
+    frames = save_frames(path.parent / "pictures", seed=seed) if videos else []
     rng = random.Random(seed)
     lines = []
     for number in range(rows):
         said = [" ".join(f"w{rng.randrange(3, 80)}" for _ in range(rng.randint(2, 12))) for _ in range(2)]
         parts = [{"type": "image", "path": f"pictures/{rng.choice(names)}"} for _ in range(number % 3)]
+        if videos and number % 5 == 0:
+            shown = [f"pictures/{name}" for name in rng.sample(frames, rng.randint(2, 4))]
+            parts.insert(rng.randint(0, len(parts)), {"type": "video", "video": shown, "fps": 2})
         parts.insert(rng.randint(0, len(parts)), {"type": "text", "text": said[0]})
         answer = " ".join(f"w{rng.randrange(3, 80)}" for _ in range(rng.randint(1, 4)))
-        messages = [{"role": "user", "content": parts if number % 3 else said[0]}]
+        messages = [{"role": "user", "content": parts if len(parts) > 1 else said[0]}]
         if number % 4 == 1:  # two turns, the images in the first
             messages += [{"role": "assistant", "content": said[1]}, {"role": "user", "content": said[0]}]
         lines.append(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}))

@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--data", help="generate for every row of a JSON Lines file")
     what.add_argument("--benchmark", action="store_true", help="time plain and pruned prefill side by side")
     parser.add_argument("--image", action="append", help="with --prompt: an image file to show first; may be repeated")
-    parser.add_argument("--allow_urls", action="store_true", help="fetch images that are named by URL")
+    parser.add_argument("--video", action="append", help="with --prompt: a video file to show first; may be repeated")
+    parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
     parser.add_argument("--output", help="with --data: the JSON Lines file to write; with --benchmark: a folder")
     parser.add_argument("--compare", action="store_true", help="with --data: run the unpruned model as well")
     parser.add_argument("--full", action="store_true", help="with --prompt: generate with the unpruned model")
@@ -88,7 +89,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name in ("compare", "full"):
         if getattr(arguments, name):
             raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
-    for name in ("image", "allow_urls"):
+    for name in ("image", "video", "allow_urls"):
         if getattr(arguments, name):
             raise InputError(f"--{name} does not go with --benchmark, which measures prompts of text.")
     if arguments.overwrite:
@@ -127,12 +128,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("--data needs --output: the JSON Lines file to write.")
     if arguments.prompt is not None and arguments.overwrite:
         raise InputError("--overwrite goes with --data and --output; with --prompt, the answer is printed.")
-    if arguments.prompt is not None and arguments.allow_urls and not arguments.image:
-        raise InputError("--allow_urls goes with --image or --data; found neither.")
+    if arguments.prompt is not None and arguments.allow_urls and not (arguments.image or arguments.video):
+        raise InputError("--allow_urls goes with --image, --video or --data; found none of them.")
     if arguments.data is not None and arguments.full:
         raise InputError("--full goes with --prompt; with --data, --compare runs the unpruned model as well.")
-    if arguments.data is not None and arguments.image:
-        raise InputError("--image goes with --prompt; with --data, rows name their images themselves.")
+    for name in ("image", "video"):
+        if arguments.data is not None and getattr(arguments, name):
+            raise InputError(f"--{name} goes with --prompt; with --data, rows name their {name}s themselves.")
     if arguments.prompt is not None and arguments.compare:
         raise InputError("--compare goes with --data; with --prompt, --full runs the unpruned model.")
     for name in ("max_new_tokens", "batch_size"):
@@ -170,6 +172,7 @@ def _answer(arguments: argparse.Namespace, device) -> int:
             arguments.prompt,
             max_new_tokens=arguments.max_new_tokens,
             images=arguments.image or (),
+            videos=arguments.video or (),
             allow_urls=arguments.allow_urls,
             full=arguments.full,
         )
