@@ -80,13 +80,13 @@ def bytes_needed(shape: Shape, depth: int, grouping: str, objectives: Sequence[s
 def group_bytes(
     shape: Shape, depths: Sequence[int], grouping: str, ridges: int, objectives: Sequence[str] = DEFAULT
 ) -> int:
-    """The most that a pass over ``depths`` and the choice that follows hold: the sums of all of them, and the maps of
-    every option of one. A depth's sums are dropped once its options are made, and they are larger than what is kept
-    of those.
+    """The most that a pass over ``depths`` and the choice that follows hold: of all of them the sums and the maps that
+    they are pulled toward, of one the maps of all its options. What a depth leaves behind once its options are made is
+    smaller than the sums that it gives back.
     """
     options = 1 + ridges * len(collected(grouping, objectives))
-    layers = max(shape.layers - depth for depth in depths)
-    maps = options * layers * 2 * shape.kv_dim * (shape.hidden + 1) * shape.itemsize
+    layers = [shape.layers - depth for depth in depths]
+    maps = 2 * shape.kv_dim * (shape.hidden + 1) * shape.itemsize * (sum(layers) + options * max(layers))
     return maps + sum(bytes_needed(shape, depth, grouping, objectives) for depth in depths)
 
 
@@ -120,7 +120,29 @@ def passes(
     return groups
 
 
-class ClosedFormFit(lightning.LightningModule):
+class _Regressions(lightning.LightningModule):
+    """What both passes hold for every depth: running sums, and the reuse maps that solutions are pulled toward."""
+
+    def __init__(self, decoder: Decoder, depths: Iterable[int], boundary: int, grouping: str, queries: int):
+        super().__init__()
+        self.decoder, self.boundary, self.grouping, self.queries = decoder, boundary, grouping, queries
+        self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in depths}
+        self.sums = _Sums()
+
+    def on_validation_epoch_end(self) -> None:
+        self.sums.add_up()
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes + sum(each.nbytes for each in self.reuse.values())
+
+    def drop(self, depth: int) -> None:
+        """Give back what is held for a depth that is solved."""
+        self.sums.drop(depth)
+        del self.reuse[depth]
+
+
+class ClosedFormFit(_Regressions):
     """Collect the sums of the regressions in one ``validate`` pass; then :meth:`solve` gives projections.
 
     Sums are kept in float64, products are float32; :func:`bytes_needed` states their memory.
@@ -147,12 +169,9 @@ class ClosedFormFit(lightning.LightningModule):
         queries: int = 24,
         objectives: Sequence[str] = DEFAULT,
     ):
-        super().__init__()
-        self.decoder, self.depths, self.boundary = decoder, list(depths), boundary
-        self.grouping, self.queries = grouping, queries
+        super().__init__(decoder, depths, boundary, grouping, queries)
+        self.depths = list(depths)
         self.objectives = collected(grouping, objectives)
-        self.reuse = {depth: _plain_tensors(KVProjections(decoder, depth)) for depth in self.depths}
-        self.sums = Sums()
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -199,9 +218,6 @@ class ClosedFormFit(lightning.LightningModule):
                     if depth < layer:
                         self.sums.add_cross(("token", depth), layer, targets, weighted[depth])
 
-    def on_validation_epoch_end(self) -> None:
-        self.sums.add_up()
-
     def _add_keys(self, depth: int, layer: int, n: Tensor, targets: Tensor, weights: Tensor) -> None:
         weighted = n * weights.unsqueeze(-1)
         self.sums.add_gram(("keys", depth, layer), weighted, n)
@@ -227,7 +243,7 @@ class ClosedFormFit(lightning.LightningModule):
         return KVProjections(self.decoder, depth).replace(maps, "closed_form")
 
 
-class ValueRefit(lightning.LightningModule):
+class ValueRefit(_Regressions):
     """The second pass: refit the values for the attention that the pruned model's own queries pay.
 
     The pruned model's queries and keys differ a little from the full model's, so its attention does too. Keys stay;
@@ -248,12 +264,8 @@ class ValueRefit(lightning.LightningModule):
         grouping: str = "head",
         queries: int = 24,
     ):
-        super().__init__()
-        self.starts, self.boundary, self.queries = dict(starts), boundary, queries
-        self.decoder = next(iter(self.starts.values())).decoder
-        self.grouping = grouping
-        self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in self.starts}
-        self.sums = Sums()
+        super().__init__(next(iter(starts.values())).decoder, starts, boundary, grouping, queries)
+        self.starts = dict(starts)
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -281,9 +293,6 @@ class ValueRefit(lightning.LightningModule):
                 asked = _Asked(seen, layer, kv, self.queries, rows)
                 rest = wanted[layer] - asked.read(slice(context, None), every)
                 _add_values(self.sums, depth, layer, asked, self.grouping, _with_one(n), rest)
-
-    def on_validation_epoch_end(self) -> None:
-        self.sums.add_up()
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
         """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
@@ -421,7 +430,7 @@ class _Asked:
 
 
 def _add_values(
-    sums: "Sums", depth: int, layer: int, asked: _Asked, grouping: str, normed: Tensor, wanted: Tensor
+    sums: "_Sums", depth: int, layer: int, asked: _Asked, grouping: str, normed: Tensor, wanted: Tensor
 ) -> None:
     """Add the pooled regressions of one (depth, layer): inputs ``sum_t a_qt n_t``, targets ``wanted``.
 
@@ -440,12 +449,12 @@ def _add_values(
         sums.add_cross(name, layer, targets.flatten(0, 3), pooled)
 
 
-def _solve_values(sums: "Sums", depth: int, layer: int, reuse: Tensor, groups: int, ridge: float) -> Tensor:
+def _solve_values(sums: "_Sums", depth: int, layer: int, reuse: Tensor, groups: int, ridge: float) -> Tensor:
     parts = enumerate(reuse.chunk(groups))
     return torch.cat([sums.solve(("values", depth, layer, group), layer, part, ridge) for group, part in parts])
 
 
-class Sums:
+class _Sums:
     """Running Gram and cross matrices by name, float64, and the ridge solution toward a prior.
 
     Gram matrices are symmetric: of each the lower triangle is kept, row after row.

@@ -20,7 +20,6 @@ from pop_lightning.closed_form import (
     DEFAULT,
     ClosedFormFit,
     Shape,
-    Sums,
     ValueRefit,
     bytes_needed,
     choose_grouping,
@@ -46,6 +45,14 @@ class FittedDepth:
     depth: int
     options: dict[Option, KVProjections]
     kl: dict[Option, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.options.values())
+
+    def fits(self, objective: str) -> bool:
+        """Whether ``objective`` is among the options."""
+        return any(name == objective for name, _ in self.kl)
 
     def best(self, *objectives: str) -> Option:
         """The option of least held-out KL, among ``objectives`` where some are named."""
@@ -86,44 +93,53 @@ def closed_form(
     Raises:
         InputError: one depth does not fit in ``memory``.
     """
-    shape, depths, number_of_ridges = Shape.of(decoder), list(depths), len(ridges)
+    shape, depths = Shape.of(decoder), list(depths)
     if grouping == "auto":
-        grouping = choose_grouping(shape, depths, memory, number_of_ridges, objectives)
+        grouping = choose_grouping(shape, depths, memory, len(ridges), objectives)
     chooser = _Chooser(decoder, boundary, tune_rows, validate, memory)
-    groups = passes(shape, depths, grouping, memory, number_of_ridges, objectives)
-    for number, group in enumerate(groups, 1):
+    groups = passes(shape, depths, grouping, memory, len(ridges), objectives)
+
+    def first_pass(number: int, group: list[int]) -> list[FittedDepth]:
+        fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
         needed = sum(bytes_needed(shape, depth, grouping, objectives) for depth in group)
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
-        fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
         validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
-        found = {depth: FittedDepth(depth, {}) for depth in group}
-        for depth, fitted in found.items():
+        found = [FittedDepth(depth, {}) for depth in group]
+        for fitted in found:
+            depth = fitted.depth
             options = {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")}
             if depth < decoder.num_layers - 1:
                 options |= {(name, each): fit.solve(depth, each, name) for name in fit.objectives for each in ridges}
-            fit.sums.drop(depth)
-            chooser.add(fitted, options, fit.sums)
+            fit.drop(depth)
+            chooser.add(fitted, options, beside=fit.nbytes + sum(each.nbytes for each in found))
         chooser.measure()
-        attention = "attention" in fit.objectives
-        del fit, options  # they make room for the second pass
-        starts = {depth: each for depth, each in found.items() if depth < decoder.num_layers - 1}
-        if refit and attention and starts:
-            best = {depth: each.options[each.best("attention")] for depth, each in starts.items()}
-            second = ValueRefit(best, boundary, grouping=grouping, queries=queries)
-            validate("closed form, second pass", second, fit_rows)
-            for depth, fitted in starts.items():
-                options = {("refit", each): second.solve(depth, each) for each in ridges}
-                second.sums.drop(depth)
-                chooser.add(fitted, options, second.sums)
-            chooser.measure()
-            del second
-        yield from found.values()
+        return found
+
+    def second_pass(found: list[FittedDepth]) -> None:
+        starts = {each.depth: each.options[each.best("attention")] for each in found if each.fits("attention")}
+        if not starts:
+            return
+        second = ValueRefit(starts, boundary, grouping=grouping, queries=queries)
+        validate("closed form, second pass", second, fit_rows)
+        for fitted in found:
+            if fitted.depth in starts:
+                options = {("refit", each): second.solve(fitted.depth, each) for each in ridges}
+                second.drop(fitted.depth)
+                chooser.add(fitted, options, beside=second.nbytes + sum(each.nbytes for each in found))
+        chooser.measure()
+
+    for number, group in enumerate(groups, 1):
+        found = first_pass(number, group)
+        if refit:
+            second_pass(found)
+        while found:  # what was taken is not held here through the next pass
+            yield found.pop(0)
 
 
 class _Chooser:
     """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
 
-    Options wait until those of another depth and the sums that are left would take more than ``memory`` bytes.
+    Options wait until those of another depth, and what is held beside them, would take more than ``memory`` bytes.
     """
 
     def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, memory: int):
@@ -131,9 +147,9 @@ class _Chooser:
         self.memory, self.held = memory, 0
         self.waiting: list[tuple[FittedDepth, dict[Option, KVProjections]]] = []
 
-    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections], sums: Sums) -> None:
-        needed = sum(tensor.nbytes for each in options.values() for tensor in each.parameters())
-        if self.waiting and self.held + needed + sums.nbytes > self.memory:
+    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections], beside: int) -> None:
+        needed = sum(each.nbytes for each in options.values())
+        if self.waiting and self.held + needed + beside > self.memory:
             self.measure()
         self.waiting.append((fitted, options))
         self.held += needed

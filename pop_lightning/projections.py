@@ -75,6 +75,10 @@ class KVProjections(nn.Module):
         self.requires_grad_(False)
 
     @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.parameters())
+
+    @property
     def fitted_layers(self) -> range:
         """The layers whose maps can differ from reuse: all pruned ones but the first, which sees its true input."""
         return range(self.depth + 1, self.decoder.num_layers)

@@ -189,7 +189,7 @@ class _Seed:
         for each in fitted:
             variants[each.depth, "reuse"] = each.options["reuse", None]
             for objective in (*OBJECTIVES, "refit"):
-                if any(name == objective for name, _ in each.kl):
+                if each.fits(objective):
                     variants[each.depth, f"closed form: {objective}"] = each.options[each.best(objective)]
             variants[each.depth, "closed form"] = each.options[each.best()]
         if rates:
