@@ -246,9 +246,12 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: in
 
 
 def from_config(
-    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str = "sdpa"
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A frozen model in eval mode with random weights; on the meta device a shape alone."""
+    """A frozen model in eval mode with random weights; on the meta device a shape alone.
+
+    ``attn_implementation`` is Transformers' own choice unless given (sdpa where the family has it).
+    """
     with device:
         model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     return model.eval().requires_grad_(False)
