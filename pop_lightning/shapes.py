@@ -21,7 +21,7 @@ from transformers import (
 
 from pop_lightning.errors import InputError
 from pop_lightning.memory import device_bytes
-from pop_lightning.models import auto_class
+from pop_lightning.models import auto_class, check_attention
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -253,7 +253,11 @@ def from_config(
     ``attn_implementation`` is Transformers' own choice unless given (sdpa where the family has it).
     """
     with device:
-        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        try:
+            model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        except (ValueError, ImportError) as error:
+            check_attention(f"a base of type {config.model_type}", attn_implementation, error)
+            raise
     return model.eval().requires_grad_(False)
 
 
