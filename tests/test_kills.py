@@ -13,10 +13,10 @@ import time
 
 import psutil
 import pytest
-from ranked import ODD, TENSORS, Runs, prepare, read
 
 from pop_lightning.cli import fit
 
+from ranked import ODD, TENSORS, Runs, prepare, read
 from workbench import arguments, save_rows
 
 SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**32))

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from ranked import TENSORS, Runs, assert_same_run, losses, prepare, read
 
 from pop_lightning import StageAwareGenerator, pipeline, strategies
 from pop_lightning.cli import fit
@@ -22,6 +21,7 @@ from pop_lightning.files import replace_folder, restore_folder
 from pop_lightning.recipe import parse
 from pop_lightning.trainers import Trainers
 
+from ranked import TENSORS, Runs, assert_same_run, losses, prepare, read
 from workbench import save_base, save_rows, snapshot
 
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -253,6 +253,26 @@ def test_a_run_killed_while_it_opened_its_folder_is_resumed(runs, tmp_path):
     recipe = parse([*runs.command(output, "one"), "--resume"]).recipe
     pipeline.RunFolder(recipe, resume=True)
     assert (output / "recipe.yaml").is_file()
+    for name in ("state/.4711.search.json", ".12.report.html"):
+        (output / name).write_text("half of a")
+    pipeline.RunFolder(recipe, resume=True)
+    assert set(snapshot(output)) == {"recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tasks", "nodes"), [("auto", 2, 2), ("ddp", 2, 2), ("ddp", 4, 2), ("deepspeed_stage_3", 1, 1)]
+)
+def test_another_number_of_processes_than_the_recipe_names_is_refused(
+    runs, tmp_path, monkeypatch, strategy, tasks, nodes
+):
+    given = {"NTASKS": tasks, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "pop"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    devices = 2 if strategy == "deepspeed_stage_3" else 1
+    changes = {"trainer__strategy": strategy, "trainer__devices": devices}
+    recipe = parse(runs.command(tmp_path, "one", **changes)).recipe
+    with pytest.raises(InputError, match=rf"trainer.devices {devices} .*{tasks} processes were started"):
+        Trainers(recipe)
 
 
 @pytest.mark.parametrize(
