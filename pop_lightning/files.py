@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether ``path`` has the name that :func:`write_whole` gives a file until it is complete."""
+    return re.match(r"\.\d+\..", path.name) is not None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed inside :func:`write_whole` left in ``folder``, however deep."""
+    for path in [*folder.rglob(".*")]:
+        if is_unfinished(path) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from transformers.utils.logging import disable_progress_bar
 
 from pop_lightning import ranks
@@ -24,6 +25,39 @@ from pop_lightning.recipe import Recipe
 
 GRACE = 10.0  # seconds that a process has to end by itself after another one ended badly
 _PARENT = "POP_LIGHTNING_PARENT"
+
+
+def check_number(strategy: Strategy) -> None:
+    """Refuse a run that torchrun or a cluster started as another number of processes than the recipe names.
+
+    Each of them would take itself for the whole run, or wait for others that never come.
+
+    Raises:
+        InputError: the numbers differ.
+    """
+    if isinstance(strategy, DDPStrategy):
+        environment, devices, nodes = strategy.cluster_environment, strategy.num_processes, strategy.num_nodes
+        if not environment.creates_processes_externally:
+            return
+    else:
+        environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+        if environment is None:
+            return
+        devices = nodes = 1
+    problem = None
+    if (started := environment.world_size()) != devices * nodes:
+        problem = f"{started} processes were started, the recipe names {devices * nodes}"
+    else:
+        try:
+            environment.validate_settings(num_devices=devices, num_nodes=nodes)
+        except ValueError as error:
+            problem = str(error).rstrip(".")
+    if problem is not None:
+        raise InputError(
+            f"trainer.devices {devices} and trainer.num_nodes {nodes} do not fit how this run was started ({problem}): "
+            "set trainer.num_nodes to the number of nodes, trainer.devices to the processes on each, and, for more "
+            "than one, trainer.strategy to ddp or one of DeepSpeed's."
+        )
 
 
 @contextlib.contextmanager
@@ -42,6 +76,13 @@ def joined(strategy: DDPStrategy, recipe: Recipe):
         if not strategy.cluster_environment.creates_processes_externally:
             children.start(strategy, recipe)
         strategy.setup_environment()
+        children.read_recipe()
+        # DeepSpeed goes by torchrun's names, whoever started the processes.
+        os.environ |= {
+            "RANK": str(ranks.rank()),
+            "LOCAL_RANK": str(strategy.local_rank),
+            "WORLD_SIZE": str(ranks.size()),
+        }
         with contextlib.ExitStack() as stack:
             if not ranks.is_first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -94,6 +135,11 @@ class _Children:
             self.processes.append(subprocess.Popen(command, env=own))
         threading.Thread(target=self._watch, daemon=True, name="watch over processes").start()
 
+    def read_recipe(self) -> None:
+        """They have joined, so they have read the copy of the recipe: nothing of it stays if this one is killed."""
+        if self.folder is not None:
+            self.folder.cleanup()
+
     def _watch(self) -> None:
         while not self.ended.wait(0.5):
             failed = next((process for process in self.processes if process.poll()), None)
@@ -127,15 +173,18 @@ class _Children:
 
 
 def _end_with_parent() -> None:
-    """In a process that :class:`_Children` started: end as soon as the one that started it is gone."""
-    parent = os.environ.get(_PARENT)
-    if parent is None:
+    """In a process that :class:`_Children` or torchrun started: end as soon as the one that started it is gone."""
+    if _PARENT in os.environ:
+        parent = int(os.environ[_PARENT])
+    elif TorchElasticEnvironment.detect():
+        parent = os.getppid()  # without its agent it would go on, beside the run that is resumed
+    else:
         return
 
     def watch() -> None:
         while True:
             time.sleep(0.5)
-            if os.getppid() != int(parent):
+            if os.getppid() != parent:
                 os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch over the first process").start()

@@ -65,16 +65,21 @@ def load_model(
             raise
         raise InputError(f"model.base {name!r} cannot be loaded like this: {_first_sentence(error)}") from error
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if attn_implementation is not None and "attn_implementation" in str(error):
-            raise InputError(
-                f"model.base {name!r} does not run with model.attn_implementation {attn_implementation!r}: set it to "
-                f"'eager' ({_first_sentence(error)})"
-            ) from error
+        check_attention(f"model.base {name!r}", attn_implementation, error)
         raise InputError(
             f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
             f"was expected): {_first_sentence(error)}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def check_attention(what: str, attn_implementation: str | None, error: Exception) -> None:
+    """Raise :class:`InputError` where Transformers' ``error`` refuses an attention that the user named."""
+    if attn_implementation is not None and "attn_implementation" in str(error):
+        raise InputError(
+            f"{what} does not run with model.attn_implementation {attn_implementation!r}: leave it out, or set it to "
+            f"'eager' ({_first_sentence(error)})"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> type:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class ToldByFirst(InputError):
-    """An :class:`InputError` of the first process, raised on the others so that all stop together."""
+    """An :class:`InputError` that the first process tells, raised on the others so that all stop together."""
 
 
 def rank() -> int:
@@ -97,11 +97,28 @@ def first_then_others(compute: Callable[[], T]) -> T:
     """Run ``compute`` on every process, the first one ahead: what it downloads or caches is there for the others.
 
     Raises:
-        InputError: on every process, where the first one raised it.
+        InputError: on every process, where one of them raised it: another node may lack what the first one has.
     """
     found: list = []
     from_first(lambda: found.append(compute()))
-    return found[0] if found else compute()
+    problem = None
+    if not found:
+        try:
+            found.append(compute())
+        except InputError as error:
+            problem = str(error)
+    stop_together(problem)
+    return found[0]
+
+
+def stop_together(problem: str | None) -> None:
+    """Raise :class:`InputError` on every process where one has a ``problem``; the first one tells the user."""
+    problems = gather(problem)
+    found = next((number for number, each in enumerate(problems) if each is not None), None)
+    if found is not None:
+        where = f" (on process {found})" if found else ""
+        text = problems[found].rstrip(".") + where + "."
+        raise InputError(text) if is_first() else ToldByFirst(text)
 
 
 # --- parameters that DeepSpeed ZeRO-3 keeps in shards ---------------------------------------------------------------

@@ -56,7 +56,7 @@ class Model:
     base: str = ""  # required; parse() says so in a sentence
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None  # Transformers' own choice
     trust_remote_code: bool = False
     device_map: str | dict | None = None
 
@@ -267,9 +267,9 @@ def _problems(recipe: Recipe) -> list[str]:
             for source in sources or [""]
         ),
         ("output", recipe.output, "a folder"),
-        ("model.attn_implementation", model.attn_implementation, "a name such as sdpa"),
+        ("model.attn_implementation", model.attn_implementation, "a name such as sdpa, or null"),
     ):
-        if not text.strip():
+        if text is not None and not text.strip():
             problems.append(f"{key} is required: expected {what}, found nothing")
     least = {
         "seed": (recipe.seed, 0),

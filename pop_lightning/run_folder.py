@@ -17,7 +17,7 @@ import safetensors.torch
 from pop_lightning import ranks
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
-from pop_lightning.files import write_json, write_whole
+from pop_lightning.files import is_unfinished, remove_unfinished, write_json, write_whole
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import Recipe
 from pop_lightning.selection import Choice
@@ -34,12 +34,14 @@ class RunFolder:
         self.root = Path(recipe.output)
         self.state = self.root / "state"
         ranks.from_first(lambda: self._open(recipe, resume, overwrite))
-        blind = [rank for rank, seen in enumerate(ranks.gather((self.root / "recipe.yaml").is_file())) if not seen]
-        if blind:
-            raise InputError(
-                f"output {self.root} is not seen by process {blind[0]}: it must lie on a file system that every node "
-                "mounts; choose another with --output."
-            )
+        with self.undone_on_bad_input():
+            problem = None
+            if not (self.root / "recipe.yaml").is_file():
+                problem = (
+                    f"output {self.root} does not show what the first process wrote there: it must lie on a file "
+                    "system that every node mounts; choose another with --output"
+                )
+            ranks.stop_together(problem)
 
     def _open(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
@@ -56,6 +58,7 @@ class RunFolder:
                 )
         try:
             self.state.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.root)
             write_whole(stored, recipe.save)
         except OSError as error:
             raise InputError(
@@ -73,7 +76,7 @@ class RunFolder:
     def _blank(self) -> bool:
         """Whether nothing stands here but what a run that was killed while opening the folder left."""
         return all(
-            path == self.state or (path.name.startswith(".") and path.name.endswith(".recipe.yaml"))
+            path == self.state or (is_unfinished(path) and path.name.endswith(".recipe.yaml"))
             for path in self.root.rglob("*")
         )
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from pop_lightning.errors import InputError
 from pop_lightning.memory import device_bytes
-from pop_lightning.models import auto_class
+from pop_lightning.models import auto_class, check_attention
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -246,11 +246,18 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: in
 
 
 def from_config(
-    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str = "sdpa"
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A frozen model in eval mode with random weights; on the meta device a shape alone."""
+    """A frozen model in eval mode with random weights; on the meta device a shape alone.
+
+    ``attn_implementation`` is Transformers' own choice unless given (sdpa where the family has it).
+    """
     with device:
-        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        try:
+            model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        except (ValueError, ImportError) as error:
+            check_attention(f"a base of type {config.model_type}", attn_implementation, error)
+            raise
     return model.eval().requires_grad_(False)
 
 

@@ -75,6 +75,7 @@ class Trainers:
         probe = _lightning_trainer(recipe.trainer_arguments() | {"strategy": self._plain})
         self.device: torch.device = probe.strategy.root_device
         self._ranked = probe.strategy if isinstance(probe.strategy, DDPStrategy) else None
+        launch.check_number(probe.strategy)
         if self._ranked:
             check_placement(recipe)
         self._sharded = strategies.ShardedBase(self.strategy) if strategies.shards_base(self.strategy) else None
@@ -96,7 +97,9 @@ class Trainers:
         """The base where the stages run: on this process's device, as ``model.device_map`` says, or in shards."""
         if self._sharded is not None:
             model = self.recipe.model
-            dtype = stored_dtype(model.base, model.dtype, model.revision, model.trust_remote_code)
+            dtype = ranks.first_then_others(
+                lambda: stored_dtype(model.base, model.dtype, model.revision, model.trust_remote_code)
+            )
             return self._sharded.load(load, dtype)
         model = ranks.first_then_others(load)
         return model if self.recipe.model.device_map is not None else model.to(self.device)

@@ -47,6 +47,8 @@ COMMON = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+GEMMA4 = {"sliding_window": WINDOW, "layer_types": SLIDING, "global_head_dim": 16, "num_global_key_value_heads": 1,
+          "attention_k_eq_v": True}  # fmt: skip
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=WINDOW)),
@@ -64,8 +66,14 @@ FAMILIES = {
     # Global layers with heads of another width and number, values made by k_proj, and an input of its own per layer.
     "gemma4": lambda: Gemma4ForCausalLM(
         Gemma4TextConfig(
-            **COMMON, sliding_window=WINDOW, layer_types=SLIDING, global_head_dim=16, num_global_key_value_heads=1,
-            attention_k_eq_v=True, hidden_size_per_layer_input=16, vocab_size_per_layer_input=COMMON["vocab_size"],
+            **COMMON, **GEMMA4, hidden_size_per_layer_input=16, vocab_size_per_layer_input=COMMON["vocab_size"]
+        )
+    ),
+    # The same with experts beside the feed-forward branch of every layer, and without inputs per layer (26B-A4B).
+    "gemma4_moe": lambda: Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **COMMON, **GEMMA4, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
+            moe_intermediate_size=24,
         )
     ),
     # Chunks of WINDOW tokens; the layers without RoPE see everything and sharpen their attention from 5 tokens on.
@@ -103,14 +111,14 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
             torch.nn.init.normal_(parameter, 0.0 if "bias" in name else neutral, 0.2)
         elif parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, 0.0, 0.15)
-        if family == "gemma4" and "k_norm" in name:
+        if family in ("gemma4", "gemma4_moe") and "k_norm" in name:
             parameter.data.mul_(0.25)  # its scores are not scaled: the norms learn it, or attention is all or nothing
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.8)
     model.generation_config.pad_token_id = 0
     model.set_attn_implementation(attention or ATTENTIONS[family][0])
-    if family == "qwen3_moe" and (attention == "eager" or dtype == torch.float64):
+    if family in ("qwen3_moe", "gemma4_moe") and (attention == "eager" or dtype == torch.float64):
         model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
     return model.to(dtype).eval().requires_grad_(False)
 
@@ -121,6 +129,8 @@ def take_all_experts(model):
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "num_experts"):
             module.top_k = module.num_experts
+    if hasattr(model.config, "top_k_experts"):  # Gemma 4's router reads it there at each call
+        model.config.top_k_experts = model.config.num_experts
     return model
 
 

@@ -157,6 +157,16 @@ def test_prompts_without_responses_are_answered_by_the_full_model_once(base, tmp
     assert metrics["comparison"][0]["exact_match"] == 1.0  # the full model agrees with itself
 
 
+def test_a_family_without_sdpa_runs_without_a_word_about_attention(data, tmp_path, capsys):
+    base = save_base(tmp_path / "gemma2", "gemma2")
+    command = arguments(base, data, tmp_path / "run", projection__kind="reuse", budget__candidates=[2])
+    assert fit.main(command) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["depth"] == 2
+    for flag in ("--overwrite", "--check"):
+        assert fit.main([*command, flag, "--model.attn_implementation", "sdpa"]) == 2
+        assert "model.attn_implementation 'sdpa': leave it out" in capsys.readouterr().err
+
+
 def test_an_existing_output_is_refused_resumed_or_replaced(fitted, base, data, tmp_path, capsys):
     output = tmp_path / "run"
     command = arguments(base, data, output)

@@ -153,6 +153,8 @@ PAIRWISE = [
     ("gemma4", "sdpa", "replaced", 1, 4, "ragged", 25),
     ("gemma4", "eager", "reuse", 2, 1, "one", 9),
     ("gemma4", "sdpa", "reuse", 1, 0, "ragged", 8),
+    ("gemma4_moe", "sdpa", "reuse", 1, 4, "ragged", 25),
+    ("gemma4_moe", "eager", "replaced", 2, 1, "one", 9),
     ("llama4", "sdpa", "replaced", 1, 4, "ragged", 25),
     ("llama4", "eager", "reuse", 2, 1, "one", 16),
     ("llama4", "sdpa", "reuse", 1, 32, "ragged", 33),

@@ -1,6 +1,5 @@
 """Several processes against one: real processes, real DeepSpeed, weights really in shards, and runs that are killed."""
 
-import csv
 import json
 import os
 import signal
@@ -17,88 +16,21 @@ import torch
 from pop_lightning import StageAwareGenerator, pipeline, strategies
 from pop_lightning.cli import fit
 from pop_lightning.data import collate, real_rows
-from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.files import replace_folder, restore_folder
-from pop_lightning.models import load_model
-from pop_lightning.projection_training import teacher_trace
 from pop_lightning.recipe import parse
 from pop_lightning.rows import Row
 from pop_lightning.trainers import Trainers
 
-from workbench import arguments, save_base, save_rows, snapshot
+from ranked import TENSORS, Runs, assert_same_run, losses, prepare, read
+from workbench import save_base, save_rows, snapshot
 
-TENSORS = "artifact/kv_projections.safetensors"
-# Odd numbers everywhere: 25 rows to fit, 8 to tune, 17 to search and 33 to verify; no batch divides among two.
-ODD = {
-    "data__batch_size": 6,
-    "importance__rows": 9,
-    "projection__kind": "full",
-    "projection__steps": 6,
-    "projection__batch_size": 7,
-    "projection__checkpoint_every": 2,
-    "projection__kv_match": 0.1,
-    "projection__hidden_match": 0.1,
-    "budget__candidates": [2, 1],
-    "trainer__logger": "lightning.pytorch.loggers.CSVLogger",
-    "trainer__log_every_n_steps": 1,
-}
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A base, rows, and DeepSpeed settings under which even the smallest weight is in shards."""
-    folder = tmp_path_factory.mktemp("ranks")
-    save_base(folder / "base")
-    save_rows(folder / "rows.jsonl", rows=83)
-    nothing_whole = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-    zero = {"stage": 3} | dict.fromkeys(nothing_whole, 0)
-    (folder / "zero3.json").write_text(json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": zero}))
-    return folder
-
-
-class Runs:
-    """Finished runs by strategy, each made once."""
-
-    def __init__(self, work):
-        self.work, self.done = work, {}
-
-    def command(self, output, strategy, **changes):
-        trainer = {} if strategy == "one" else {"trainer__strategy": strategy, "trainer__devices": 2}
-        return arguments(self.work / "base", self.work / "rows.jsonl", output, **{**ODD, **trainer, **changes})
-
-    def environment(self, strategy):
-        extra = {"PL_DEEPSPEED_CONFIG_PATH": str(self.work / "zero3.json")} if strategy.endswith("3") else {}
-        return os.environ | {"OMP_NUM_THREADS": "1", "NOTES": str(self.work)} | extra
-
-    def start(self, command, strategy="one", program=("-m", "pop_lightning.cli.fit")):
-        return subprocess.Popen(
-            [sys.executable, *program, *command],
-            env=self.environment(strategy),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self, process, code=0):
-        out, err = process.communicate(timeout=500)
-        assert process.returncode == code, (process.returncode, out[-2000:], err[-4000:])
-        return out, err
-
-    def __getitem__(self, strategy) -> Path:
-        if strategy not in self.done:
-            output = self.work / strategy
-            if strategy == "one":
-                assert fit.main(self.command(output, strategy)) == 0
-            else:
-                program = ("-m", "pop_lightning.cli.fit")
-                if strategy == "deepspeed_stage_3":
-                    own = str(Path(__file__).with_name("sharded_fit.py"))
-                    program = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", own)
-                self.finish(self.start(self.command(output, strategy), strategy, program))
-            self.done[strategy] = output
-        return self.done[strategy]
+    return prepare(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -106,56 +38,9 @@ def runs(work):
     return Runs(work)
 
 
-def read(run, name):
-    return json.loads((run / name).read_text())
-
-
-def losses(run):
-    """The training losses of a run, step by step."""
-    files = sorted(run.rglob("metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
-    return [float(row["loss"]) for path in files for row in csv.DictReader(path.open()) if row.get("loss")]
-
-
-def predictions(run, depth, kind, inputs):
-    """What the fitted maps of a run make of normalised hidden states ``[tokens, hidden]``."""
-    state = safetensors.torch.load_file(run / f"state/{kind}-depth{depth}.safetensors")
-    layers = {name.rpartition(".")[0] for name in state}
-    return {name: inputs @ state[f"{name}.weight"].T + state[f"{name}.bias"] for name in sorted(layers)}
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_give_what_one_gives(runs, work, strategy):
-    one, two = runs["one"], runs[strategy]
-    ours, theirs = read(two, "importance.json"), read(one, "importance.json")
-    assert ours["rows"] == theirs["rows"] == ODD["importance__rows"]
-    for stage in ("prefill", "decode"):
-        found, wanted = torch.tensor(ours[stage]), torch.tensor(theirs[stage])
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0)
-        assert found.argsort().equal(wanted.argsort())
-        assert (found[:-1] > 0).all()
-
-    decoder = Decoder(load_model(str(work / "base")))
-    rows = [Row(tuple(range(4, 20)), (7, 8), "row"), Row(tuple(range(30, 60)), (9,), "row")]
-    for depth in (2, 1):
-        trace = teacher_trace(decoder, collate(rows, 0), depth)
-        inputs = decoder.normalise(trace.hidden[depth]).flatten(0, 1)
-        found, wanted = (predictions(run, depth, "closed_form", inputs) for run in (two, one))
-        assert found.keys() == wanted.keys()
-        for name, predicted in wanted.items():
-            assert (found[name] - predicted).abs().max() <= 1e-5 * predicted.abs().max()
-
-    assert len(losses(two)) == ODD["projection__steps"]  # the budget has the deepest depth trained alone
-    torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-5, atol=0)
-    ours, theirs = read(two, "metrics.json"), read(one, "metrics.json")
-    assert ours["depth"] == theirs["depth"] == 1
-    assert ours["rows"] == theirs["rows"]
-    for found, wanted in zip(ours["curve"], theirs["curve"], strict=True):
-        assert {key: found[key] for key in ("depth", "projection", "rows")} == {
-            key: wanted[key] for key in ("depth", "projection", "rows")
-        }
-        for key in ("kl", "nll_increase", "bound"):
-            assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6)
-    assert ours["verified"]["rows"] == theirs["verified"]["rows"]
+    assert_same_run(runs[strategy], runs["one"], work / "base")
 
 
 def test_zero_3_never_holds_the_whole_base_on_one_process(runs, work):
@@ -373,6 +258,26 @@ def test_a_run_killed_while_it_opened_its_folder_is_resumed(runs, tmp_path):
     recipe = parse([*runs.command(output, "one"), "--resume"]).recipe
     pipeline.RunFolder(recipe, resume=True)
     assert (output / "recipe.yaml").is_file()
+    for name in ("state/.4711.search.json", ".12.report.html"):
+        (output / name).write_text("half of a")
+    pipeline.RunFolder(recipe, resume=True)
+    assert set(snapshot(output)) == {"recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tasks", "nodes"), [("auto", 2, 2), ("ddp", 2, 2), ("ddp", 4, 2), ("deepspeed_stage_3", 1, 1)]
+)
+def test_another_number_of_processes_than_the_recipe_names_is_refused(
+    runs, tmp_path, monkeypatch, strategy, tasks, nodes
+):
+    given = {"NTASKS": tasks, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "pop"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    devices = 2 if strategy == "deepspeed_stage_3" else 1
+    changes = {"trainer__strategy": strategy, "trainer__devices": devices}
+    recipe = parse(runs.command(tmp_path, "one", **changes)).recipe
+    with pytest.raises(InputError, match=rf"trainer.devices {devices} .*{tasks} processes were started"):
+        Trainers(recipe)
 
 
 @pytest.mark.parametrize(

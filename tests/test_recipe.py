@@ -41,7 +41,7 @@ def printed(capsys, *argv):
 def test_defaults_are_the_documented_ones(write):
     recipe = parse(["--recipe", write(MINIMAL)]).recipe
     assert (recipe.seed, recipe.output, recipe.boundary) == (0, "runs/pop", 1)
-    assert (recipe.model.dtype, recipe.model.attn_implementation) == ("auto", "sdpa")
+    assert (recipe.model.dtype, recipe.model.attn_implementation) == ("auto", None)
     assert (recipe.data.max_prompt_tokens, recipe.data.batch_size) == (2048, 8)
     assert recipe.to_dict()["data"]["splits"] == {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
     assert (recipe.projection.kind, recipe.projection.ridge) == ("closed_form", [0.0001, 0.001, 0.01, 0.1, 1.0])

@@ -15,7 +15,8 @@ def run(program: str, body: Callable[[], int | None]) -> int:
     try:
         return body() or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun starts many, all with the same command line
+        # torchrun and SLURM start many, all with the same command line.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
