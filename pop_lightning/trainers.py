@@ -209,6 +209,6 @@ class Trainer:
 def _lightning_trainer(arguments: dict) -> lightning.Trainer:
     try:
         return lightning.Trainer(**{key: value for key, value in arguments.items() if value is not None})
-    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+    except (MisconfigurationException, ImportError, RuntimeError, ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"the trainer section does not fit this machine: {first}") from error

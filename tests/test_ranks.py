@@ -270,7 +270,14 @@ def test_a_run_killed_while_it_opened_its_folder_is_resumed(runs, tmp_path):
 def test_another_number_of_processes_than_the_recipe_names_is_refused(
     runs, tmp_path, monkeypatch, strategy, tasks, nodes
 ):
-    given = {"NTASKS": tasks, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "pop"}
+    given = {
+        "NTASKS": tasks,
+        "NTASKS_PER_NODE": tasks // nodes,
+        "NNODES": nodes,
+        "PROCID": 0,
+        "LOCALID": 0,
+        "NODEID": 0,
+    }
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     devices = 2 if strategy == "deepspeed_stage_3" else 1
@@ -278,6 +285,10 @@ def test_another_number_of_processes_than_the_recipe_names_is_refused(
     recipe = parse(runs.command(tmp_path, "one", **changes)).recipe
     with pytest.raises(InputError, match=rf"trainer.devices {devices} .*{tasks} processes were started"):
         Trainers(recipe)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    if tasks > 1:  # Lightning takes no other setting
+        with pytest.raises(InputError, match="--ntasks-per-node"):
+            Trainers(recipe)
 
 
 @pytest.mark.parametrize(
