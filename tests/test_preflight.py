@@ -51,6 +51,7 @@ def decoder(family, dtype, device, attention="sdpa"):
 
 
 def recipe(**changes):
+    changes = {"importance__batch_size": "null"} | changes
     words = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
     return parse(["--recipe", "example", *words]).recipe
 
@@ -309,7 +310,7 @@ def test_what_can_be_changed_follows_from_the_stage(base, changes, stage, keys):
 def checked_on_gpus(base, **changes):
     """A recipe's estimate on GPUs, its rows assumed."""
     named = {"model.base": base, "data.calibration": "nobody/rows", "data.limit": 1000, "trainer.accelerator": "gpu"}
-    named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4} | changes
+    named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4, "importance.batch_size": "null"} | changes
     words = [f"--{key}={value}" for key, value in named.items()]
     checked = parse(["--recipe", "example", *words]).recipe
     loaded = preflight.Base.of(checked)
