@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
-from pop_lightning import preflight, shapes
+from pop_lightning import estimate, preflight, shapes
 from pop_lightning.cli import fit
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import reaching
 from pop_lightning.dry_run import DryRun
+from pop_lightning.estimate import Base, Estimate, Machine, Rows
 from pop_lightning.evaluate import Evaluation, Variant
 from pop_lightning.flops import prefill_flops
 from pop_lightning.memory import peak_bytes
@@ -207,7 +208,7 @@ def test_every_recipe_is_checked_and_printed_offline(name, offline, monkeypatch,
         assert max(ratios) <= 2
     if name == "llama3_3_70b_deepspeed":
         needs = float(re.search(r"memory: ([\d.]+) GiB per device", shown)[1])
-        assert needs <= preflight.USABLE * 79  # what PyTorch finds on a card of 80 GB
+        assert needs <= estimate.USABLE * 79  # what PyTorch finds on a card of 80 GB
         assert "it fits a GPU of 80 GB" in shown
     assert fit.main(["--recipe", name, "--print_config"]) == 0
     assert not list(tmp_path.iterdir())
@@ -257,12 +258,9 @@ def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monk
     words = [*arguments(base, data, tmp_path / "run", data__batch_size=8), "--check"]
     assert fit.main(words) == 0
     checked = parse(words[:-1]).recipe
-    loaded = preflight.Base.of(checked)
-    there = int(
-        0.6
-        * preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked)).needs
-    )
-    monkeypatch.setattr(preflight, "device_bytes", lambda device: there / preflight.USABLE)
+    loaded = Base.of(checked)
+    there = int(0.6 * preflight.estimate(checked, loaded, Rows.of(checked, loaded), Machine.of(checked)).needs)
+    monkeypatch.setattr(estimate, "device_bytes", lambda device: there / estimate.USABLE)
     capsys.readouterr()
     assert fit.main(words) == 2
     shown = capsys.readouterr().out
@@ -313,8 +311,8 @@ def checked_on_gpus(base, **changes):
     named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4, "importance.batch_size": "null"} | changes
     words = [f"--{key}={value}" for key, value in named.items()]
     checked = parse(["--recipe", "example", *words]).recipe
-    loaded = preflight.Base.of(checked)
-    return preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+    loaded = Base.of(checked)
+    return preflight.estimate(checked, loaded, Rows.of(checked, loaded), Machine.of(checked))
 
 
 @pytest.fixture(scope="module")
@@ -338,11 +336,11 @@ def test_shards_are_not_proposed_where_they_are_refused(base, reads_images):
 
 def test_ways_out_run_all_stages_for_a_value_that_fits_the_largest_one_alone(base, monkeypatch):
     found, runs = checked_on_gpus(base, **{"data.batch_size": 16}), []
-    estimate = preflight.estimate
+    made = preflight.estimate
 
     def counted(*arguments, only):
         runs.append(only)
-        return estimate(*arguments, only=only)
+        return made(*arguments, only=only)
 
     monkeypatch.setattr(preflight, "estimate", counted)
     assert not list(preflight.ways_out(found, 1000))
@@ -376,7 +374,7 @@ def test_shards_devices_and_offload_lower_what_a_device_holds():
         devices = 1 if strategy == "auto" else 8
         words = [f"--{key}={value}" for key, value in (settings | {"trainer.strategy": strategy}).items()]
         checked = parse(["--recipe", "llama3_1_8b", f"--trainer.devices={devices}", *words]).recipe
-        machine, loaded = preflight.Machine.of(checked), preflight.Base.of(checked)
+        machine, loaded = Machine.of(checked), Base.of(checked)
         weights[strategy] = machine.weights(loaded)
         needs[strategy] = machine.stage(costs_of_training(loaded, checked))
     assert weights["ddp"] == weights["auto"] == 2 * 8_030_261_248
@@ -415,16 +413,16 @@ def test_a_base_that_is_spread_or_sharded_is_not_timed(base, data, tmp_path, mon
 
     monkeypatch.setattr(preflight, "load_model", load)
     checked = parse(arguments(base, data, tmp_path / "run")).recipe
-    loaded = preflight.Base.of(checked)
+    loaded = Base.of(checked)
     given = {"gpu": False, "devices": 1, "strategy": "auto", "bytes": 2**30, "found": 1} | machine
-    found = preflight.Estimate(checked, loaded, None, preflight.Machine(**given), [], [])
+    found = Estimate(checked, loaded, None, Machine(**given), [], [])
     assert said in preflight.pace(found)
 
 
 def test_a_timing_reads_the_rows_of_one_batch(base, data, tmp_path, monkeypatch):
     checked = parse(arguments(base, data, tmp_path / "run", data__batch_size=2)).recipe
-    loaded = preflight.Base.of(checked)
-    found = preflight.estimate(checked, loaded, preflight.Rows.of(checked, loaded), preflight.Machine.of(checked))
+    loaded = Base.of(checked)
+    found = preflight.estimate(checked, loaded, Rows.of(checked, loaded), Machine.of(checked))
     read, collate = [], found.rows.data.batch
     monkeypatch.setattr(found.rows.data, "batch", lambda rows: read.append(rows) or collate(rows))
     monkeypatch.setattr(preflight, "_seconds", lambda step, device: 1.0)
@@ -444,8 +442,8 @@ def test_a_training_batch_is_shared_by_all_devices():
     settings.projection.batch_size = 2  # the most rows that one of 4 devices reads of 6
     (two,) = (each for each in costs(dry, settings, DEPTHS, **lengths) if each.name == "training")
     assert shared.peak == two.peak < alone.peak
-    machine = preflight.Machine(gpu=True, devices=4, strategy="ddp", bytes=None, found=0)
-    found = preflight.Estimate(recipe(projection__kind="full", projection__batch_size=6), None, None, machine, [], [])
+    machine = Machine(gpu=True, devices=4, strategy="ddp", bytes=None, found=0)
+    found = Estimate(recipe(projection__kind="full", projection__batch_size=6), None, None, machine, [], [])
     assert found.rows_read(shared) == found.recipe.projection.steps * 6
 
 
@@ -467,9 +465,9 @@ def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base,
     words = arguments(base, data, tmp_path / "run", **changes, projection__kind="lora", boundary="auto")
     words += ["--budget.boundaries", "[1, 2, 4, 64]"]
     checked = parse(words).recipe
-    loaded = preflight.Base.of(checked)
-    rows = preflight.Rows.of(checked, loaded)
-    found = preflight.estimate(checked, loaded, rows, preflight.Machine.of(checked))
+    loaded = Base.of(checked)
+    rows = Rows.of(checked, loaded)
+    found = preflight.estimate(checked, loaded, rows, Machine.of(checked))
     expected = reaching(checked.budget, loaded.decoder, [1, 2, 4], rows.median)  # 64 is above every prompt
     assert found.depths == sorted(set(expected.values()), reverse=True)
     assert fit.main([*words, "--check"]) == 0
@@ -527,6 +525,14 @@ def test_a_config_without_weights_is_enough_for_memory(tmp_path, data, capsys):
     shown = capsys.readouterr().out
     assert "the base's tokenizer is not on this machine, so the 80 rows are counted" in shown
     assert "time: not measured, because the base does not load here" in shown
+
+
+def test_a_family_without_sdpa_is_checked_with_the_attention_that_it_has(data, tmp_path, capsys):
+    words = [*arguments(save_base(tmp_path / "base", "gemma2"), data, tmp_path / "run"), "--check"]
+    assert fit.main(words) == 0
+    assert "time: about" in capsys.readouterr().out
+    assert fit.main([*words, "--model.attn_implementation", "sdpa"]) == 2
+    assert "leave it out, or set it to 'eager'" in capsys.readouterr().err
 
 
 def test_the_table_of_all_recipes_is_made_from_the_same_estimate():
