@@ -22,7 +22,7 @@ from pop_lightning.metrics import rows_needed, smallest_certifiable
 from pop_lightning.plan import PruningPlan
 from pop_lightning.projections import KVProjections
 from pop_lightning.recipe import bundled_recipes, parse
-from pop_lightning.stage_costs import Steps, batch_of, costs
+from pop_lightning.stage_costs import Cost, Steps, batch_of, costs
 
 import vision
 from workbench import arguments, save_base, save_rows
@@ -386,7 +386,7 @@ def test_shards_devices_and_offload_lower_what_a_device_holds():
 
 def costs_of_training(loaded, checked):
     """A stage of 9 GB, of which 3 GB are gradients and optimiser states."""
-    return preflight.Cost("training", "steps", 0.0, 0, 9 * 10**9, "train", shared=3 * 10**9, gradients=10**9)
+    return Cost("training", "steps", 0.0, 0, 9 * 10**9, "train", shared=3 * 10**9, gradients=10**9)
 
 
 @pytest.mark.parametrize(("rows", "max_drop", "code"), [(200, 0.05, 0), (200, 0.01, 2)])
