@@ -51,6 +51,11 @@ class Shape:
         itemsize = decoder.model.dtype.itemsize
         return cls(decoder.config.hidden_size, decoder.num_layers, widest.kv_dim, heads, kv_heads, itemsize)
 
+    @property
+    def map_bytes(self) -> int:
+        """Of one layer's projection."""
+        return 2 * self.kv_dim * (self.hidden + 1) * self.itemsize
+
     def groups(self, grouping: str) -> int:
         """How many separate regressions the values of one layer make under ``attention``, at most."""
         return _groups(self.kv_heads, grouping)
@@ -77,47 +82,46 @@ def bytes_needed(shape: Shape, depth: int, grouping: str, objectives: Sequence[s
     return 8 * width * (grams * (width + 1) // 2) + 8 * width * len(objectives) * layers * 2 * shape.kv_dim
 
 
-def group_bytes(
-    shape: Shape, depths: Sequence[int], grouping: str, ridges: int, objectives: Sequence[str] = DEFAULT
-) -> int:
-    """The most that a pass over ``depths`` and the choice that follows hold: of all of them the sums and the maps that
-    they are pulled toward, of one the maps of all its options. What a depth leaves behind once its options are made is
-    smaller than the sums that it gives back.
+def held_bytes(shape: Shape, depths: Sequence[int], grouping: str, objectives: Sequence[str] = DEFAULT) -> int:
+    """The most that a pass over ``depths`` and the choice that follows have to hold: of all of them the sums and the
+    maps that they are pulled toward; of one depth the best option of each objective, reuse, and one that is tried.
+
+    What a depth leaves behind is smaller than what it gives back once its options are made.
     """
-    options = 1 + ridges * len(collected(grouping, objectives))
     layers = [shape.layers - depth for depth in depths]
-    maps = 2 * shape.kv_dim * (shape.hidden + 1) * shape.itemsize * (sum(layers) + options * max(layers))
+    options = len(collected(grouping, objectives)) + 2
+    maps = shape.map_bytes * (sum(layers) + options * max(layers))
     return maps + sum(bytes_needed(shape, depth, grouping, objectives) for depth in depths)
 
 
-def choose_grouping(
-    shape: Shape, depths: Sequence[int], limit: int, ridges: int, objectives: Sequence[str] = DEFAULT
-) -> str:
-    """The finest grouping with which all ``depths`` fit in ``limit`` bytes in one pass, or ``none``."""
-    fitting = (g for g in GROUPINGS if group_bytes(shape, depths, g, ridges, objectives) <= limit)
-    return next(fitting, "none")
-
-
 def passes(
-    shape: Shape, depths: Sequence[int], grouping: str, limit: int, ridges: int, objectives: Sequence[str] = DEFAULT
-) -> list[list[int]]:
+    shape: Shape, depths: Sequence[int], grouping: str, limit: int, objectives: Sequence[str] = DEFAULT
+) -> tuple[str, list[list[int]]]:
     """``depths`` in groups that each fit in ``limit`` bytes, in order: one forward pass over the rows per group.
+
+    ``grouping`` ``auto`` becomes the finest with which all of them fit in one pass, or ``none``; it is returned too.
 
     Raises:
         InputError: a single depth does not fit.
     """
+
+    def fits(group: Sequence[int], grouping: str) -> bool:
+        return held_bytes(shape, group, grouping, objectives) <= limit
+
+    if grouping == "auto":
+        grouping = next((each for each in GROUPINGS if fits(depths, each)), "none")
     groups: list[list[int]] = []
     for depth in depths:
-        needed = group_bytes(shape, [depth], grouping, ridges, objectives)
-        if needed > limit:
+        if not fits([depth], grouping):
+            coarser = "" if grouping == "none" else ", or set projection.grouping to a coarser one"
             raise InputError(
-                f"closed form needs {needed / 2**30:.1f} GiB of running sums and options at depth {depth}, above "
-                f"projection.memory_gib of {limit / 2**30:g}; raise it, or set projection.grouping to a coarser one."
+                f"closed form needs {held_bytes(shape, [depth], grouping, objectives) / 2**30:.1f} GiB of running sums "
+                f"and options at depth {depth}, above projection.memory_gib of {limit / 2**30:g}; raise it{coarser}."
             )
-        if not groups or group_bytes(shape, [*groups[-1], depth], grouping, ridges, objectives) > limit:
+        if not groups or not fits([*groups[-1], depth], grouping):
             groups.append([])
         groups[-1].append(depth)
-    return groups
+    return grouping, groups
 
 
 class _Regressions(lightning.LightningModule):
@@ -228,8 +232,8 @@ class ClosedFormFit(_Regressions):
 
         ``ridge`` is in units of the Gram's mean diagonal.
         """
-        maps = {}
-        for layer in self.reuse[depth].fitted_layers:
+        projections = KVProjections(self.decoder, depth).replace({}, "closed_form")
+        for layer in projections.fitted_layers:
             weight, bias = self.reuse[depth].affine(layer)
             folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()
             if objective == "attention":
@@ -239,8 +243,8 @@ class ClosedFormFit(_Regressions):
                 fitted = torch.cat([keys, _solve_values(self.sums, depth, layer, folded[kv_dim:], groups, ridge)])
             else:
                 fitted = self.sums.solve((objective, depth), layer, folded, ridge)
-            maps[layer] = (fitted[:, :-1].to(weight), fitted[:, -1].to(bias))
-        return KVProjections(self.decoder, depth).replace(maps, "closed_form")
+            projections.replace({layer: (fitted[:, :-1].to(weight), fitted[:, -1].to(bias))}, "closed_form")
+        return projections
 
 
 class ValueRefit(_Regressions):
@@ -296,7 +300,8 @@ class ValueRefit(_Regressions):
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
         """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
-        start, maps = self.starts[depth], {}
+        start = self.starts[depth]
+        projections = KVProjections(self.decoder, depth).replace({}, "closed_form")
         for layer in start.fitted_layers:
             kv_dim = self.decoder.parts[layer].kv_dim
             groups = _groups(self.decoder.parts[layer].kv_heads, self.grouping)
@@ -304,8 +309,9 @@ class ValueRefit(_Regressions):
             folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()[kv_dim:]
             values = _solve_values(self.sums, depth, layer, folded, groups, ridge).to(weight)
             keys, shift = start.affine(layer)
-            maps[layer] = (torch.cat([keys[:kv_dim], values[:, :-1]]), torch.cat([shift[:kv_dim], values[:, -1]]))
-        return KVProjections(self.decoder, depth).replace(maps, "closed_form")
+            fitted = torch.cat([keys[:kv_dim], values[:, :-1]]), torch.cat([shift[:kv_dim], values[:, -1]])
+            projections.replace({layer: fitted}, "closed_form")
+        return projections
 
 
 class _Full:

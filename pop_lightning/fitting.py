@@ -4,10 +4,12 @@ The pipeline and the study both fit through this file; it decides what is fitted
 come from and what becomes of the result.
 """
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from pop_lightning.closed_form import (
     Shape,
     ValueRefit,
     bytes_needed,
-    choose_grouping,
     passes,
 )
 from pop_lightning.decoder import Decoder
@@ -49,6 +50,13 @@ class FittedDepth:
     @property
     def nbytes(self) -> int:
         return sum(each.nbytes for each in self.options.values())
+
+    def keep(self, option: Option, projections: KVProjections, kl: float) -> None:
+        """Take down the figure of an option, and the option where it is the best of its objective so far."""
+        self.kl[option] = kl
+        if self.best(option[0]) == option:
+            self.options = {each: kept for each, kept in self.options.items() if each[0] != option[0]}
+            self.options[option] = projections
 
     def fits(self, objective: str) -> bool:
         """Whether ``objective`` is among the options."""
@@ -93,11 +101,14 @@ def closed_form(
     Raises:
         InputError: one depth does not fit in ``memory``.
     """
-    shape, depths = Shape.of(decoder), list(depths)
-    if grouping == "auto":
-        grouping = choose_grouping(shape, depths, memory, len(ridges), objectives)
-    chooser = _Chooser(decoder, boundary, tune_rows, validate, memory)
-    groups = passes(shape, depths, grouping, memory, len(ridges), objectives)
+    shape = Shape.of(decoder)
+    grouping, groups = passes(shape, depths, grouping, memory, objectives)
+
+    def chooser(regressions: ClosedFormFit | ValueRefit, found: list[FittedDepth]) -> _Chooser:
+        def room() -> int:
+            return memory - regressions.nbytes - sum(each.nbytes for each in found)
+
+        return _Chooser(decoder, boundary, tune_rows, validate, room)
 
     def first_pass(number: int, group: list[int]) -> list[FittedDepth]:
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
@@ -105,14 +116,15 @@ def closed_form(
         what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
         validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
         found = [FittedDepth(depth, {}) for depth in group]
+        choice = chooser(fit, found)
         for fitted in found:
             depth = fitted.depth
-            options = {("reuse", None): KVProjections(decoder, depth).replace({}, "closed_form")}
+            choice.offer(fitted, ("reuse", None), partial(_reuse, decoder, depth))
             if depth < decoder.num_layers - 1:
-                options |= {(name, each): fit.solve(depth, each, name) for name in fit.objectives for each in ridges}
+                for name, ridge in itertools.product(fit.objectives, ridges):
+                    choice.offer(fitted, (name, ridge), partial(fit.solve, depth, ridge, name))
             fit.drop(depth)
-            chooser.add(fitted, options, beside=fit.nbytes + sum(each.nbytes for each in found))
-        chooser.measure()
+        choice.measure()
         return found
 
     def second_pass(found: list[FittedDepth]) -> None:
@@ -121,12 +133,13 @@ def closed_form(
             return
         second = ValueRefit(starts, boundary, grouping=grouping, queries=queries)
         validate("closed form, second pass", second, fit_rows)
+        choice = chooser(second, found)
         for fitted in found:
             if fitted.depth in starts:
-                options = {("refit", each): second.solve(fitted.depth, each) for each in ridges}
+                for ridge in ridges:
+                    choice.offer(fitted, ("refit", ridge), partial(second.solve, fitted.depth, ridge))
                 second.drop(fitted.depth)
-                chooser.add(fitted, options, beside=second.nbytes + sum(each.nbytes for each in found))
-        chooser.measure()
+        choice.measure()
 
     for number, group in enumerate(groups, 1):
         found = first_pass(number, group)
@@ -136,39 +149,41 @@ def closed_form(
             yield found.pop(0)
 
 
+def _reuse(decoder: Decoder, depth: int) -> KVProjections:
+    """As an option of the closed form, which it is where nothing that was fitted is better."""
+    return KVProjections(decoder, depth).replace({}, "closed_form")
+
+
 class _Chooser:
     """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
 
-    Options wait until those of another depth, and what is held beside them, would take more than ``memory`` bytes.
+    Args:
+        room: bytes that options which wait for their measurement may take; the next one is made where it fits, and
+            after a measurement where it does not.
     """
 
-    def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, memory: int):
-        self.decoder, self.boundary, self.rows, self.validate = decoder, boundary, rows, validate
-        self.memory, self.held = memory, 0
-        self.waiting: list[tuple[FittedDepth, dict[Option, KVProjections]]] = []
+    def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, room: Callable[[], int]):
+        self.decoder, self.boundary, self.rows, self.validate, self.room = decoder, boundary, rows, validate, room
+        self.shape = Shape.of(decoder)
+        self.waiting: list[tuple[FittedDepth, Option, KVProjections]] = []
 
-    def add(self, fitted: FittedDepth, options: dict[Option, KVProjections], beside: int) -> None:
-        needed = sum(each.nbytes for each in options.values())
-        if self.waiting and self.held + needed + beside > self.memory:
+    def offer(self, fitted: FittedDepth, option: Option, make: Callable[[], KVProjections]) -> None:
+        held = sum(each.nbytes for *_, each in self.waiting)
+        if held + self.shape.map_bytes * (self.shape.layers - fitted.depth) > self.room():
             self.measure()
-        self.waiting.append((fitted, options))
-        self.held += needed
+        self.waiting.append((fitted, option, make()))
 
     def measure(self) -> None:
-        variants = {
-            f"{fitted.depth} {option}": Variant(PruningPlan(fitted.depth, self.boundary), each)
-            for fitted, options in self.waiting
-            for option, each in options.items()
-        }
-        evaluation = Evaluation(self.decoder, variants)
-        depths = ", ".join(str(fitted.depth) for fitted, _ in self.waiting)
-        self.validate(f"choosing among {len(variants)} closed forms at depth {depths}", evaluation, self.rows)
-        for fitted, options in self.waiting:
-            for option in options:
-                fitted.kl[option] = evaluation.rows(f"{fitted.depth} {option}")["kl"].double().mean().item()
-            for name in {name for name, _ in options}:
-                fitted.options[fitted.best(name)] = options[fitted.best(name)]
-        self.waiting, self.held = [], 0
+        if not self.waiting:
+            return
+        named = {f"{fitted.depth} {option}": (fitted, option, each) for fitted, option, each in self.waiting}
+        plans = {name: PruningPlan(fitted.depth, self.boundary) for name, (fitted, *_) in named.items()}
+        evaluation = Evaluation(self.decoder, {name: Variant(plans[name], each) for name, (*_, each) in named.items()})
+        depths = ", ".join(dict.fromkeys(str(fitted.depth) for fitted, *_ in self.waiting))
+        self.validate(f"choosing among {len(named)} closed forms at depth {depths}", evaluation, self.rows)
+        for name, (fitted, option, each) in named.items():
+            fitted.keep(option, each, evaluation.rows(name)["kl"].double().mean().item())
+        self.waiting = []
 
 
 def quiet_lightning() -> None:

@@ -15,6 +15,7 @@ from pop_lightning import ranks
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
+from pop_lightning.closed_form import Shape, passes
 from pop_lightning.data import CalibrationData
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, reaching, to_measure
@@ -169,8 +170,14 @@ class _Run:
         return [until_end(tokens, self.data.ends) for tokens in output]
 
     def _check_rows(self) -> None:
-        """Refuse what the rows cannot give, whatever is fitted."""
+        """Refuse what the rows cannot give, or memory cannot hold, whatever scoring finds."""
         budget = self.recipe.budget
+        if "closed_form" in self._untrained:
+            # The deepest candidate is the same for every importance, and takes most.
+            depths = to_measure(
+                self.recipe, self.decoder, [1.0] * self.decoder.num_layers, self._boundaries, self.tokens
+            )
+            passes(Shape.of(self.decoder), depths, self.recipe.projection.grouping, self._memory)
         check_images(self.recipe, self.decoder, self.data.rows(), self._boundaries, self.trainers.shards_base)
         if budget.speedup is not None:
             reaching(budget, self.decoder, self._boundaries, self.tokens)
@@ -261,6 +268,7 @@ class _Run:
         ):
             ridges[fitted.depth] = fitted.summary()
             self.folder.write_projections(Choice(fitted.depth, "closed_form"), fitted.options[fitted.best()])
+            del fitted  # not held through the next pass
         self.folder.write("state/ridge.json", ridges)
 
     def _train(self, choice: Choice) -> None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from pop_lightning.closed_form import GROUPINGS, Shape, group_bytes
+from pop_lightning.closed_form import GROUPINGS, Shape, held_bytes
 from pop_lightning.decoder import Decoder
 from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries
 from pop_lightning.errors import InputError
@@ -327,7 +327,7 @@ def _groupings(found: Estimate) -> str | None:
         return None
     shape, settings = Shape.of(found.base.decoder), found.recipe.projection
     grouping, groups = closed_form_passes(found.base.decoder, found.recipe, found.depths)
-    needed = {name: group_bytes(shape, found.depths, name, len(settings.ridge)) / _GIB for name in GROUPINGS}
+    needed = {name: held_bytes(shape, found.depths, name) / _GIB for name in GROUPINGS}
     passes = f"{len(groups)} passes" if len(groups) > 1 else "one pass"
     text = (
         f"closed form: grouping {grouping} in {passes} over the fit rows, projection.memory_gib {settings.memory_gib:g}"

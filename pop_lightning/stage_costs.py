@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from pop_lightning.closed_form import ClosedFormFit, Shape, ValueRefit, choose_grouping, passes
+from pop_lightning.closed_form import ClosedFormFit, Shape, ValueRefit, passes
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, position_ids
 from pop_lightning.dry_run import DryRun
@@ -189,11 +189,8 @@ def closed_form_passes(decoder: Decoder, recipe: Recipe, depths: Sequence[int]) 
     Raises:
         InputError: one depth's sums and options do not fit in ``projection.memory_gib``.
     """
-    settings, shape = recipe.projection, Shape.of(decoder)
-    limit, grouping, ridges = int(settings.memory_gib * 2**30), settings.grouping, len(settings.ridge)
-    if grouping == "auto":
-        grouping = choose_grouping(shape, depths, limit, ridges)
-    return grouping, passes(shape, depths, grouping, limit, ridges)
+    settings = recipe.projection
+    return passes(Shape.of(decoder), depths, settings.grouping, int(settings.memory_gib * 2**30))
 
 
 def operations(
@@ -325,11 +322,12 @@ class _Stages:
         yield Cost(**vars(token) | {"flops": token.flops * self.response})
 
     def _closed_form(self) -> Iterator[Cost]:
-        settings, passed, solved = self.recipe.projection, [], 0
+        settings, passed, solved, solving = self.recipe.projection, [], 0, 0
 
         def validate(what: str, module, rows: str) -> None:
-            nonlocal solved
-            solved += self.run.flops if passed else 0  # since the last pass: solutions of what it summed up
+            nonlocal solved, solving
+            if passed:  # since the last pass: solutions of what it summed up
+                solved, solving = solved + self.run.flops, max(solving, self.run.peak)
             if isinstance(module, Evaluation):
                 passed.append(self._evaluate(module, "closed form: choice", rows))
                 module.rows = lambda name: {"kl": torch.zeros(1)}
@@ -357,8 +355,10 @@ class _Stages:
         for name in dict.fromkeys(each.name for each in passed):
             same = [each for each in passed if each.name == name]
             largest = max(same, key=lambda each: each.peak)
-            once = solved if name == "closed form: choice" else 0
-            yield Cost(**vars(largest) | {"flops": sum(each.flops for each in same), "once": once})
+            flops, peak, once = sum(each.flops for each in same), largest.peak, 0
+            if name == "closed form: choice":
+                peak, once = max(peak, solving), solved
+            yield Cost(**vars(largest) | {"flops": flops, "peak": peak, "once": once})
 
     def _training(self) -> Iterator[Cost]:
         settings, found = self.recipe.projection, []

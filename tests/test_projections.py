@@ -1,6 +1,7 @@
 """Projections of every kind: exactness where it is promised, least squares, and training that lowers its loss."""
 
 import copy
+import gc
 import json
 import math
 from itertools import chain
@@ -22,9 +23,10 @@ from pop_lightning.closed_form import (
     ClosedFormFit,
     Shape,
     ValueRefit,
+    _Sums,
     bytes_needed,
     collected,
-    group_bytes,
+    held_bytes,
 )
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, cut, position_ids
@@ -343,28 +345,38 @@ def test_depths_take_several_passes_under_a_small_bound_and_give_the_same_projec
     decoder = Decoder(build("llama"))
     shape = Shape.of(decoder)
     batches = [collate(rows(12, seed), 0) for seed in range(2)]
-    seen = []
+    seen, held = [], []
+
+    def alive():
+        """Bytes of everything that a fit holds, whoever holds it."""
+        gc.collect()
+        return sum(each.nbytes for each in gc.get_objects() if type(each) in (KVProjections, _Sums))
 
     def validate(what, module, data):
         seen.append(what)
         trainer().validate(module, data, verbose=False)
+        held.append(alive() - before)
 
     def run(memory, **arguments):
-        return list(
-            closed_form(
-                decoder, [3, 2, 1], boundary=1, ridges=[1e-2, 1.0], fit_rows=loader(batches), memory=memory,
-                tune_rows=loader([collate(rows(8, 9), 0)]), validate=validate, **arguments,
-            )
-        )  # fmt: skip
+        found = {}
+        for fitted in closed_form(
+            decoder, [3, 2, 1], boundary=1, ridges=[1e-2, 1.0], fit_rows=loader(batches), memory=memory,
+            tune_rows=loader([collate(rows(8, 9), 0)]), validate=validate, **arguments,
+        ):  # fmt: skip
+            found[fitted.depth] = fitted.kl, fitted.best()
+            del fitted
+        return found
 
-    small = run(group_bytes(shape, [1], "head", ridges=2), grouping="head")
+    before, least = alive(), held_bytes(shape, [1], "head")
+    small = run(least, grouping="head")
     assert sum("pass" in what and "second" not in what for what in seen) == 2
+    assert sum("choosing" in what for what in seen) > 4  # not every option of a depth at a time
+    assert max(held) <= least
     large = run(2**30)
-    assert [each.depth for each in small] == [3, 2, 1]
-    for one, other in zip(sorted(small, key=lambda e: e.depth), sorted(large, key=lambda e: e.depth), strict=True):
-        assert one.kl == other.kl
-        # reuse is always an option, so what is chosen is never worse than it on these rows
-        assert one.kl[one.best()] <= one.kl["reuse", None]
+    assert list(small) == [3, 2, 1]
+    assert small == large
+    for kl, best in small.values():
+        assert kl[best] <= kl["reuse", None]  # it is always an option, so what is chosen is never worse
     with pytest.raises(InputError, match=r"projection\.memory_gib"):
         run(1000, grouping="head")
 
