@@ -139,13 +139,19 @@ def _writing(output: Path):
         raise InputError(f"--output {output} cannot be written ({error.strerror}); choose another file.") from error
 
 
+# An artifact fits one base, so what a recipe may change is here a fact about it.
+_FLAGS = {"data.calibration": "--data", "data.allow_urls: true": "--allow_urls", "model.base": "the base"}
+
+
 @contextmanager
 def _named_as_flags():
     """Rows and what they show are read as a recipe's; here the user gave them with flags."""
     try:
         yield
     except InputError as error:
-        named = str(error).replace("data.calibration", "--data").replace("data.allow_urls: true", "--allow_urls")
+        named = str(error)
+        for key, flag in _FLAGS.items():
+            named = named.replace(key, flag)
         raise InputError(named) from error
 
 

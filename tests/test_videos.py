@@ -21,6 +21,7 @@ from pop_lightning import InputError, PruningPlan, StageAwareGenerator, videos
 from pop_lightning.artifact import base_identity, write_artifact
 from pop_lightning.cli import fit, generate
 from pop_lightning.data import CalibrationData
+from pop_lightning.images import RowImage
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.text import stream
@@ -444,8 +445,26 @@ def test_a_video_for_a_model_that_reads_none_is_refused_by_its_line(folder, tmp_
     made = processor("qwen3_vl")
     vision = VisionProcessor(lambda: ImagesOnly(made.image_processor, made.tokenizer), (IMAGE, VIDEO))
     data = CalibrationData(tmp_path / "rows.jsonl", made.tokenizer, vision=vision)
-    with pytest.raises(InputError, match=r"line 2 has videos, but model\.base has no video processor"):
+    with pytest.raises(InputError, match=r"line 2 has videos, but model\.base has no video processor") as caught:
         data.read_rows()
+    assert str(caught.value).endswith("take a base that has one, or leave the videos out.")
+    generator = StageAwareGenerator(shared("qwen3_vl"), PruningPlan(2), tokenizer=made.tokenizer, vision=vision)
+    with pytest.raises(InputError, match=r"^--video was given, but the base has no video processor") as caught:
+        list(stream(generator, "w1", videos=[[folder / "frame0.png"]], max_new_tokens=1))
+    assert str(caught.value).endswith("take a base that has one, or leave the videos out.")
+
+
+def test_a_feature_token_beside_the_placeholders_is_named_by_its_kind(folder):
+    made = processor("qwen3_vl")
+    made.video_token = "w9"  # one word stands for a video, and another for each of its features
+    vision = VisionProcessor(lambda: made, (IMAGE, VIDEO))
+    image = [RowImage.of(folder / "0.png", "here")]
+    text = f"{PLACEHOLDER['qwen3_vl']} <|video_pad|> <|video_pad|>"
+    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt beside 'w9', .* for each video: "):
+        vision.encode(text, image, [], "row 1", special=False)
+    made.video_token = None
+    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt: take them out\.$"):
+        vision.encode(text, image, [], "row 1", special=False)
 
 
 def test_a_video_that_goes_or_changes_after_its_row_was_read_is_named(folder, tmp_path, frames_decoder):
