@@ -8,6 +8,7 @@ import binascii
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -102,7 +103,7 @@ def _fetched(url: str, where: str) -> bytes:
     try:
         with urlopen(url, timeout=60) as answer:
             return answer.read()
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise InputError(f"{where}: {url!r} cannot be fetched ({reason(error)}).") from error
 
 

@@ -16,7 +16,7 @@ from transformers import TextIteratorStreamer
 from pop_lightning.data import CalibrationData, DataReport, collate
 from pop_lightning.errors import InputError
 from pop_lightning.examples import read_examples
-from pop_lightning.files import write_text
+from pop_lightning.files import check_writable, write_text
 from pop_lightning.generator import StageAwareGenerator
 from pop_lightning.images import RowImage
 from pop_lightning.models import context_length, end_tokens
@@ -115,7 +115,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> None:
-    """What can be said of ``--data`` and ``--output`` before a model is loaded.
+    """What can be said of ``--data`` and ``--output`` before a model is loaded; makes the folder of ``output``.
 
     Raises:
         InputError: no row can be read, or ``output`` cannot be written, or stands there already.
@@ -123,10 +123,24 @@ def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> No
     with _named_as_flags():
         read_examples(data)
     output = Path(output)
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder; name a file.")
-    if output.exists() and not overwrite:
-        raise InputError(f"--output {output} exists already; give --overwrite or another --output.")
+    with _writing(output):
+        if output.is_dir():
+            raise InputError(f"--output {output} is a folder; name a file.")
+        if output.exists() and not overwrite:
+            raise InputError(f"--output {output} exists already; give --overwrite or another --output.")
+        check_writable(output)
+
+
+@contextmanager
+def _writing(output: Path):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error.strerror}); choose another file.") from error
+
+
+# An artifact fits one base, so what a recipe may change is here a fact about it.
+_FLAGS = {"data.calibration": "--data", "data.allow_urls: true": "--allow_urls", "model.base": "the base"}
 
 
 @contextmanager
@@ -135,7 +149,9 @@ def _named_as_flags():
     try:
         yield
     except InputError as error:
-        named = str(error).replace("data.calibration", "--data").replace("data.allow_urls: true", "--allow_urls")
+        named = str(error)
+        for key, flag in _FLAGS.items():
+            named = named.replace(key, flag)
         raise InputError(named) from error
 
 
@@ -179,11 +195,9 @@ def generate_file(
         for line, place in enumerate(places):
             results[place] = _result(tokenizer, rows[place], {name: each[line] for name, each in ids.items()})
     records = [results[place] for place in range(len(rows))]
-    try:
+    with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error.strerror}).") from error
     names = ("exact_match", "full_exact_match", "same_text", "agreement")
     summary: dict = {"rows": len(records), "unusable": report.unusable, "references_cut": report.truncated}
     for name in names:

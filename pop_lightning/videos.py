@@ -9,7 +9,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,11 @@ class RowVideo:
         source = VIDEO.source(given, where, folder, allow_urls)
         opened = partial(_opened, where=where, folder=folder, allow_urls=allow_urls)
         source = partial(_called, source, opened) if callable(source) else opened(source)
-        fps, metadata = _timing(given if isinstance(given, Mapping) else {}, source, where)
-        return cls(_digest(source, where, fps, metadata), source, where, fps, metadata)
+        part = given if isinstance(given, Mapping) else {}
+        # Whether a source that is read when it is wanted gives frames shows only then.
+        shown = source() if callable(source) and part.get("video_metadata") else source
+        fps, metadata = _timing(part, shown, where)
+        return cls(_digest(shown, where, fps, metadata), source, where, fps, metadata)
 
     def open(self, sampling: Callable[[float | None], Callable | None]) -> tuple[np.ndarray, VideoMetadata]:
         """The frames that are shown, uint8 ``[frames, height, width, 3]``, and their times.
@@ -138,10 +141,9 @@ def _called(source: Callable[[], Any], opened: Callable[[Any], Any]) -> Any:
 
 
 def _timing(part: Mapping, source: Any, where: str) -> tuple[float | None, dict[str, Any]]:
-    """``fps`` and ``video_metadata`` of a part."""
+    """``fps`` and ``video_metadata`` of a part, without what is null there."""
     fps, metadata = (part.get(key) for key in TIMING)
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):
-        raise InputError(f'{where} has "fps" {fps!r}: expected a number above 0.')
+    _check_above_zero(fps, "fps", where)
     if not metadata:
         return fps, {}
     if not isinstance(source, tuple):
@@ -149,10 +151,26 @@ def _timing(part: Mapping, source: Any, where: str) -> tuple[float | None, dict[
     names = [each.name for each in fields(VideoMetadata)]
     if not isinstance(metadata, Mapping) or not metadata.keys() <= set(names):
         raise InputError(f'{where} has "video_metadata" {metadata!r}: expected an object of {", ".join(names)}.')
+    for name in ("fps", "total_num_frames"):  # processors divide by both
+        _check_above_zero(metadata.get(name), name, f'{where}, "video_metadata"')
     indices = metadata.get("frames_indices")
-    if indices is not None and (not isinstance(indices, list) or len(indices) != len(source)):
-        raise InputError(f'{where} has {len(source)} frames and "frames_indices" {indices!r}: expected one for each.')
-    return fps, dict(metadata)
+    if indices is not None and not (
+        isinstance(indices, list)
+        and len(indices) == len(source)
+        and all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices)
+    ):
+        raise InputError(
+            f'{where} has {len(source)} frames and "frames_indices" {indices!r}: expected a whole number of at least '
+            "0 for each."
+        )
+    return fps, {name: value for name, value in metadata.items() if value is not None}
+
+
+def _check_above_zero(number: Any, name: str, where: str) -> None:
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
+        raise InputError(f'{where} has "{name}" {number!r}: expected a number above 0.')
 
 
 def _digest(source: Any, where: str, fps: float | None, metadata: Mapping[str, Any]) -> str:
@@ -174,6 +192,7 @@ def _hash_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache  # a package that does not load would be tried again for every video
 def _decoder() -> str | None:
     """Transformers' name of the first decoder whose package loads; torchcodec's does not where FFmpeg is missing."""
     for name, package in _DECODERS.items():

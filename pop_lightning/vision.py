@@ -49,7 +49,7 @@ class VisionProcessor:
         if videos and getattr(processor, "video_processor", None) is None:
             raise InputError(
                 "model.base has no video processor (video_preprocessor_config.json), which videos need: take a base "
-                "that has one, or the row out of data.calibration."
+                "that has one, or leave the videos out."
             )
 
     def encode(
@@ -116,7 +116,8 @@ class VisionProcessor:
         self, text: str, images: Sequence[RowImage], videos: Sequence[RowVideo], where: str
     ) -> None:
         tokenizer, bare = self.processor.tokenizer, text
-        for kind, token, given in (("image", self.processor.image_token, images), ("video", self._video_token, videos)):
+        kinds = (("image", self.processor.image_token, images), ("video", self._video_token, videos))
+        for kind, token, given in kinds:
             if token is None:
                 continue
             if text.count(token) != len(given):
@@ -126,12 +127,11 @@ class VisionProcessor:
                 )
             bare = bare.replace(token, "")
         ids = tokenizer(bare, add_special_tokens=False, verbose=False)["input_ids"]
-        strays = sum(map(ids.count, self.tokens))
-        if strays:
-            raise InputError(
-                f"{where} has {strays} image tokens in its prompt beside {self.processor.image_token!r}, which stands "
-                "once for each image: take them out."
-            )
+        for feature, (kind, token, _) in zip(self.tokens, kinds, strict=False):
+            strays = ids.count(feature)
+            if strays:
+                beside = "" if token is None else f" beside {token!r}, which stands once for each {kind}"
+                raise InputError(f"{where} has {strays} {kind} tokens in its prompt{beside}: take them out.")
 
     def _shown(self, rows: Sequence[tuple[Sequence[RowImage], Sequence[RowVideo]]]) -> dict[str, Any]:
         """The processor's arguments for the images and videos of some rows, opened."""

@@ -103,6 +103,28 @@ def test_every_row_of_a_file_is_answered_and_what_is_left_out_is_counted(fitted,
     assert generate.main([*command, "--overwrite"]) == 0
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(data, tmp_path, capsys, monkeypatch):
+    none = str(tmp_path / "none")
+    command = ["--artifact", none, "--data", str(data), "--output"]
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "out.jsonl", tmp_path / ("o" * 250)):  # the temporary name is longer still
+        assert generate.main([*command, str(output)]) == 2
+        assert f"--output {output} cannot be written (" in capsys.readouterr().err
+    output = tmp_path / "new" / "folder" / "out.jsonl"
+    assert generate.main([*command, str(output)]) == 2
+    assert none in capsys.readouterr().err  # the output is fine, the artifact is not there
+    assert [*output.parent.iterdir()] == []
+
+    def refuse(*args, **kwargs):  # root may write into any folder, so the refusal is made by hand
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    output.write_text("kept")
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert generate.main([*command, str(output), "--overwrite"]) == 2
+    assert f"--output {output} cannot be written (Permission denied)" in capsys.readouterr().err
+    assert output.read_text() == "kept"
+
+
 def test_prompt_streams_and_prints_the_ttft(fitted, capsys):
     assert generate.main(["--artifact", str(fitted / "artifact"), "--prompt", "w1 w2 w3", "--max_new_tokens", "4"]) == 0
     captured = capsys.readouterr()

@@ -1,6 +1,7 @@
 """Rows with videos: exactness from a row to greedy tokens, what a video may be given as, and every error by its row."""
 
 import base64
+import importlib
 import itertools
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from pop_lightning import InputError, PruningPlan, StageAwareGenerator, videos
 from pop_lightning.artifact import base_identity, write_artifact
 from pop_lightning.cli import fit, generate
 from pop_lightning.data import CalibrationData
+from pop_lightning.images import RowImage
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.text import stream
@@ -74,6 +76,14 @@ def frames_decoder(monkeypatch):
 
     monkeypatch.setitem(video_utils.VIDEO_DECODERS, "arrays", read)
     monkeypatch.setattr(videos, "_DECODERS", {"torchcodec": "no_such_package", "arrays": "numpy"})
+
+
+@pytest.fixture(autouse=True)
+def decoder_looked_for():
+    """Which decoder loads is found out once in a process; tests change the answer."""
+    videos._decoder.cache_clear()
+    yield
+    videos._decoder.cache_clear()
 
 
 def frames(folder, *numbers, **timing):
@@ -249,6 +259,19 @@ def test_a_file_is_sampled_as_the_processor_says_or_at_its_own_fps(folder, tmp_p
     assert listed[0].prompt_ids == rows[1].prompt_ids
 
 
+def test_decoders_are_looked_for_once_whatever_is_opened(folder, frames_decoder, monkeypatch):
+    tried, load = [], importlib.import_module
+
+    def counted(name):
+        tried.append(name)
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", counted)
+    for _ in range(3):
+        RowVideo.of(folder / "clip.mp4", "here").open(lambda fps: None)
+    assert tried == ["no_such_package", "numpy"]
+
+
 def test_a_decoder_that_puts_the_channels_in_front_gives_the_same_frames(folder, frames_decoder, monkeypatch):
     video = RowVideo.of(folder / "clip.mp4", "here")
     expected, _ = video.open(lambda fps: None)
@@ -311,6 +334,34 @@ def test_a_datasets_videos_column_is_read_row_by_row(folder, tmp_path, column, f
     assert torch.equal(ours, reference)
 
 
+def test_frames_of_a_videos_column_take_the_times_of_their_part(folder, tmp_path):
+    metadata = {"fps": 10, "frames_indices": [0, 10, 20, 20]}
+    text = datasets.Value("string")
+    times = {"fps": datasets.Value("int64"), "frames_indices": datasets.List(datasets.Value("int64"))}
+    part = {"type": text, "text": text, "video_metadata": times}
+    features = datasets.Features({
+        "messages": [{"role": text, "content": [part]}], "videos": datasets.List(datasets.List(datasets.Image()))
+    })  # fmt: skip
+    said = [{"type": "text", "text": each, "video_metadata": None} for each in ("w5", "w6")]
+    shown = {"type": "video", "text": None, "video_metadata": metadata}
+    turns = [{"role": "user", "content": [shown, said[0]]}, {"role": "assistant", "content": said[1:]}]
+    given = frames(folder, 0, 1, 2, 3, video_metadata=metadata)
+    entry = {"messages": turns, "videos": [given["video"]]}
+    datasets.Dataset.from_list([entry], features=features).save_to_disk(tmp_path / "saved")
+    (row,) = reader(tmp_path / "saved").read_rows()
+    (expected,) = read(tmp_path / "rows.jsonl", [chat(given, text="w5", answer="w6")])
+    assert decoded(row) == decoded(expected)
+    assert "<2.0 seconds>" in decoded(row)
+    ours, reference = (reader(tmp_path / "saved").batch([each])["vision"] for each in (row, expected))
+    assert torch.equal(ours["pixel_values_videos"], reference["pixel_values_videos"])
+
+
+def test_times_that_are_null_are_not_given(folder, tmp_path):
+    null = {"fps": None, "frames_indices": None, "total_num_frames": None}
+    rows = [chat(frames(folder, 0, 1, fps=2)), chat(frames(folder, 0, 1, fps=2, video_metadata=null))]
+    assert len(read(tmp_path / "rows.jsonl", rows)) == 1  # one row, twice
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +389,15 @@ def test_every_fault_of_a_video_row_is_named_by_its_line(folder, tmp_path, frame
         (chat(clip(folder / "clip.mp4", video_metadata={"fps": 2})), r"video 1 is a file with \"video_metadata\""),
         (chat(frames(folder, 0, 1, video_metadata={"rate": 2})), r"video 1 has \"video_metadata\" .* an object of"),
         (chat(frames(folder, 0, 1, video_metadata={"frames_indices": [0]})), r"video 1 has 2 frames and \"frames_ind"),
+        *(
+            (chat(frames(folder, 0, 1, video_metadata={"frames_indices": indices})), r"video 1 has 2 frames and \"fram")
+            for indices in ([0, -1], [0, 0.5], [False, True], [0, "1"], [0, None], "01")
+        ),
+        *(
+            (chat(frames(folder, 0, 1, video_metadata={name: number})), rf"video 1, \"video_metadata\" has \"{name}\" ")
+            for name in ("fps", "total_num_frames")
+            for number in (0, -1, True, "2", float("inf"), float("nan"))
+        ),
         (chat({"type": "video"}), r"has 1 video parts that name no video, and 0 entries in \"videos\""),
         (chat(good) | {"videos": ["clip.mp4"]}, r"has 0 video parts that name no video, and 1 entries"),
         ({"prompt": "w1", "response": "w2", "videos": [good]}, r"has 1 videos, and its prompt .* 0 times"),
@@ -385,8 +445,26 @@ def test_a_video_for_a_model_that_reads_none_is_refused_by_its_line(folder, tmp_
     made = processor("qwen3_vl")
     vision = VisionProcessor(lambda: ImagesOnly(made.image_processor, made.tokenizer), (IMAGE, VIDEO))
     data = CalibrationData(tmp_path / "rows.jsonl", made.tokenizer, vision=vision)
-    with pytest.raises(InputError, match=r"line 2 has videos, but model\.base has no video processor"):
+    with pytest.raises(InputError, match=r"line 2 has videos, but model\.base has no video processor") as caught:
         data.read_rows()
+    assert str(caught.value).endswith("take a base that has one, or leave the videos out.")
+    generator = StageAwareGenerator(shared("qwen3_vl"), PruningPlan(2), tokenizer=made.tokenizer, vision=vision)
+    with pytest.raises(InputError, match=r"^--video was given, but the base has no video processor") as caught:
+        list(stream(generator, "w1", videos=[[folder / "frame0.png"]], max_new_tokens=1))
+    assert str(caught.value).endswith("take a base that has one, or leave the videos out.")
+
+
+def test_a_feature_token_beside_the_placeholders_is_named_by_its_kind(folder):
+    made = processor("qwen3_vl")
+    made.video_token = "w9"  # one word stands for a video, and another for each of its features
+    vision = VisionProcessor(lambda: made, (IMAGE, VIDEO))
+    image = [RowImage.of(folder / "0.png", "here")]
+    text = f"{PLACEHOLDER['qwen3_vl']} <|video_pad|> <|video_pad|>"
+    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt beside 'w9', .* for each video: "):
+        vision.encode(text, image, [], "row 1", special=False)
+    made.video_token = None
+    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt: take them out\.$"):
+        vision.encode(text, image, [], "row 1", special=False)
 
 
 def test_a_video_that_goes_or_changes_after_its_row_was_read_is_named(folder, tmp_path, frames_decoder):

@@ -13,12 +13,13 @@ from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.benchmark import run as benchmark
 from pop_lightning.closed_form import ClosedFormFit
 from pop_lightning.decoder import Decoder
+from pop_lightning.importance import ImportanceScoring
 from pop_lightning.prefill import student_logits
 from pop_lightning.projection_training import teacher_pass
 from pop_lightning.projections import KVProjections
 
 from families import COMMON, WINDOW, relative
-from test_importance import score
+from test_importance import loss_under_gates, score
 from vision import (
     DEEPSTACK,
     FAMILIES,
@@ -448,6 +449,20 @@ def test_scores_do_not_depend_on_what_a_row_with_images_is_batched_with(family):
     assert torch.allclose(scores, score(build(family), alone), rtol=1e-4)
     assert (scores[:-1] > 0).all()
     assert scores[-1, 0] == 0  # nothing reads the last layer's context
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_rows_with_images_are_the_same_where_layers_run_again(family, attention):
+    decoder = Decoder(shared(family, attention))
+    batch = with_response(prompts(family, [[4, (4, 8), 9], [7], [(4, 4), WINDOW + 3, (8, 4), 2]]))
+    targets = batch["input_ids"][:, batch["prompt_length"] :]
+    kept, again = (ImportanceScoring(decoder, gradient_checkpointing=each) for each in (False, True))
+    gates = torch.ones(3, LAYERS[family], 2, requires_grad=True)
+    loss_under_gates(kept, batch, gates, targets).backward()
+    for given in (targets, None):  # None: targets drawn from each one's own logits
+        assert relative(again.gradients(batch, given), kept.gradients(batch, given)) < 1e-5
+    assert relative(again.gradients(batch, targets), gates.grad) < 1e-5
 
 
 # --- closed form ----------------------------------------------------------------------------------------------------

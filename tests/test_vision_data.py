@@ -249,6 +249,33 @@ def test_urls_are_fetched_only_where_they_are_allowed(pictures, tmp_path):
         server.server_close()
 
 
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Answers as no server should."""
+
+    def do_GET(self):
+        cut = b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\ncut"
+        self.wfile.write(cut if self.path == "/short" else b"HTTP/1.0 many\r\n\r\n")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("a b.png", "URL can't contain"), ("short", "IncompleteRead"), ("status", "HTTP/1.0 many")]
+)
+def test_an_address_or_an_answer_that_http_does_not_know_is_one_sentence(path, message):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/{path}"
+    try:
+        with pytest.raises(InputError, match=rf"^row 1: '{address}' cannot be fetched \({message}") as caught:
+            RowImage.of(address, "row 1", allow_urls=True)
+        assert "\n" not in str(caught.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
