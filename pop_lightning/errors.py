@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input; the command line turns it into a sentence and exit code 2."""
+"""The one exception that stands for bad input, and its words; the command line turns it into exit code 2."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The message is one sentence for the user: what was found, what was expected, and which flag or key to change.
     """
+
+
+def on_process(problem: str, number: int) -> str:
+    """The sentence ``problem`` with the process that met it; the first one goes without saying."""
+    return f"{problem.rstrip('.')} (on process {number})." if number else problem

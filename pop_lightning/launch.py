@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from transformers.utils.logging import disable_progress_bar
 
 from pop_lightning import ranks
-from pop_lightning.errors import InputError
+from pop_lightning.errors import InputError, on_process
 from pop_lightning.recipe import Recipe
 
 GRACE = 10.0  # seconds that a process has to end by itself after another one ended badly
@@ -44,20 +44,40 @@ def check_number(strategy: Strategy) -> None:
         if environment is None:
             return
         devices = nodes = 1
-    problem = None
-    if (started := environment.world_size()) != devices * nodes:
-        problem = f"{started} processes were started, the recipe names {devices * nodes}"
-    else:
+    started, named, problem = environment.world_size(), devices * nodes, None
+    if started != named:
+        # A script without srun is one process, whatever number of tasks its job has.
+        said = f"SLURM names {started} tasks" if _is_slurm(environment) else f"{started} processes were started"
+        problem = f"{said}, the recipe {named}"
+    elif started > 1:  # srun leaves the job's tasks per node standing where it starts one task alone
         try:
             environment.validate_settings(num_devices=devices, num_nodes=nodes)
         except ValueError as error:
             problem = str(error).rstrip(".")
     if problem is not None:
+        ways = [_start(environment, devices, nodes)]
+        if started > 1:
+            ways.append(
+                "set trainer.num_nodes to the number of nodes, trainer.devices to the processes on each, and "
+                "trainer.strategy to ddp or one of DeepSpeed's"
+            )
         raise InputError(
             f"trainer.devices {devices} and trainer.num_nodes {nodes} do not fit how this run was started ({problem}): "
-            "set trainer.num_nodes to the number of nodes, trainer.devices to the processes on each, and, for more "
-            "than one, trainer.strategy to ddp or one of DeepSpeed's."
+            f"{', or '.join(ways)}."
         )
+
+
+def _is_slurm(environment: ClusterEnvironment) -> bool:
+    return isinstance(environment, SLURMEnvironment)
+
+
+def _start(environment: ClusterEnvironment, devices: int, nodes: int) -> str:
+    """How the processes that a recipe names are started there."""
+    if not _is_slurm(environment):
+        return f"start {devices} on each of {nodes} nodes (torchrun --nnodes {nodes} --nproc_per_node {devices})"
+    if devices * nodes == 1:
+        return "start it with srun --ntasks 1"
+    return f"start it with srun, one task per process (#SBATCH --nodes {nodes} --ntasks-per-node {devices})"
 
 
 @contextlib.contextmanager
@@ -93,7 +113,7 @@ def joined(strategy: DDPStrategy, recipe: Recipe):
         if ranks.is_first():
             raise
         if not isinstance(error, ranks.ToldByFirst):
-            print(f"pop-fit: error on process {ranks.rank()}: {error}", file=sys.stderr)
+            print(f"pop-fit: error: {on_process(str(error), ranks.rank())}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:
         if ranks.is_first():

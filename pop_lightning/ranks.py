@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pop_lightning.errors import InputError
+from pop_lightning.errors import InputError, on_process
 
 T = TypeVar("T")
 
@@ -116,8 +116,7 @@ def stop_together(problem: str | None) -> None:
     problems = gather(problem)
     found = next((number for number, each in enumerate(problems) if each is not None), None)
     if found is not None:
-        where = f" (on process {found})" if found else ""
-        text = problems[found].rstrip(".") + where + "."
+        text = on_process(problems[found], found)
         raise InputError(text) if is_first() else ToldByFirst(text)
 
 

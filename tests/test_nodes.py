@@ -10,6 +10,9 @@ import time
 import psutil
 import pytest
 
+from pop_lightning import cli
+from pop_lightning.errors import InputError
+
 from ranked import TENSORS, Runs, assert_same_run, prepare
 
 FIT = ("-m", "pop_lightning.cli.fit")
@@ -45,24 +48,27 @@ def start_nodes(runs, commands, strategy):
 
 
 def start_under_slurm(runs, commands, strategy):
-    """What srun would start: a process per task, told by variables who it is."""
-    port, processes = str(free_port()), []
-    for node, command in enumerate(commands):
-        variables = {
-            "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "pop", "SLURM_NTASKS": str(NODES), "SLURM_NNODES": str(NODES),
-            "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": str(node),
-            "SLURM_NODEID": str(node), "SLURM_LOCALID": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *FIT, *command],
-                env=runs.environment(strategy) | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return processes
+    """What srun would start on two nodes: a process per task, told by variables who it is."""
+    port = str(free_port())
+    return [
+        start_task(runs, command, strategy, {"SLURM_PROCID": str(node), "SLURM_NODEID": str(node), "MASTER_PORT": port})
+        for node, command in enumerate(commands)
+    ]
+
+
+def start_task(runs, command, strategy, variables):
+    """A task of srun, the only one on its node unless ``variables`` say otherwise."""
+    srun = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "pop", "SLURM_NTASKS": str(NODES), "SLURM_NNODES": str(NODES),
+        "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0", "MASTER_ADDR": "localhost",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *FIT, *command],
+        env=runs.environment(strategy) | srun | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(processes, codes):
@@ -143,17 +149,13 @@ WRONG = {
     "an output that the nodes do not share": ({}, {"output": "elsewhere"}, "output .* every node mounts"),
     "rows that one node lacks": ({}, {"data__calibration": "nothing.jsonl"}, r"data.calibration.*\(on process 1\)"),
     "a base that one node lacks": ({}, {"model__base": "nowhere"}, r"model.base.*\(on process 1\)"),
-    "a number of nodes that was not given": (
-        {"trainer__num_nodes": 1},
-        {"trainer__num_nodes": 1},
-        "trainer.num_nodes 1 do not fit .*2 processes were started",
-    ),
-    "no strategy": (
-        {"trainer__num_nodes": 1, "trainer__strategy": "auto"},
-        {"trainer__num_nodes": 1, "trainer__strategy": "auto"},
-        "trainer.num_nodes 1 do not fit .*2 processes were started",
-    ),
 }
+
+
+def told(said):
+    """The lines in which ``pop-fit`` speaks of what is wrong, from every process's output."""
+    assert not any("Traceback" in err for _, err in said)
+    return [line for _, err in said for line in err.splitlines() if line.startswith("pop-fit: ")]
 
 
 @pytest.mark.full
@@ -169,8 +171,67 @@ def test_nodes_stop_together_with_one_sentence_and_leave_no_folder(runs, tmp_pat
         command_of(runs, **{"output": tmp_path / "run", "strategy": strategy, **changes}) for changes in (here, there)
     ]
     said = finish(start_under_slurm(runs, commands, strategy), [2, 2])
-    lines = [line for _, err in said for line in err.splitlines() if line.startswith("pop-fit: ")]
-    assert len(lines) == 1
-    assert re.search(expected, lines[0])
-    assert not any("Traceback" in err for _, err in said)
+    (line,) = told(said)
+    assert re.search(expected, line)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "deepspeed_stage_3"])
+def test_what_is_wrong_on_all_nodes_before_they_join_is_said_once_on_each(runs, tmp_path, strategy):
+    command = command_of(runs, tmp_path / "run", strategy, trainer__num_nodes=1)
+    lines = told(finish(start_under_slurm(runs, [command] * NODES, strategy), [2, 2]))
+    assert len(lines) == NODES
+    assert all("trainer.num_nodes 1 do not fit" in line and "SLURM names 2 tasks" in line for line in lines)
+    assert ["(on process 1)" in line for line in lines] == [False, True]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(runs, tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise ImportError('none on this node')")
+    command = command_of(runs, tmp_path / "run", "deepspeed_stage_3", trainer__devices=2)
+    # The first node's processes would wait for these.
+    tasks = [
+        {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(local)}
+        | {"PYTHONPATH": str(tmp_path)}
+        for local, number in enumerate((2, 3))
+    ]
+    node = [start_task(runs, command, "deepspeed_stage_3", {"SLURM_NODEID": "1"} | task) for task in tasks]
+    (line,) = told(finish(node, [2, 2]))
+    assert line.startswith("pop-fit: error: trainer.strategy deepspeed_stage_3 needs DeepSpeed")
+    assert line.endswith("(on process 2).")
+
+
+@pytest.mark.parametrize(
+    ("started", "variables", "expected"),
+    [
+        ("by nobody else", {}, "pop-fit: error: Wrong.\n"),
+        ("by pop-fit", {"LOCAL_RANK": "3"}, "pop-fit: error: Wrong (on process 3).\n"),
+        ("by torchrun", {"RANK": "0", "LOCAL_RANK": "0"}, "pop-fit: error: Wrong.\n"),
+        ("by torchrun, beside another", {"RANK": "1", "LOCAL_RANK": "1"}, ""),
+        ("by torchrun, on another node", {"RANK": "8", "LOCAL_RANK": "0"}, "pop-fit: error: Wrong (on process 8).\n"),
+        ("by srun, beside another", {"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, ""),
+        (
+            "by srun, on another node",
+            {"SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
+            "pop-fit: error: Wrong (on process 8).\n",
+        ),
+        (
+            "by torchrun, which srun started on each node",
+            {"RANK": "8", "LOCAL_RANK": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+            "pop-fit: error: Wrong (on process 8).\n",
+        ),
+    ],
+)
+def test_before_they_join_one_process_of_a_node_tells(monkeypatch, capsys, started, variables, expected):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def wrong():
+        raise InputError("Wrong.")
+
+    assert cli.run("pop-fit", wrong) == 2
+    assert capsys.readouterr().err == expected

@@ -270,25 +270,60 @@ def test_a_run_killed_while_it_opened_its_folder_is_resumed(runs, tmp_path):
 def test_another_number_of_processes_than_the_recipe_names_is_refused(
     runs, tmp_path, monkeypatch, strategy, tasks, nodes
 ):
-    given = {
-        "NTASKS": tasks,
-        "NTASKS_PER_NODE": tasks // nodes,
-        "NNODES": nodes,
-        "PROCID": 0,
-        "LOCALID": 0,
-        "NODEID": 0,
-    }
-    for name, value in given.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    under_slurm(monkeypatch, tasks=tasks, per_node=tasks // nodes, nodes=nodes)
     devices = 2 if strategy == "deepspeed_stage_3" else 1
-    changes = {"trainer__strategy": strategy, "trainer__devices": devices}
-    recipe = parse(runs.command(tmp_path, "one", **changes)).recipe
-    with pytest.raises(InputError, match=rf"trainer.devices {devices} .*{tasks} processes were started"):
+    recipe = recipe_of(runs, tmp_path, strategy, devices)
+    with pytest.raises(InputError, match=rf"trainer.devices {devices} .*SLURM names {tasks} tasks, the recipe"):
         Trainers(recipe)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     if tasks > 1:  # Lightning takes no other setting
         with pytest.raises(InputError, match="--ntasks-per-node"):
             Trainers(recipe)
+
+
+def test_several_processes_in_a_job_without_srun_are_told_to_start_with_it(runs, tmp_path, monkeypatch):
+    under_slurm(monkeypatch, tasks=1, per_node=1, nodes=1)
+    with pytest.raises(InputError) as error:
+        Trainers(recipe_of(runs, tmp_path, "ddp", devices=2))
+    assert "srun, one task per process (#SBATCH --nodes 1 --ntasks-per-node 2)" in str(error.value)
+    assert "set trainer" not in str(error.value)  # to the one task that there is
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_one_process_in_a_job_of_several_tasks_runs_as_the_error_says(runs, tmp_path, monkeypatch, strategy):
+    under_slurm(monkeypatch, tasks=4, per_node=2, nodes=2)
+    recipe = recipe_of(runs, tmp_path, strategy, devices=1)
+    with pytest.raises(InputError, match=r"SLURM names 4 tasks, the recipe 1\): start it with srun --ntasks 1, or set"):
+        Trainers(recipe)
+    # What srun sets for its one task; the job's tasks per node stay.
+    under_slurm(monkeypatch, tasks=1, per_node=2, nodes=1)
+    Trainers(recipe)
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("ddp", 2)])
+def test_another_number_of_processes_than_torchrun_started_is_refused_in_its_words(
+    runs, tmp_path, monkeypatch, strategy, devices
+):
+    given = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
+    for name, value in (given | {"TORCHELASTIC_RUN_ID": "pop"}).items():
+        monkeypatch.setenv(name, str(value))
+    words = (
+        rf"3 processes were started, the recipe {devices}\): .*torchrun --nnodes 1 --nproc_per_node {devices}\), or set"
+    )
+    with pytest.raises(InputError, match=words):
+        Trainers(recipe_of(runs, tmp_path, strategy, devices))
+
+
+def under_slurm(monkeypatch, tasks, per_node, nodes):
+    """The variables of the first task of a job."""
+    given = {"NTASKS": tasks, "NTASKS_PER_NODE": per_node, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+def recipe_of(runs, folder, strategy, devices):
+    changes = {"trainer__strategy": strategy, "trainer__devices": devices}
+    return parse(runs.command(folder, "one", **changes)).recipe
 
 
 @pytest.mark.parametrize(
