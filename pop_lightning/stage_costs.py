@@ -5,6 +5,7 @@ time. The steps are written once: on a real base the same ones are timed.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -338,7 +339,7 @@ class _Stages:
             self.run.reset()
 
         self.run.reset()
-        for _ in closed_form(
+        fitted = closed_form(
             self.decoder,
             self.depths,
             boundary=self.recipe.fit_boundary,
@@ -350,8 +351,8 @@ class _Stages:
             queries=settings.queries,
             refit=settings.refit,
             memory=int(settings.memory_gib * 2**30),
-        ):
-            pass
+        )
+        deque(fitted, maxlen=0)  # a loop's variable would hold each depth through the next pass
         for name in dict.fromkeys(each.name for each in passed):
             same = [each for each in passed if each.name == name]
             largest = max(same, key=lambda each: each.peak)

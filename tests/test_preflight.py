@@ -494,7 +494,7 @@ def test_the_closed_forms_grouping_and_what_the_finer_ones_take(capsys, monkeypa
     assert fit.main(words) == 0
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith("closed form: grouping"))
-    assert line.startswith("closed form: grouping layer in one pass over the fit rows, projection.memory_gib 36;")
+    assert line.startswith("closed form: grouping layer in one pass over the fit rows, projection.memory_gib 32;")
     assert "head takes projection.memory_gib" in line
 
 
