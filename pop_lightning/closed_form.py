@@ -115,8 +115,8 @@ def passes(
         if not fits([depth], grouping):
             coarser = "" if grouping == "none" else ", or set projection.grouping to a coarser one"
             raise InputError(
-                f"closed form needs {held_bytes(shape, [depth], grouping, objectives) / 2**30:.1f} GiB of running sums "
-                f"and options at depth {depth}, above projection.memory_gib of {limit / 2**30:g}; raise it{coarser}."
+                f"closed form needs {held_bytes(shape, [depth], grouping, objectives) / 2**30:.3g} GiB of running sums "
+                f"and options at depth {depth}, above projection.memory_gib of {limit / 2**30:.3g}; raise it{coarser}."
             )
         if not groups or not fits([*groups[-1], depth], grouping):
             groups.append([])
