@@ -136,6 +136,11 @@ class _Regressions(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.sums.add_up()
 
+    def prior(self, depth: int, layer: int) -> Tensor:
+        """``[W' | b']`` of reuse, ``[2 kv_dim, hidden + 1]``, float64."""
+        weight, bias = self.reuse[depth].affine(layer)
+        return torch.cat([weight, bias.unsqueeze(-1)], 1).double()
+
     @property
     def nbytes(self) -> int:
         return self.sums.nbytes + sum(each.nbytes for each in self.reuse.values())
@@ -232,18 +237,17 @@ class ClosedFormFit(_Regressions):
 
         ``ridge`` is in units of the Gram's mean diagonal.
         """
-        projections = KVProjections(self.decoder, depth).replace({}, "closed_form")
+        projections = nothing_fitted(self.decoder, depth)
         for layer in projections.fitted_layers:
-            weight, bias = self.reuse[depth].affine(layer)
-            folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()
+            prior = self.prior(depth, layer)
             if objective == "attention":
                 kv_dim = self.decoder.parts[layer].kv_dim
-                keys = self.sums.solve(("keys", depth, layer), layer, folded[:kv_dim], ridge)
+                keys = self.sums.solve(("keys", depth, layer), layer, prior[:kv_dim], ridge)
                 groups = _groups(self.decoder.parts[layer].kv_heads, self.grouping)
-                fitted = torch.cat([keys, _solve_values(self.sums, depth, layer, folded[kv_dim:], groups, ridge)])
+                fitted = torch.cat([keys, _solve_values(self.sums, depth, layer, prior[kv_dim:], groups, ridge)])
             else:
-                fitted = self.sums.solve((objective, depth), layer, folded, ridge)
-            projections.replace({layer: (fitted[:, :-1].to(weight), fitted[:, -1].to(bias))}, "closed_form")
+                fitted = self.sums.solve((objective, depth), layer, prior, ridge)
+            projections.replace({layer: (fitted[:, :-1].float(), fitted[:, -1].float())}, "closed_form")
         return projections
 
 
@@ -301,17 +305,21 @@ class ValueRefit(_Regressions):
     def solve(self, depth: int, ridge: float) -> KVProjections:
         """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
         start = self.starts[depth]
-        projections = KVProjections(self.decoder, depth).replace({}, "closed_form")
+        projections = nothing_fitted(self.decoder, depth)
         for layer in start.fitted_layers:
             kv_dim = self.decoder.parts[layer].kv_dim
             groups = _groups(self.decoder.parts[layer].kv_heads, self.grouping)
-            weight, bias = self.reuse[depth].affine(layer)
-            folded = torch.cat([weight, bias.unsqueeze(-1)], 1).double()[kv_dim:]
-            values = _solve_values(self.sums, depth, layer, folded, groups, ridge).to(weight)
             keys, shift = start.affine(layer)
+            prior = self.prior(depth, layer)[kv_dim:]
+            values = _solve_values(self.sums, depth, layer, prior, groups, ridge).to(keys)
             fitted = torch.cat([keys[:kv_dim], values[:, :-1]]), torch.cat([shift[:kv_dim], values[:, -1]])
             projections.replace({layer: fitted}, "closed_form")
         return projections
+
+
+def nothing_fitted(decoder: Decoder, depth: int) -> KVProjections:
+    """A closed form before anything is fitted: reuse, which it stays where no fit is better."""
+    return KVProjections(decoder, depth).replace({}, "closed_form")
 
 
 class _Full:

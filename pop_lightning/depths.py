@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from pop_lightning.closed_form import Shape, passes
 from pop_lightning.decoder import Decoder
 from pop_lightning.errors import InputError
 from pop_lightning.flops import speedup
@@ -27,6 +28,16 @@ def to_measure(
     if recipe.budget.speedup is None:
         return candidates(recipe.budget, prefill_importance, decoder)
     return sorted(set(reaching(recipe.budget, decoder, boundaries, tokens).values()), reverse=True)
+
+
+def closed_form_passes(recipe: Recipe, decoder: Decoder, depths: Sequence[int]) -> tuple[str, list[list[int]]]:
+    """How the closed form groups its regressions, and which depths each pass over the rows fits.
+
+    Raises:
+        InputError: what one depth takes does not fit in ``projection.memory_gib``.
+    """
+    settings = recipe.projection
+    return passes(Shape.of(decoder), depths, settings.grouping, settings.memory_bytes)
 
 
 def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int]:

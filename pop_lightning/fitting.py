@@ -24,6 +24,7 @@ from pop_lightning.closed_form import (
     Shape,
     ValueRefit,
     bytes_needed,
+    nothing_fitted,
     passes,
 )
 from pop_lightning.decoder import Decoder
@@ -108,7 +109,7 @@ def closed_form(
         def room() -> int:
             return memory - regressions.nbytes - sum(each.nbytes for each in found)
 
-        return _Chooser(decoder, boundary, tune_rows, validate, room)
+        return _Chooser(decoder, shape, boundary, tune_rows, validate, room)
 
     def first_pass(number: int, group: list[int]) -> list[FittedDepth]:
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries, objectives=objectives)
@@ -119,7 +120,7 @@ def closed_form(
         choice = chooser(fit, found)
         for fitted in found:
             depth = fitted.depth
-            choice.offer(fitted, ("reuse", None), partial(_reuse, decoder, depth))
+            choice.offer(fitted, ("reuse", None), partial(nothing_fitted, decoder, depth))
             if depth < decoder.num_layers - 1:
                 for name, ridge in itertools.product(fit.objectives, ridges):
                     choice.offer(fitted, (name, ridge), partial(fit.solve, depth, ridge, name))
@@ -149,11 +150,6 @@ def closed_form(
             yield found.pop(0)
 
 
-def _reuse(decoder: Decoder, depth: int) -> KVProjections:
-    """As an option of the closed form, which it is where nothing that was fitted is better."""
-    return KVProjections(decoder, depth).replace({}, "closed_form")
-
-
 class _Chooser:
     """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
 
@@ -162,9 +158,17 @@ class _Chooser:
             after a measurement where it does not.
     """
 
-    def __init__(self, decoder: Decoder, boundary: int, rows: DataLoader, validate: Validate, room: Callable[[], int]):
-        self.decoder, self.boundary, self.rows, self.validate, self.room = decoder, boundary, rows, validate, room
-        self.shape = Shape.of(decoder)
+    def __init__(
+        self,
+        decoder: Decoder,
+        shape: Shape,
+        boundary: int,
+        rows: DataLoader,
+        validate: Validate,
+        room: Callable[[], int],
+    ):
+        self.decoder, self.shape, self.boundary = decoder, shape, boundary
+        self.rows, self.validate, self.room = rows, validate, room
         self.waiting: list[tuple[FittedDepth, Option, KVProjections]] = []
 
     def offer(self, fitted: FittedDepth, option: Option, make: Callable[[], KVProjections]) -> None:

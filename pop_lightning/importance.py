@@ -12,6 +12,7 @@ from pop_lightning import ranks
 from pop_lightning.data import real_rows
 from pop_lightning.decoder import Decoder, Trace
 from pop_lightning.gates import gate_gradients, probed
+from pop_lightning.projection_training import teacher_trace
 
 
 class ImportanceScoring(lightning.LightningModule):
@@ -52,7 +53,7 @@ class ImportanceScoring(lightning.LightningModule):
     def gradients(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """dL/dg of every row, layer and stage at g = 1, ``[batch, L, 2]`` (prefill, decode), float32."""
         rows, context = len(batch["input_ids"]), max(0, batch["prompt_length"] - self.boundary)
-        trace = self._trace(batch) if self.gradient_checkpointing else None
+        trace = teacher_trace(self.decoder, batch, 0, masks=True) if self.gradient_checkpointing else None
         with torch.enable_grad(), probed(self.decoder, rows, context) as found:
             if trace is None:
                 self.loss(batch, targets).backward()
@@ -63,12 +64,6 @@ class ImportanceScoring(lightning.LightningModule):
     def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""
         return self._loss(self.decoder.response_logits(batch), batch, targets)
-
-    @torch.no_grad()
-    def _trace(self, batch: dict) -> Trace:
-        with self.decoder.tracing(masks=True) as trace:
-            self.decoder.model(**self.decoder.inputs(batch), use_cache=False, logits_to_keep=1)
-        return trace
 
     def _backward_by_layer(self, trace: Trace, batch: dict, targets: Tensor | None) -> None:
         """The backward pass of :meth:`loss`, down from the head, over layers that run again from their inputs.

@@ -15,10 +15,16 @@ from pop_lightning import ranks
 from pop_lightning.artifact import base_identity
 from pop_lightning.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
-from pop_lightning.closed_form import Shape, passes
 from pop_lightning.data import CalibrationData
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries, reaching, to_measure
+from pop_lightning.depths import (
+    check_images,
+    closed_form_passes,
+    listed_boundaries,
+    possible_boundaries,
+    reaching,
+    to_measure,
+)
 from pop_lightning.errors import InputError
 from pop_lightning.evaluate import Evaluation, Variant, groups
 from pop_lightning.fitting import Distillation, closed_form, quiet_lightning
@@ -177,7 +183,7 @@ class _Run:
             depths = to_measure(
                 self.recipe, self.decoder, [1.0] * self.decoder.num_layers, self._boundaries, self.tokens
             )
-            passes(Shape.of(self.decoder), depths, self.recipe.projection.grouping, self._memory)
+            closed_form_passes(self.recipe, self.decoder, depths)
         check_images(self.recipe, self.decoder, self.data.rows(), self._boundaries, self.trainers.shards_base)
         if budget.speedup is not None:
             reaching(budget, self.decoder, self._boundaries, self.tokens)
@@ -261,7 +267,7 @@ class _Run:
             grouping=settings.grouping,
             queries=settings.queries,
             refit=settings.refit,
-            memory=self._memory,
+            memory=self.recipe.projection.memory_bytes,
             fit_rows=self.data.loader("fit"),
             tune_rows=self.data.loader("tune"),
             validate=lambda what, module, rows: self.trainers.make(what).validate(module, rows, verbose=False),
@@ -307,10 +313,6 @@ class _Run:
         self.folder.write_projections(choice, projections)
 
     # --- search ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _memory(self) -> int:
-        return int(self.recipe.projection.memory_gib * 2**30)
 
     def _search(self, depths: list[int]) -> list[dict]:
         """Measure on the search split, choose the boundary, and train what the budget asks for; returns the curve."""
@@ -372,7 +374,7 @@ class _Run:
         """Curve entries of ``choices`` at each boundary, on the search split."""
         ridges = self.folder.read("state/ridge.json")
         entries = []
-        for group in groups(self.decoder, choices, self._memory):
+        for group in groups(self.decoder, choices, self.recipe.projection.memory_bytes):
             variants = {}
             for choice in group:
                 projections = self._projections(choice)
@@ -411,7 +413,7 @@ class _Run:
             counted = self._speedup(self.budget.sequence[0].depth, self.boundary)
             measured["speedup"] = {"wanted": wanted, "counted": counted, "prompt_tokens": self.tokens}
         export = ExportArtifact(self.folder / "artifact", self.budget, self.base, self.recipe.to_dict(), measured)
-        for group in groups(self.decoder, self.budget.sequence, self._memory):
+        for group in groups(self.decoder, self.budget.sequence, self.recipe.projection.memory_bytes):
             if self.budget.verified:
                 break
             names = {choice.depth: str(choice.depth) for choice in group}

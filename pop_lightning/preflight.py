@@ -17,7 +17,7 @@ import torch
 
 from pop_lightning.closed_form import GROUPINGS, Shape, held_bytes
 from pop_lightning.decoder import Decoder
-from pop_lightning.depths import check_images, listed_boundaries, possible_boundaries
+from pop_lightning.depths import check_images, closed_form_passes, listed_boundaries, possible_boundaries
 from pop_lightning.errors import InputError
 from pop_lightning.estimate import USABLE, Base, Estimate, Machine, Rows, certifying_rows, estimate, sources
 from pop_lightning.examples import check_exists
@@ -28,7 +28,7 @@ from pop_lightning.models import load_model
 from pop_lightning.plan import PruningPlan
 from pop_lightning.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.report import text_table
-from pop_lightning.stage_costs import Steps, batch_of, closed_form_passes, fits_closed_form, operations
+from pop_lightning.stage_costs import Steps, batch_of, fits_closed_form, operations
 from pop_lightning.strategies import DEEPSPEED
 from pop_lightning.trainers import Trainers, check_keys, check_placement
 
@@ -326,7 +326,7 @@ def _groupings(found: Estimate) -> str | None:
     if not fits_closed_form(found.recipe):
         return None
     shape, settings = Shape.of(found.base.decoder), found.recipe.projection
-    grouping, groups = closed_form_passes(found.base.decoder, found.recipe, found.depths)
+    grouping, groups = closed_form_passes(found.recipe, found.base.decoder, found.depths)
     needed = {name: held_bytes(shape, found.depths, name) / _GIB for name in GROUPINGS}
     passes = f"{len(groups)} passes" if len(groups) > 1 else "one pass"
     text = (

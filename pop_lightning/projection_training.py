@@ -24,10 +24,13 @@ CHUNK_LOGITS = 2**26  # logits alive at a time per model: 256 MiB in float32
 
 
 @torch.no_grad()
-def teacher_trace(decoder: Decoder, batch: dict, first: int) -> Trace:
-    """One full pass: the inputs of layers ``first`` and up and, under key L, what goes into the final norm."""
+def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False) -> Trace:
+    """One full pass: the inputs of layers ``first`` and up and, under key L, what goes into the final norm.
+
+    ``masks`` records the model's own masks whatever the rows hold, so that whole layers can be run again.
+    """
     # Where images see ahead, a boundary that holds one is rerun under the model's own masks.
-    masks = decoder.images_see_ahead and bool(batch.get("vision"))
+    masks = masks or (decoder.images_see_ahead and bool(batch.get("vision")))
     with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
         decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
     return trace

@@ -132,6 +132,10 @@ class Projection:
     batch_size: int | None = None
     checkpoint_every: int = 50
 
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * 2**30)
+
 
 @dataclass
 class Budget:

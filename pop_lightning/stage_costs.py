@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from pop_lightning.closed_form import ClosedFormFit, Shape, ValueRefit, passes
+from pop_lightning.closed_form import ClosedFormFit, ValueRefit
 from pop_lightning.data import collate
 from pop_lightning.decoder import Decoder, position_ids
+from pop_lightning.depths import closed_form_passes
 from pop_lightning.dry_run import DryRun
 from pop_lightning.evaluate import Evaluation, Variant, groups
 from pop_lightning.fitting import Distillation, closed_form
@@ -134,7 +135,7 @@ class Steps:
 
     def fit(self) -> Callable[[], None]:
         """The closed form's pass over as many depths as it reads at once."""
-        grouping, groups = closed_form_passes(self.decoder, self.recipe, self.depths)
+        grouping, groups = closed_form_passes(self.recipe, self.decoder, self.depths)
         module = ClosedFormFit(
             self.decoder, groups[0], self.recipe.fit_boundary, grouping=grouping, queries=self.recipe.projection.queries
         )
@@ -182,16 +183,6 @@ def fits_closed_form(recipe: Recipe) -> bool:
     """Whether the recipe's projections are, or start from, a closed form."""
     settings = recipe.projection
     return settings.kind == "closed_form" or (settings.kind in ("lora", "full") and settings.start == "closed_form")
-
-
-def closed_form_passes(decoder: Decoder, recipe: Recipe, depths: Sequence[int]) -> tuple[str, list[list[int]]]:
-    """How the closed form groups its regressions, and which depths each pass over the rows fits.
-
-    Raises:
-        InputError: one depth's sums and options do not fit in ``projection.memory_gib``.
-    """
-    settings = recipe.projection
-    return passes(Shape.of(decoder), depths, settings.grouping, int(settings.memory_gib * 2**30))
 
 
 def operations(
@@ -350,7 +341,7 @@ class _Stages:
             grouping=settings.grouping,
             queries=settings.queries,
             refit=settings.refit,
-            memory=int(settings.memory_gib * 2**30),
+            memory=settings.memory_bytes,
         )
         deque(fitted, maxlen=0)  # a loop's variable would hold each depth through the next pass
         for name in dict.fromkeys(each.name for each in passed):
@@ -391,7 +382,7 @@ class _Stages:
 
     def _evaluation(self, name: str, rows: str, choices: Sequence[Choice], boundaries: Sequence[int]) -> Cost:
         """A measurement on the split ``rows``, in as many passes as the pipeline makes of it."""
-        memory, passed = int(self.recipe.projection.memory_gib * 2**30), []
+        memory, passed = self.recipe.projection.memory_bytes, []
         for group in groups(self.decoder, choices, memory):
             variants = {}
             for choice in group:

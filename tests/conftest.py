@@ -1,9 +1,25 @@
 import os
 import warnings
 
+import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # wherever DeepSpeed is imported, it would look for other devices
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and much longer on a busy machine
 warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """What runs of several processes start from; a module may have one of its own."""
+    from ranked import prepare
+
+    return prepare(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def runs(work):
+    from ranked import Runs
+
+    return Runs(work)

@@ -19,7 +19,7 @@ import pytest
 
 from pop_lightning.cli import fit
 
-from ranked import ODD, TENSORS, Runs, prepare, read
+from ranked import ODD, TENSORS, prepare, read
 from workbench import arguments, save_rows
 
 SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**32))
@@ -134,11 +134,6 @@ def test_one_process_killed_twice_at_random_moments_ends_with_the_same_bytes(wor
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(work):
-    return Runs(work)
 
 
 @pytest.fixture(scope="module")

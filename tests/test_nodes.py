@@ -13,20 +13,10 @@ import pytest
 from pop_lightning import cli
 from pop_lightning.errors import InputError
 
-from ranked import TENSORS, Runs, assert_same_run, prepare
+from ranked import TENSORS, assert_same_run
 
 FIT = ("-m", "pop_lightning.cli.fit")
 NODES = 2
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("nodes"))
-
-
-@pytest.fixture(scope="module")
-def runs(work):
-    return Runs(work)
 
 
 def free_port():

@@ -22,20 +22,10 @@ from pop_lightning.recipe import parse
 from pop_lightning.rows import Row
 from pop_lightning.trainers import Trainers
 
-from ranked import TENSORS, Runs, assert_same_run, losses, prepare, read
+from ranked import TENSORS, assert_same_run, losses, read
 from workbench import save_base, save_rows, snapshot
 
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture(scope="module")
-def runs(work):
-    return Runs(work)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
