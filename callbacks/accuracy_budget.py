@@ -1,6 +1,6 @@
 """AccuracyBudget: drives what is trained, picks what is verified, and tests it once with a confidence bound.
 
-It watches :class:`pop_lightning.evaluate.Evaluation` runs. On the search split it measures, and proposes what to train
+It watches ``Evaluation`` runs. On the search split it measures, and proposes what to train
 next until it knows what to verify; on the verify split, which it sees once, it tests that in a fixed sequence. It
 measures and decides; the pipeline acts.
 """
@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning
 
-from pop_lightning import selection
-from pop_lightning.errors import InputError
-from pop_lightning.metrics import Verdict, fixed_sequence, judge, prompt_losses, summary
-from pop_lightning.selection import Choice, Measured, Proposal, Training
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.plan import Choice
+from pop_lightning.evaluation import search as selection
+from pop_lightning.evaluation.metrics import prompt_losses, summary
+from pop_lightning.evaluation.search import Measured, Proposal, Training
+from pop_lightning.evaluation.verdicts import Verdict, fixed_sequence, judge
 
 
 class AccuracyBudget(lightning.Callback):
@@ -28,7 +30,7 @@ class AccuracyBudget(lightning.Callback):
         verify_prompts: how many prompts the verify split has; what it may show follows from that.
 
     Attributes:
-        measured: after a search run, what each watched variant lost (:func:`pop_lightning.metrics.summary`).
+        measured: after a search run, what each watched variant lost (:func:`pop_lightning.evaluation.metrics.summary`).
         sequence: after the search: what to verify, shallowest pruning first.
         verdicts: of the verification, so far.
         decisions: one readable line per decision.

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import lightning
 
-from pop_lightning.artifact import write_artifact
 from pop_lightning.callbacks.accuracy_budget import AccuracyBudget
+from pop_lightning.generation.artifact import write_artifact
 
 
 class ExportArtifact(lightning.Callback):
@@ -16,7 +16,7 @@ class ExportArtifact(lightning.Callback):
     Args:
         folder: of the artifact; written whole or not at all.
         budget: whose choice is exported.
-        base: identity of the base model (:func:`pop_lightning.artifact.base_identity`).
+        base: identity of the base model (:func:`pop_lightning.generation.base_identity.base_identity`).
         recipe: the resolved recipe.
         measured: figures for the artifact and its card; ``verified`` is added here.
     """

@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pop_lightning.errors import InputError
-    from pop_lightning.generator import StageAwareGenerator
-    from pop_lightning.plan import PruningPlan
+    from pop_lightning.core.errors import InputError
+    from pop_lightning.core.plan import PruningPlan
+    from pop_lightning.generation.generator import StageAwareGenerator
 
 __all__ = ["InputError", "PruningPlan", "StageAwareGenerator"]
 
-_HOMES = {"InputError": "errors", "PruningPlan": "plan", "StageAwareGenerator": "generator"}
+_HOMES = {"InputError": "core.errors", "PruningPlan": "core.plan", "StageAwareGenerator": "generation.generator"}
 
 
 def __getattr__(name: str):

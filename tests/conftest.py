@@ -13,13 +13,13 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """What runs of several processes start from; a module may have one of its own."""
-    from ranked import prepare
+    from tests.helpers.ranked import prepare
 
     return prepare(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
 def runs(work):
-    from ranked import Runs
+    from tests.helpers.ranked import Runs
 
     return Runs(work)

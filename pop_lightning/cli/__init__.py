@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from pop_lightning.errors import InputError, on_process
+from pop_lightning.core.errors import InputError, on_process
 
 
 def run(program: str, body: Callable[[], int | None]) -> int:

@@ -10,14 +10,14 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         with importing():
-            from pop_lightning.recipe import parse
+            from pop_lightning.run.recipe import parse
         invocation = parse(argv)
         if invocation.check:
             with importing():
-                from pop_lightning import preflight
+                from pop_lightning.run import preflight
             return preflight.check(invocation.recipe)
         with importing():
-            from pop_lightning import pipeline
+            from pop_lightning.run import pipeline
 
         return pipeline.fit(invocation.recipe, resume=invocation.resume, overwrite=invocation.overwrite)
 

@@ -6,7 +6,7 @@ import json
 import sys
 
 from pop_lightning.cli import importing, run
-from pop_lightning.errors import InputError
+from pop_lightning.core.errors import InputError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,7 +95,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     if arguments.overwrite:
         raise InputError("--overwrite goes with --data; --benchmark replaces its own files in --output.")
     with importing():
-        from pop_lightning import benchmark, benchmark_report
+        from pop_lightning.benchmark import benchmark
+        from pop_lightning.benchmark import report as benchmark_report
 
     given, folder = vars(arguments), None
     if arguments.output is not None:
@@ -141,9 +142,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
     with importing():
-        from pop_lightning.memory import memory_advice
-        from pop_lightning.models import check_dtype, choose_device
-        from pop_lightning.text import check_files, check_prompt
+        from pop_lightning.core.memory import memory_advice
+        from pop_lightning.generation.batch import check_files, check_prompt
+        from pop_lightning.models.loading import check_dtype, choose_device
 
     check_dtype(arguments.dtype)
     device = choose_device(arguments.device)
@@ -157,7 +158,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _answer(arguments: argparse.Namespace, device) -> int:
     from pop_lightning import StageAwareGenerator
-    from pop_lightning.text import generate_file, stream
+    from pop_lightning.generation.batch import generate_file, stream
 
     generator = StageAwareGenerator.from_artifact(
         arguments.artifact,

@@ -1,0 +1,1 @@
+"""Latency, held against the work that no pruned prefill can avoid."""

@@ -1,0 +1,411 @@
+"""What pruning buys in milliseconds: plain and pruned prefill side by side, and how far both are from the bounds.
+
+``pop-generate --benchmark`` calls :func:`load` and :func:`run`; the pipeline calls :func:`measure_ttft`. Every ratio
+comes from passes that alternate in one run after warm-up, on a synchronised device. Two bounds stand beside it: the
+*counted* one divides operations (``flops.py``), the *measured* one times what cannot be avoided (``bound.py``).
+``benchmark_report.py`` shows the result to a person.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pop_lightning.benchmark.bound import unavoidable
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.memory import memory_advice, peak_bytes
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.generation.generator import StageAwareGenerator
+from pop_lightning.models import shapes
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.loading import check_dtype, choose_device, context_length, load_model
+from pop_lightning.pruning.flops import prefill_flops
+
+LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
+
+_WARMUP = 2
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def load(
+    *,
+    artifact: str | None = None,
+    base: str | None = None,
+    shape: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> StageAwareGenerator | PreTrainedModel:
+    """What ``--benchmark`` runs on: an artifact's generator, a base model, or a shape with random weights.
+
+    Args:
+        artifact: the ``artifact/`` folder of ``pop-fit``; ``base`` then says where its base lies.
+        base: hub id or folder.
+        shape: a name in ``shapes.SHAPES``; stands alone.
+        dtype: one of ``models.DTYPES``; unless given as stored, for a shape bfloat16 on a GPU and float32 on a CPU.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; a GPU where there is one unless given.
+
+    Raises:
+        InputError: the arguments do not go together, or nothing loads from them.
+    """
+    if shape is not None and (artifact is not None or base is not None):
+        raise InputError("--shape stands for a model with random weights; drop --artifact and --base, or --shape.")
+    if shape is None and artifact is None and base is None:
+        raise InputError("--benchmark needs something to measure: --artifact DIR, --base MODEL or --shape NAME.")
+    check_dtype(dtype)
+    place = choose_device(device)
+    with memory_advice("choose a smaller model, a narrower --dtype or another --device"):
+        if shape is not None:
+            dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+            return shapes.build(shape, dtype=getattr(torch, dtype), device=place)
+        load = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+        if artifact is None:
+            return load_model(base, **load).to(place)
+        return StageAwareGenerator.from_artifact(artifact, base, **load).to(place)
+
+
+def a_third_pruned(layers: int) -> int:
+    """The depth that prunes the last third of the layers, as the paper's main tables do (Llama 8B: 22 of 32)."""
+    return layers - layers // 3
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def run(
+    target: StageAwareGenerator | PreTrainedModel,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    batches: Sequence[int] = BATCHES,
+    depths: Sequence[int] | None = None,
+    boundary: int | None = None,
+    repeats: int = REPEATS,
+    decode_tokens: int = DECODE_TOKENS,
+    name: str | None = None,
+    progress: bool = False,
+    on_point: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every combination of depth, batch and length.
+
+    Args:
+        target: a generator, whose own plan and projections are measured, or a model, pruned with reused projections.
+        lengths: prompt lengths in tokens; random tokens, no padding.
+        batches: prompts per batch.
+        depths: for a model; a third pruned unless given.
+        boundary: for a model; 1 unless given.
+        repeats: timed rounds per point, each of one plain pass, one pruned pass and one pass of the measured bound.
+        decode_tokens: decode steps timed per point; 0 leaves decode out.
+        name: what the result calls the model.
+        progress: show a bar on stderr.
+        on_point: called with the result so far after every point, so that a long run can be saved as it goes.
+
+    Returns:
+        Plain data: ``model``, ``machine``, ``settings`` and ``points``. Of a point, ``full`` and ``pruned`` hold
+        ``ttft_ms`` (``median``, ``p90``, ``all``), ``tokens_per_s``, ``flops`` of the batch, ``tflops_per_s`` and
+        ``peak_bytes`` above the weights; ``ratio`` is the median over rounds of full / pruned; ``bound`` holds the
+        same ratio for the ``measured`` and ``counted`` bound, the measured one's ``ms`` and its ``parts_ms``;
+        ``of_measured_bound`` is the median over rounds of bound / pruned; ``decode`` the ms per token over the cache
+        of a plain and of a pruned prefill and their relative ``change``; ``projection_bytes`` what the projections
+        hold beside the model's weights.
+
+    Raises:
+        InputError: an argument is out of range, or memory ran out (the points before that were given to ``on_point``).
+    """
+    plans = _plans(target, depths, boundary)
+    model = target.model if isinstance(target, StageAwareGenerator) else target
+    _check(model, lengths, batches, repeats, decode_tokens)
+    result: dict[str, Any] = {
+        "format": 1,
+        "model": _describe_model(target, name),
+        "machine": describe_machine(model.device),
+        "settings": {"boundary": plans[0].boundary, "repeats": repeats, "warmup": _WARMUP, "decode": decode_tokens},
+        "points": [],
+    }
+    bar = tqdm(total=len(plans) * len(batches) * len(lengths), desc="benchmark", unit="point", disable=not progress)
+    with bar:
+        for plan in plans:
+            with memory_advice("choose a smaller model or a narrower --dtype"):
+                generator = target if isinstance(target, StageAwareGenerator) else StageAwareGenerator(target, plan)
+            for batch in batches:
+                for tokens in lengths:
+                    bar.set_postfix_str(f"depth {plan.depth}, batch {batch}, {tokens} tokens")
+                    with memory_advice(f"batch {batch} of {tokens} tokens: lower --batches or --lengths"):
+                        point = measure(generator, tokens, batch, repeats=repeats, decode_tokens=decode_tokens)
+                    result["points"].append(point)
+                    if on_point is not None:
+                        on_point(result)
+                    bar.update()
+    return result
+
+
+def _plans(target, depths: Sequence[int] | None, boundary: int | None) -> list[PruningPlan]:
+    if isinstance(target, StageAwareGenerator):
+        if depths is not None or boundary is not None:
+            raise InputError("the artifact says depth and boundary; drop --depths and --boundary, or take --base.")
+        return [target.plan]
+    decoder = Decoder(target)
+    layers = decoder.num_layers
+    plans = [
+        PruningPlan(depth, 1 if boundary is None else boundary)
+        for depth in ([a_third_pruned(layers)] if depths is None else depths)
+    ]
+    for plan in plans:
+        if plan.depth > layers:
+            raise InputError(f"--depths must lie in 1..{layers} for this model of {layers} layers, found {plan.depth}.")
+        decoder.check_depth(plan.depth)
+    if not plans:
+        raise InputError("--depths must name at least one depth, found none.")
+    return plans
+
+
+def _check(model: PreTrainedModel, lengths, batches, repeats: int, decode_tokens: int) -> None:
+    for flag, values in (("--lengths", lengths), ("--batches", batches)):
+        if not values or min(values) < 1:
+            found = min(values) if values else "none"
+            raise InputError(f"{flag} must hold numbers of at least 1, found {found}.")
+    for flag, value, least in (("--repeats", repeats, 1), ("--decode_tokens", decode_tokens, 0)):
+        if value < least:
+            raise InputError(f"{flag} must be at least {least}, found {value}.")
+    context = context_length(model)
+    steps = decode_tokens + _WARMUP if decode_tokens else 0
+    if context is not None and max(lengths) + steps > context:
+        raise InputError(
+            f"--lengths holds {max(lengths)}; with the {steps} tokens that --decode_tokens {decode_tokens} reads it is "
+            f"more than the model's context of {context} tokens."
+        )
+
+
+# --- one point ------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    generator: StageAwareGenerator, tokens: int, batch: int = 1, *, repeats: int = REPEATS, decode_tokens: int = 0
+) -> dict[str, Any]:
+    """One point of the grid; the return value is described in :func:`run`."""
+    device, decoder, plan = generator.model.device, generator.decoder, generator.plan
+    ids = _random_prompts(generator, tokens, batch)
+    passes = _passes(generator, ids)
+    steps = unavoidable(generator, ids)
+    laps = _alternate({**passes, "bound": steps}, device, repeats)
+    parts = zip(*(parts for _, parts in laps["bound"]), strict=True)
+    parts = dict(zip(steps, map(statistics.median, parts), strict=True))
+    del steps  # its cache and weights should not stand in the way of what follows
+    flops = {
+        "full": batch * prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens),
+        "pruned": batch * prefill_flops(decoder, plan, tokens),
+    }
+    total = {name: [sum_ms for sum_ms, _ in each] for name, each in laps.items()}
+    point: dict[str, Any] = {
+        "prompt_tokens": tokens,
+        "batch": batch,
+        "depth": plan.depth,
+        "layers": decoder.num_layers,
+        "boundary": plan.boundary,
+    }
+    for name in ("full", "pruned"):
+        median = statistics.median(total[name])
+        point[name] = {
+            "ttft_ms": _spread(total[name]),
+            "tokens_per_s": 1000 * batch * tokens / median,
+            "flops": flops[name],
+            "tflops_per_s": flops[name] / median / 1e9,
+            "peak_bytes": peak_bytes(passes[name]["prefill"], device),
+        }
+    point |= {
+        "ratio": _median_ratio(total["full"], total["pruned"]),
+        "bound": {
+            "measured": _median_ratio(total["full"], total["bound"]),
+            "counted": flops["full"] / flops["pruned"],
+            "ms": _spread(total["bound"]),
+            "parts_ms": parts,
+        },
+        "of_measured_bound": _median_ratio(total["bound"], total["pruned"]),
+        "projection_bytes": _projection_bytes(generator),
+    }
+    if decode_tokens:
+        point["decode"] = _decode(generator, passes, ids, decode_tokens)
+    return point
+
+
+def measure_ttft(generator: StageAwareGenerator, tokens: int, *, batch: int = 1, repeats: int = REPEATS) -> dict:
+    """Time of one prefill, plain and pruned alternating after warm-up: medians and p90 in milliseconds, and a ratio."""
+    device = generator.model.device
+    laps = _alternate(_passes(generator, _random_prompts(generator, tokens, batch)), device, repeats)
+    full, pruned = ([total for total, _ in laps[name]] for name in ("full", "pruned"))
+    spreads = _spread(full), _spread(pruned)
+    machine = describe_machine(device)
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return {
+        "prompt_tokens": tokens,
+        "batch": batch,
+        "full_ms": spreads[0]["median"],
+        "full_p90_ms": spreads[0]["p90"],
+        "pruned_ms": spreads[1]["median"],
+        "pruned_p90_ms": spreads[1]["p90"],
+        "ratio": _median_ratio(full, pruned),
+        "repeats": repeats,
+        "device": machine["device"] if device.type == "cuda" else f"CPU, {threads}",
+    }
+
+
+def _random_prompts(generator: StageAwareGenerator, tokens: int, batch: int) -> Tensor:
+    random = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, generator.decoder.config.vocab_size, (batch, tokens), generator=random)
+    return ids.to(generator.model.device)
+
+
+def _passes(generator: StageAwareGenerator, ids: Tensor) -> dict[str, dict[str, Callable[[], object]]]:
+    def full():
+        with generator.full_model():
+            return generator.prefill(ids)
+
+    return {"full": {"prefill": full}, "pruned": {"prefill": lambda: generator.prefill(ids)}}
+
+
+def _projection_bytes(generator: StageAwareGenerator) -> int:
+    """Bytes of the projections' own tensors, those shared with the model's weights left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in generator.model.parameters()}
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(generator.projections)}
+    return sum(size for pointer, size in own.items() if pointer not in known)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+# --- decode ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) -> dict[str, Any]:
+    """Milliseconds per token over the cache of a plain and of a pruned prefill.
+
+    The two take turns token by token and read the same random tokens: a busy machine slows both down alike. What is
+    timed is the model's forward; ``generate`` adds the same to both.
+    """
+    device = generator.model.device
+    caches = {name: passes[name]["prefill"]().past_key_values for name in ("full", "pruned")}
+    random = torch.Generator().manual_seed(0)
+    read = torch.randint(0, generator.decoder.config.vocab_size, (_WARMUP + tokens, len(ids), 1), generator=random)
+    steps: dict[str, list[float]] = {name: [] for name in caches}
+    for index, token in enumerate(read.to(device)):
+        for name in ("full", "pruned") if index % 2 == 0 else ("pruned", "full"):
+
+            def step(token=token, cache=caches[name]):
+                return generator.model(input_ids=token, past_key_values=cache, use_cache=True)
+
+            total, _ = _lap([step], device)
+            if index >= _WARMUP:
+                steps[name].append(total)
+    return {
+        "full_ms_per_token": statistics.median(steps["full"]),
+        "pruned_ms_per_token": statistics.median(steps["pruned"]),
+        "change": _median_ratio(steps["pruned"], steps["full"]) - 1,
+        "full_ms": steps["full"],
+        "pruned_ms": steps["pruned"],
+    }
+
+
+# --- the clock ------------------------------------------------------------------------------------------------------
+
+
+def _alternate(
+    runs: Mapping[str, Mapping[str, Callable[[], object]]], device: torch.device, repeats: int
+) -> dict[str, list[tuple[float, list[float]]]]:
+    """Time ``runs``, each a row of steps, in turn after warm-up: ``{run: [(total ms, [ms per step]) per round]}``.
+
+    Who goes first changes from round to round, so that no run always follows the same other one.
+    """
+    names = list(runs)
+    laps: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in names}
+    for index in range(_WARMUP + repeats):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            lap = _lap(list(runs[name].values()), device)
+            if index >= _WARMUP:
+                laps[name].append(lap)
+    return laps
+
+
+def _lap(steps: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, list[float]]:
+    """Wall time of all steps, and of each; on a GPU a step's share is read from events, with no wait between steps."""
+    kept = []  # results live until the clock has stopped: a prefill's cache and logits are what it is run for
+    synchronise(device)
+    marks = [_mark(device)]
+    start = time.perf_counter()
+    for step in steps:
+        kept.append(step())
+        marks.append(_mark(device))
+    synchronise(device)
+    total = 1000 * (time.perf_counter() - start)
+    return total, [_between(before, after) for before, after in pairwise(marks)]
+
+
+def _mark(device: torch.device):
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(before, after) -> float:
+    return 1000 * (after - before) if isinstance(before, float) else before.elapsed_time(after)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    p90 = statistics.quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
+    return {"median": statistics.median(values), "p90": p90, "all": values}
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    """Median of the ratios round by round: what slows a whole round down does not count."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+# --- circumstances --------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Device, threads and versions that a figure holds for."""
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("pop-lightning", "torch", "transformers")},
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _describe_model(target: StageAwareGenerator | PreTrainedModel, name: str | None) -> dict[str, Any]:
+    model = target.model if isinstance(target, StageAwareGenerator) else target
+    return {
+        "name": name or model.name_or_path or type(model).__name__,
+        "class": type(model).__name__,
+        "layers": Decoder(model).num_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": sum(p.numel() * p.itemsize for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": model.config._attn_implementation,
+        "projection": target.projections.kind if isinstance(target, StageAwareGenerator) else "reuse",
+    }

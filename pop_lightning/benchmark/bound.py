@@ -1,0 +1,118 @@
+"""The measured bound: the work that no pruned prefill can avoid, bare, for the benchmark to time beside the real one.
+
+What a pruned prefill takes above it is overhead: hooks, norms and rotary tables of the projected keys, cache copies,
+masks. Where the counted bound (``flops.py``) trusts that operations are time, this one holds on the machine at hand.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from pop_lightning.generation.generator import StageAwareGenerator
+
+_PRODUCT_BYTES = 1 << 29  # a long prompt's keys and values of all layers may not fit in memory at once
+
+
+class _Stop(Exception):
+    """Raised in front of the first pruned layer: the plain model, cut there."""
+
+
+def unavoidable(generator: StageAwareGenerator, ids: Tensor) -> dict[str, Callable[[], object]]:
+    """The steps of the bound for the prompts ``ids`` ``[batch, tokens]``, each a call to be timed.
+
+    - ``shallow``: the plain model over the prompt, stopped in front of layer d.
+    - ``projections``: the bare products that give the context's keys and values, one per visible span for all layers
+      that share it, on random numbers of the right shapes.
+    - ``boundary``: the k boundary tokens through layers d..L-1 over a filled cache, final norm and head.
+
+    Where nothing is pruned (depth L, or no context) the plain prefill is the bound, and the other steps do nothing.
+    """
+    plan = generator.plan
+    context = ids.shape[1] - plan.boundary
+    if context <= 0 or not len(plan.pruned(generator.decoder.num_layers)):
+        return {
+            "shallow": lambda: _plain(generator, ids, generator.decoder.new_cache()),
+            "projections": lambda: None,
+            "boundary": lambda: None,
+        }
+    products = _products(generator, context, len(ids))
+    return {
+        "shallow": lambda: _shallow(generator, ids),
+        "projections": lambda: [torch.mm(hidden, weight) for hidden, weight in products],
+        "boundary": _boundary(generator, ids, context),
+    }
+
+
+@torch.no_grad()
+def _plain(generator: StageAwareGenerator, ids: Tensor, cache: Cache) -> object:
+    return generator.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _shallow(generator: StageAwareGenerator, ids: Tensor) -> Cache:
+    def stop(module, args):
+        raise _Stop
+
+    cache = generator.decoder.new_cache()
+    handle = generator.decoder.layers[generator.plan.depth].register_forward_pre_hook(stop)
+    try:
+        _plain(generator, ids, cache)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return cache
+
+
+def _products(generator: StageAwareGenerator, context: int, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs ``[batch x seen, hidden]`` and ``[hidden, layers x 2 kv_dim]``, one per visible span and width.
+
+    A span's layers are split where the product would exceed a bound in bytes.
+    """
+    decoder, products = generator.decoder, []
+    hidden = decoder.config.hidden_size
+    like = {"dtype": generator.model.dtype, "device": generator.model.device}
+    pruned = generator.plan.pruned(decoder.num_layers)
+    spans = Counter((decoder.visible(layer, context), 2 * decoder.parts[layer].kv_dim) for layer in pruned)
+    for (seen, width), layers in spans.items():
+        rows = torch.randn(batch * seen, hidden, **like)
+        together = max(1, _PRODUCT_BYTES // max(1, len(rows) * width * rows.itemsize))
+        for start in range(0, layers, together):
+            weight = torch.randn(min(together, layers - start) * width, hidden, **like)
+            products.append((rows, weight.T))
+    return products
+
+
+@torch.no_grad()
+def _boundary(generator: StageAwareGenerator, ids: Tensor, context: int) -> Callable[[], Tensor]:
+    decoder, depth = generator.decoder, generator.plan.depth
+    pruned = generator.plan.pruned(decoder.num_layers)
+    if generator.plan.boundary == 0:  # the last token stops at the depth: norm and head alone
+        last = torch.randn(len(ids), 1, decoder.config.hidden_size, dtype=generator.model.dtype, device=ids.device)
+        return torch.no_grad()(lambda: decoder.logits(last))
+    filled = generator.prefill(ids[:, :context], last=False).past_key_values
+    with decoder.tracing(pruned) as trace:
+        _plain(generator, ids[:, context:], _appendable(filled))
+    start = trace.hidden[depth]
+    masks = {layer: decoder.mask(layer, start, None, filled) for layer in pruned}
+
+    @torch.no_grad()
+    def boundary() -> Tensor:
+        cache, hidden = _appendable(filled), start
+        for layer in pruned:
+            hidden = decoder.run_layer(
+                layer, hidden, attention_mask=masks[layer], past_key_values=cache, **trace.kwargs[layer]
+            )
+        return decoder.logits(hidden[:, -1:])
+
+    return boundary
+
+
+def _appendable(cache: Cache) -> Cache:
+    """A cache to append to while ``cache`` stays as it is: dynamic layers replace their tensors, they do not write."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    return new

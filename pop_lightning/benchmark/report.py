@@ -1,0 +1,152 @@
+"""Show a benchmark to a person: a table for the terminal, and JSON and a plot for the output folder.
+
+Reads the plain data that ``benchmark.run`` returns; nothing is measured here.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.files import write_json, write_whole
+from pop_lightning.core.tables import text_table
+
+JSON, PLOT = "benchmark.json", "benchmark.png"
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line per point, and one that says what it was measured on."""
+    model, machine = result["model"], result["machine"]
+    lines = [
+        f"{model['name']}: {model['class']}, {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion "
+        f"parameters, {model['dtype']}, {model['attn_implementation']} attention, {model['projection']} projections, "
+        f"weights {model['weight_bytes'] / 1e6:.0f} MB",
+        f"{machine['device']}, threads: {machine['threads']}; torch {machine['versions']['torch']}, transformers "
+        f"{machine['versions']['transformers']}; boundary {result['settings']['boundary']}, medians of "
+        f"{result['settings']['repeats']} rounds",
+        "",
+        text_table(
+            ["batch", "tokens", "depth", "full TTFT (p90) ms", "pruned TTFT (p90) ms", "ratio", "measured bound",
+             "reached", "counted bound"],
+            [_times(point) for point in result["points"]],
+            left=(),
+        ),
+        "",
+        text_table(
+            ["batch", "tokens", "depth", "tokens/s", "TFLOP/s", "peak MB", "projections MB", "decode ms/token"],
+            [_rates(point) for point in result["points"]],
+            left=(),
+        ),
+        "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _place(point: dict[str, Any]) -> list[str]:
+    return [str(point["batch"]), str(point["prompt_tokens"]), f"{point['depth']}/{point['layers']}"]
+
+
+def _times(point: dict[str, Any]) -> list[str]:
+    full, pruned = (point[name]["ttft_ms"] for name in ("full", "pruned"))
+    return [
+        *_place(point),
+        f"{full['median']:.1f} ({full['p90']:.1f})",
+        f"{pruned['median']:.1f} ({pruned['p90']:.1f})",
+        f"{point['ratio']:.3f}",
+        f"{point['bound']['measured']:.3f}",
+        f"{100 * point['of_measured_bound']:.1f}%",
+        f"{point['bound']['counted']:.3f}",
+    ]
+
+
+def _rates(point: dict[str, Any]) -> list[str]:
+    full, pruned, decode = point["full"], point["pruned"], point.get("decode")
+    return [
+        *_place(point),
+        f"{full['tokens_per_s']:.0f}, {pruned['tokens_per_s']:.0f}",
+        f"{full['tflops_per_s']:.3g}, {pruned['tflops_per_s']:.3g}",
+        f"{full['peak_bytes'] / 1e6:.1f}, {pruned['peak_bytes'] / 1e6:.1f}",
+        f"{point['projection_bytes'] / 1e6:.1f}",
+        f"{decode['full_ms_per_token']:.2f}, {decode['pruned_ms_per_token']:.2f} ({100 * decode['change']:+.1f}%)"
+        if decode
+        else "-",
+    ]
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Make the output folder before anything is measured: an hour's figures should not end at a missing right.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be written ({error.strerror}); choose another folder.") from error
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write ``benchmark.json`` (everything, every single time included) and ``benchmark.png`` into ``folder``.
+
+    Each appears whole or not at all, and replaces that of an earlier run.
+    """
+    write_json(folder / JSON, result)
+    write_whole(folder / PLOT, lambda path: figure(result).savefig(path, dpi=150))
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Speedup against prompt length, both bounds beside it; one panel per batch size, one colour per depth.
+
+    With one length and several depths the axis is the number of pruned layers, and a colour is a batch size.
+    """
+    points = result["points"]
+    by_depth = len({p["prompt_tokens"] for p in points}) == 1 and len({p["depth"] for p in points}) > 1
+    panels = ["prompt_tokens"] if by_depth else ["batch"]
+    values = sorted({point[panels[0]] for point in points})
+    drawing = Figure(figsize=(1.5 + 4.2 * len(values), 4.2), layout="constrained")
+    drawing.suptitle(
+        f"{result['model']['name']}, {result['model']['dtype']}, {result['machine']['device']}",
+        fontsize=10,
+    )
+    for axes, value in zip(drawing.subplots(1, len(values), squeeze=False, sharey=True)[0], values, strict=True):
+        here = [point for point in points if point[panels[0]] == value]
+        if by_depth:
+            axes.set_title(f"{value} tokens", fontsize=10)
+            _panel(axes, here, lambda p: p["layers"] - p["depth"], "batch", "batch {}")
+            axes.set_xlabel("pruned layers")
+        else:
+            axes.set_title(f"batch {value}", fontsize=10)
+            _panel(axes, here, lambda p: p["prompt_tokens"], "depth", "depth {}")
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("prompt tokens")
+        ticks = sorted({line for each in axes.get_lines() for line in each.get_xdata()})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    first = drawing.axes[0]
+    first.set_ylabel("plain TTFT / pruned TTFT")
+    kinds = [
+        Line2D([], [], color="0.3", marker="o", label="measured"),
+        Line2D([], [], color="0.3", linestyle="--", marker="_", label="measured bound"),
+        Line2D([], [], color="0.3", linestyle=":", marker="x", label="counted bound"),
+    ]
+    first.legend(handles=[*kinds, *first.get_legend_handles_labels()[0]], fontsize=8)
+    first.set_ylim(bottom=min(1.0, first.get_ylim()[0]))  # 1 is no gain: the axis shows how far from it
+    return drawing
+
+
+def _panel(axes: Axes, points: list[dict[str, Any]], x, series: str, label: str) -> None:
+    for index, value in enumerate(sorted({point[series] for point in points})):
+        own = sorted((point for point in points if point[series] == value), key=x)
+        at, color = [x(point) for point in own], f"C{index}"
+        axes.plot(at, [p["ratio"] for p in own], "o-", color=color, label=label.format(value))
+        axes.plot(at, [p["bound"]["measured"] for p in own], "--", marker="_", color=color)
+        axes.plot(at, [p["bound"]["counted"] for p in own], ":", marker="x", color=color)

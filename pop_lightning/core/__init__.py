@@ -1,0 +1,1 @@
+"""What everything may use: errors, files, the plan, memory, processes."""

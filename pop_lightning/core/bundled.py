@@ -1,0 +1,33 @@
+"""Files that are installed with the library, by name: ``bundled:facts-gemma3`` and what lies in it."""
+
+import importlib.resources
+from pathlib import Path
+
+from pop_lightning.core.errors import InputError
+
+_BUNDLED = "bundled:"
+
+
+def resolve_bundled(name: str) -> str:
+    """The path behind ``bundled:NAME``, a file or folder installed with the library; any other name unchanged.
+
+    Raises:
+        InputError: nothing of that name is bundled; the message lists what is.
+    """
+    if not name.startswith(_BUNDLED):
+        return name
+    root = Path(str(importlib.resources.files("pop_lightning.checkpoints"))).resolve()
+    inside = name.removeprefix(_BUNDLED)
+    path = (root / inside).resolve()
+    if inside and path.exists() and path.is_relative_to(root) and path != root:
+        return str(path)
+    entries = sorted(
+        entry.relative_to(root).as_posix()
+        for folder in root.iterdir()
+        if folder.is_dir() and not folder.name.startswith(("_", "."))
+        for entry in (folder, *folder.glob("*.jsonl"))
+    )
+    raise InputError(
+        f"{name!r} is not bundled with pop_lightning; what is bundled: "
+        f"{', '.join(_BUNDLED + entry for entry in entries) or 'nothing'}; change model.base or data.calibration."
+    )

@@ -1,0 +1,1 @@
+"""From calibration examples to batches."""

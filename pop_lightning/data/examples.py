@@ -1,0 +1,276 @@
+"""From files, folders and data sets to examples: plain dictionaries of the known shapes, each with its origin.
+
+First in the flow of the data: ``rows.py`` tokenises what is read here. Images and videos are kept apart from the text,
+unread.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from pop_lightning.core.bundled import resolve_bundled
+from pop_lightning.core.errors import InputError
+from pop_lightning.data.images import IMAGE
+from pop_lightning.data.videos import VIDEO
+
+SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
+_KEYS = ("messages", "prompt", "response", "text")
+_LISTS = ("images", "videos")  # beside the text, for placeholders and for parts that name none
+_CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
+_RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
+
+
+def check_exists(source: str | Path) -> None:
+    """Raise :class:`InputError` for a file or folder that is not there; the id of a data set of the hub passes."""
+    path = Path(resolve_bundled(str(source)))
+    # No hub id looks like this: asking the hub would only cost its retries.
+    named = _kind(path) in (".jsonl", ".json", ".txt") or path.suffix.lower() == ".gz"
+    if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
+        raise InputError(
+            f"data.calibration {str(source)!r} does not exist: change data.calibration to a file that does."
+        )
+
+
+def _kind(path: Path) -> str:
+    """The suffix in front of a ``.gz``."""
+    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
+
+
+def read_examples(source: str | Path, split: str | None = None) -> list[tuple[dict, str]]:
+    """All examples of ``source`` with their origins, in file order, each checked to have one of the known shapes.
+
+    Args:
+        source: a ``.jsonl`` or ``.json`` file (JSON Lines; also ``.gz``), a ``.txt`` file (a blank line separates
+            documents; also ``.gz``), ``bundled:NAME``, a folder written by ``datasets.save_to_disk``, or anything that
+            ``datasets.load_dataset`` loads.
+        split: the split of a dataset that has several, ``train`` unless given; files have none and ignore it.
+
+    Raises:
+        InputError: the source is missing, empty or unreadable, or an example has none of the known shapes.
+    """
+    path = Path(resolve_bundled(str(source)))
+    kind = _kind(path)
+    if path.is_file() and kind in (".jsonl", ".json"):
+        examples = _read_json_lines(path)
+    elif path.is_file() and kind == ".txt":
+        examples = _read_text(path)
+    elif path.is_file():
+        raise InputError(
+            f"data.calibration {str(source)!r} is a file of unknown kind: .jsonl, .json or .txt was expected."
+        )
+    else:
+        check_exists(source)
+        examples = _read_dataset(str(source), path, split)
+    if not examples:
+        raise InputError(f"data.calibration {str(source)!r} holds no rows: expected {SHAPES}.")
+    return examples
+
+
+def _lines(path: Path) -> Iterable[tuple[int, str]]:
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            yield from enumerate(file, start=1)
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.calibration {str(path)!r} is not UTF-8 text: {error}.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"data.calibration {str(path)!r} cannot be read: {error}.") from error
+
+
+def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
+    examples = []
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"data.calibration {str(path)!r} line {number}"
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where} is not JSON ({error.msg}): expected one object per line, {SHAPES}.") from error
+        if not isinstance(example, dict):
+            raise InputError(f"{where} is a JSON {type(example).__name__}, not an object: expected {SHAPES}.")
+        shaped = _shape(example, where)
+        if shaped.keys() & {"parts", *_LISTS}:
+            shaped["folder"] = path.parent  # relative paths of images and videos start here
+        examples.append((shaped, f"{path.name} line {number}"))
+    return examples
+
+
+def _read_text(path: Path) -> list[tuple[dict, str]]:
+    examples = []
+    for blank, group in groupby(_lines(path), key=lambda line: not line[1].strip()):
+        if not blank:
+            lines = list(group)
+            text = "".join(line for _, line in lines).strip("\n")
+            examples.append(({"text": text}, f"{path.name} line {lines[0][0]}"))
+    return examples
+
+
+def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict, str]]:
+    import datasets  # pulls in pyarrow and pandas, which plain files do without
+
+    wanted = split or "train"
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            dataset = datasets.load_from_disk(str(path))
+        else:
+            dataset = datasets.load_dataset(str(path) if path.exists() else source, split=wanted)
+    except Exception as error:  # every loader of `datasets` raises its own kind, all of them about the source
+        raise InputError(
+            f"data.calibration {source!r} (data.split {wanted!r}) is neither a file that exists nor a dataset that "
+            f"loads: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+    if isinstance(dataset, Mapping):
+        if wanted not in dataset:
+            raise InputError(
+                f"data.calibration {source!r} has no split {wanted!r}: set data.split to one of {', '.join(dataset)}."
+            )
+        dataset = dataset[wanted]
+    known = [key for key in _KEYS if key in dataset.column_names]
+    if not known:
+        raise InputError(
+            f"data.calibration {source!r} has the columns {', '.join(dataset.column_names) or '(none)'}: "
+            f"expected {SHAPES}."
+        )
+    name = path.name or source
+    chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
+    shown = {}
+    for key in {*_LISTS} & {*dataset.column_names}:
+        column = dataset.select_columns([key])
+        shown[key] = column.cast_column(key, _undecoded(column.features[key]))
+    examples = []
+    # Other columns may be images or audio, which are decoded when a row is read.
+    for number, example in enumerate(dataset.select_columns(known + chat)):
+        lazy = {key: partial(_cells, column, key, number) for key, column in shown.items()}
+        shaped = _shape(_without_nulls(example) | lazy, f"data.calibration {source!r} row {number}")
+        examples.append((shaped, f"{name} row {number}"))
+    return examples
+
+
+def _undecoded(feature):
+    """A feature of `datasets` whose images and videos come as the bytes they are stored as."""
+    import datasets
+
+    if isinstance(feature, datasets.Image | datasets.Video):
+        return type(feature)(decode=False)
+    if isinstance(feature, list):
+        return [_undecoded(each) for each in feature]
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else type(feature)(_undecoded(inner))
+
+
+def _cells(dataset, key: str, row: int) -> list[Callable]:
+    """A dataset row's images or videos, each to be read when it is wanted."""
+    found = dataset[row][key]
+    count = len(found) if isinstance(found, list) else int(found is not None)
+    return [partial(_cell, dataset, key, row, index) for index in range(count)]
+
+
+def _cell(dataset, key: str, row: int, index: int):
+    found = dataset[row][key]
+    return found[index] if isinstance(found, list) else found
+
+
+def _without_nulls(value):
+    """A table's rows share their keys at every depth: those that a row does not have are null there, and go."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _shape(example: dict, where: str) -> dict:
+    """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
+
+    Images and videos are kept apart from the text: under ``parts`` the messages' parts that show one, in order, under
+    ``images`` and ``videos`` those that stand in a list beside the text, or a call that gives that list.
+    """
+    found = {key: value for key, value in example.items() if value is not None}
+    beside = {key: found[key] for key in _LISTS if found.get(key)}
+    for key, listed in beside.items():
+        if not (isinstance(listed, list) or callable(listed)):
+            raise InputError(f'{where} has "{key}" of type {type(listed).__name__}: a list was expected.')
+    if "messages" in found:
+        messages, parts = _messages(found["messages"], where)
+        shown = {"parts": parts} if parts else {}
+        return {"messages": messages} | _chat_arguments(found, where) | shown | beside
+    keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
+    if keys is None:
+        named = ", ".join(repr(key) for key in example) or "none"
+        raise InputError(f"{where} has the keys {named}: expected {SHAPES}; change the rows or data.calibration.")
+    for key in keys:
+        if not isinstance(found[key], str):
+            raise InputError(f"{where} has a {key!r} of type {type(found[key]).__name__}: a string was expected.")
+    return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
+
+
+def _chat_arguments(found: dict, where: str) -> dict:
+    """``tools`` and ``chat_template_kwargs`` of a row, each as it is or as JSON text, as tables often hold them."""
+    given = {}
+    for key, kind, what in zip(_CHAT_KEYS, (list, dict), ("a list of tools", "an object"), strict=True):
+        value = found.get(key)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where} has a {key!r} that is not JSON ({error.msg}).") from error
+        if value is None:
+            continue
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(each, dict) for each in value)):
+            raise InputError(f"{where} has a {key!r} of type {type(value).__name__}: {what} was expected.")
+        given[key] = value
+    taken = sorted(_RENDERING & given.get("chat_template_kwargs", {}).keys())
+    if taken:
+        raise InputError(
+            f"{where} sets {', '.join(taken)} in 'chat_template_kwargs', which is for the template's own variables "
+            "(such as enable_thinking)."
+        )
+    return given
+
+
+def _messages(messages, where: str) -> tuple[list[dict], list]:
+    """The messages as a chat template takes them, and their parts that show an image or a video, in order."""
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
+    ):
+        raise InputError(f'{where} has "messages" that are not a list of objects with "role" and "content".')
+    if not messages or messages[-1]["role"] != "assistant":
+        last = repr(messages[-1]["role"]) if messages else "missing"
+        raise InputError(f"{where}: the role of the last message is {last}, 'assistant' was expected (the response).")
+    clean, shown = [], []
+    for message in messages:
+        content = message.get("content")
+        parts = [{"type": "text"}] if isinstance(content, str) or content is None else content
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise InputError(f'{where} has a message whose "content" is neither a string nor a list of parts.')
+        others = sorted({str(part.get("type")) for part in parts} - {"text", "image_url", IMAGE.name, VIDEO.name})
+        if others:  # the tokenizer alone would drop them without a word
+            raise InputError(
+                f"{where} has message parts of type {', '.join(others)}: text, image and video are supported."
+            )
+        parts = [_image_of(part) if part["type"] == "image_url" else part for part in parts]
+        found = [part for part in parts if part["type"] != "text"]
+        if found and message is messages[-1]:
+            kind = "a video" if found[0]["type"] == VIDEO.name else "an image"
+            raise InputError(
+                f"{where} has {kind} in its last message, the response: only prompts may hold images and videos."
+            )
+        shown += found
+        clean.append({key: value for key, value in message.items() if value is not None})
+        if isinstance(content, list):
+            clean[-1]["content"] = [
+                {key: value for key, value in part.items() if value is not None}
+                if part["type"] == "text"
+                else {"type": part["type"]}
+                for part in parts
+            ]
+    return clean, shown
+
+
+def _image_of(part: dict) -> dict:
+    """OpenAI's ``image_url`` part as Transformers takes it."""
+    address = part.get("image_url")
+    return {"type": IMAGE.name, "url": address.get("url") if isinstance(address, dict) else address}

@@ -1,0 +1,123 @@
+"""Where the bytes of an image or a video are that a row names: a path, a URL, base64 text or the bytes themselves.
+
+Below ``images.py`` and ``videos.py``, which decode them. Nothing is held here but what was fetched or came as text.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname, urlopen
+
+from pop_lightning.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What a row can show.
+
+    Attributes:
+        name: as its parts of a message are called.
+        keys: of such a part, as in Transformers; ``bytes`` as ``datasets`` has them. The first one that is there
+            counts, ``bytes`` before all.
+        held: types that are taken as they are.
+        expected: what may stand there, for messages.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    held: tuple[type, ...]
+    expected: str
+
+    def named(self, part: Mapping) -> bool:
+        """Whether a part names one, or leaves that to a list beside the text."""
+        return any(part.get(key) is not None for key in self.keys)
+
+    def source(self, given: Any, where: str, folder: Path | None = None, allow_urls: bool = False) -> Any:
+        """From what stands in a row to a path, something of the types ``held``, or a call that gives one of these.
+
+        Args:
+            given: a path, a URL, base64 text, something ``held``, a part, or ``datasets``' pair of ``bytes`` and
+                ``path``.
+            where: the row and the place in it, for messages.
+            folder: what relative paths are relative to; the working directory unless given.
+            allow_urls: whether ``http`` addresses may be fetched.
+
+        Raises:
+            InputError: nothing of the kind, a URL that is not allowed or cannot be fetched.
+        """
+        if isinstance(given, Mapping):
+            # datasets' pair names the file its bytes came from, which need not lie here.
+            found = sorted((key for key in given if key in self.keys and given[key] is not None), key=self.keys.index)
+            key = "bytes" if "bytes" in found else next(iter(found), None)
+            if key is None:
+                raise InputError(f"{where} names no {self.name}: expected one of the keys {', '.join(self.keys)}.")
+            if key == "base64":
+                return _decoded(given[key], where)
+            return self.source(given[key], where, folder, allow_urls)
+        if callable(given):
+            return partial(self._called, given, where, folder, allow_urls)
+        if isinstance(given, self.held):
+            return given
+        if isinstance(given, Path) or (isinstance(given, str) and given.strip()):
+            text = str(given)
+            if text.startswith(("http://", "https://")):
+                if not allow_urls:
+                    raise InputError(
+                        f"{where} is the URL {text!r}, and nothing is fetched unless data.allow_urls: true says so; or "
+                        f"give the {self.name} as a file."
+                    )
+                return _fetched(text, where)
+            if text.startswith(f"data:{self.name}/"):
+                return _decoded(text, where)
+            if text.startswith("file://"):
+                text = url2pathname(urlparse(text).path)
+            try:
+                path = Path(text).expanduser()
+            except RuntimeError as error:
+                raise InputError(f"{where}: the path {text!r} names a home folder that is not there.") from error
+            return path if path.is_absolute() or folder is None else folder / path
+        raise InputError(f"{where} is a {type(given).__name__}: expected {self.expected}.")
+
+    def _called(self, given: Callable[[], Any], where: str, folder: Path | None, allow_urls: bool) -> Any:
+        """What a source that is read when it is wanted turns out to be."""
+        return self.source(given(), where, folder, allow_urls)
+
+
+def _decoded(text: Any, where: str) -> bytes:
+    try:
+        if not isinstance(text, str):
+            raise ValueError
+        head, comma, body = text.partition(",")
+        return base64.b64decode(body if comma and head.startswith("data:") else text, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise InputError(f"{where} is no base64 text.") from error
+
+
+def _fetched(url: str, where: str) -> bytes:
+    try:
+        with urlopen(url, timeout=60) as answer:
+            return answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise InputError(f"{where}: {url!r} cannot be fetched ({reason(error)}).") from error
+
+
+def reading(path: Path, where: str, read: Callable[[Path], Any]) -> Any:
+    """``read(path)``; :class:`InputError` where the file is not there or cannot be read."""
+    try:
+        return read(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: the file {str(path)!r} does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: the file {str(path)!r} cannot be read ({reason(error)}).") from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, for a sentence of our own."""
+    text = str(getattr(error, "strerror", None) or error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

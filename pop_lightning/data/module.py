@@ -1,0 +1,516 @@
+"""Calibration data: rows in four disjoint splits, their batches, and the responses that are generated once.
+
+Behind ``examples.py`` and ``rows.py`` in the flow: importance, projection training, the choice of a depth and its
+verification all take their batches here.
+"""
+
+import hashlib
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain, count, groupby, zip_longest
+from pathlib import Path
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.files import write_json
+from pop_lightning.data.examples import read_examples
+from pop_lightning.data.processor import VisionProcessor
+from pop_lightning.data.rows import EMPTY_RESPONSE, Row, Tokeniser, hash63
+
+SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
+_DUPLICATE = "duplicate"
+_VISION_RESPONSE = "response with an image or video token"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the data: usable rows, the others counted by reason, and lengths in tokens.
+
+    ``unusable`` maps a reason to a count and ``first_unusable`` the same reason to the first origin; ``truncated``
+    counts the rows that are used but were cut. ``response_tokens`` is None while every response is missing.
+    """
+
+    rows: int
+    unusable: dict[str, int]
+    first_unusable: dict[str, str]
+    truncated: int
+    prompt_tokens: dict[str, float] | None
+    response_tokens: dict[str, float] | None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows} rows"]
+        for name, tokens in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
+            if tokens:
+                parts.append(f"{name} tokens {tokens['min']:g}/{tokens['median']:g}/{tokens['max']:g} (min/median/max)")
+        if self.truncated:
+            parts.append(f"{self.truncated} cut to fit")
+        if self.unusable:
+            parts.append(f"not used: {self._unusable()}")
+        return ", ".join(parts)
+
+    def _unusable(self) -> str:
+        return "; ".join(f"{n} {reason} (first: {self.first_unusable[reason]})" for reason, n in self.unusable.items())
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def collate(
+    rows: Sequence[Row], pad_token_id: int, vision: VisionProcessor | None = None, *, rank: int = 0, size: int = 1
+) -> dict:
+    """A batch in which every row's response starts at the same column, or one process's share of it.
+
+    Prompts are padded on the left to the longest prompt P, responses on the right; a missing response is empty, so
+    rows without responses give the left-padded prompts that ``generate`` takes.
+
+    Every process's share has the same shape, so that all run the same operations, as weights in shards need. Where rows
+    are missing for that, ghosts stand behind the real ones: rows that are padding alone (:func:`real_rows`).
+
+    Args:
+        rank, size: the share holds every ``size``-th row from the ``rank``-th on.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
+        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images or
+        videos among the rows ``vision``: the tensors of all of them, in order, by the names that the model's forward
+        gives them.
+    """
+    prompt_length = max(len(row.prompt_ids) for row in rows)
+    total = prompt_length + max(len(row.response_ids or ()) for row in rows)
+    share = rows[rank::size]
+    input_ids = torch.full((-(-len(rows) // size), total), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    row_seed, prompt_seed = torch.zeros(2, len(input_ids), dtype=torch.long)
+    for index, row in enumerate(share):
+        span = slice(prompt_length - len(row.prompt_ids), prompt_length + len(row.response_ids or ()))
+        input_ids[index, span] = torch.tensor(row.prompt_ids + (row.response_ids or ()), dtype=torch.long)
+        attention_mask[index, span] = 1
+        row_seed[index], prompt_seed[index] = row.seed, row.prompt_seed
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "prompt_length": prompt_length,
+        "row_seed": row_seed,
+        "prompt_seed": prompt_seed,
+    }
+    if any(row.media for row in share):
+        batch["vision"] = vision.tensors([(row.images, row.videos) for row in share])
+    return batch
+
+
+def real_rows(batch: Mapping) -> int:
+    """How many rows of a batch are no ghosts; those come first."""
+    return int(batch["attention_mask"].any(1).sum())
+
+
+def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Row]]:
+    """Disjoint splits, the same for every order of ``rows``.
+
+    Rows are ordered by a hash of ``seed`` and their prompt and cut where the fractions say. Rows that share a prompt
+    stay together: no prompt that a projection was fitted on is verified on, and a response that is filled in later
+    moves no row.
+
+    Raises:
+        InputError: there are fewer distinct prompts than splits.
+    """
+    key = {row.prompt: hash63(seed, *row.prompt) for row in rows}
+    ordered = sorted(rows, key=lambda row: (key[row.prompt], row.prompt, row.seed))
+    groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt)]
+    if len(groups) < len(fractions):
+        raise InputError(
+            f"found {len(rows)} usable rows with {len(groups)} distinct prompts, expected at least {len(fractions)}, "
+            f"one for each of {', '.join(fractions)}: give more rows in data.calibration or raise data.limit "
+            "(in a .txt file a blank line separates documents)."
+        )
+    splits, start, share, taken = {}, 0, 0.0, 0
+    for index, (name, fraction) in enumerate(fractions.items()):
+        left = len(fractions) - index - 1
+        share += fraction
+        end, target = start, len(groups) if left == 0 else round(share * len(rows))
+        while end < len(groups) - left and (end == start or left == 0 or taken < target):
+            taken += len(groups[end])
+            end += 1
+        splits[name] = [row for group in groups[start:end] for row in group]
+        start = end
+    return splits
+
+
+class _TrainingSteps(IterableDataset):
+    """Lists of rows, one per step, from step ``start`` on and without end."""
+
+    def __init__(self, rows: list[Row], batch_size: int, seed: int, start: int):
+        self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        per_epoch = -(-len(self.rows) // self.batch_size)
+        for epoch in count(self.start // per_epoch):
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(hash63(self.seed, epoch)))
+            first = self.start % per_epoch if epoch == self.start // per_epoch else 0
+            for step in range(first, per_epoch):
+                yield [self.rows[index] for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
+
+
+class CalibrationData(lightning.LightningDataModule):
+    """The calibration rows in four disjoint splits: ``fit``, ``tune``, ``search`` and ``verify``.
+
+    Args:
+        calibration: what :func:`read_examples` reads, or several of these.
+        tokenizer: the base model's.
+        split: the split of a dataset that has several.
+        max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
+        max_response_tokens: longer responses are cut.
+        context: the longest sequence of the model in tokens, None for no limit.
+        end_tokens: what ends a response besides the tokenizer's eos, as the model's generation config says.
+        limit: use this many rows, drawn by their content; of several sources as many of each, where they have them.
+        batch_size: rows per batch.
+        splits: the fraction of the rows for each of the four splits; they sum to 1.
+        seed: another seed, other splits.
+        vision: the base's processor; None for a model that reads text alone, where a row with images or videos is
+            refused.
+        allow_urls: fetch images and videos that rows name by URL.
+
+    Raises:
+        InputError: a setting does not fit; from :meth:`setup`, the data does not.
+    """
+
+    def __init__(
+        self,
+        calibration: str | Path | Sequence[str | Path],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        split: str | None = None,
+        max_prompt_tokens: int = 2048,
+        max_response_tokens: int = 256,
+        context: int | None = None,
+        end_tokens: Collection[int] = (),
+        limit: int | None = None,
+        batch_size: int = 8,
+        splits: Mapping[str, float] = SPLITS,
+        seed: int = 0,
+        vision: VisionProcessor | None = None,
+        allow_urls: bool = False,
+    ):
+        super().__init__()
+        _check_counts(
+            {
+                "data.max_prompt_tokens": max_prompt_tokens,
+                "data.max_response_tokens": max_response_tokens,
+                "data.limit": 1 if limit is None else limit,
+                "data.batch_size": batch_size,
+            }
+        )
+        sources = [calibration] if isinstance(calibration, (str, Path)) else calibration
+        self.sources = [str(source) for source in sources]
+        self.calibration, self.split, self.limit = ", ".join(self.sources), split, limit
+        self.batch_size, self.seed = batch_size, seed
+        self.fractions = _check_fractions(splits)
+        self.max_response_tokens, self.context = max_response_tokens, context
+        self.pad_token_id = next(
+            (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
+        )
+        self.report: DataReport | None = None
+        self.vision = vision
+        self.ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
+        self._tokenise = Tokeniser(
+            tokenizer,
+            max_prompt_tokens,
+            max_response_tokens,
+            context,
+            self.ends,
+            vision=vision,
+            allow_urls=allow_urls,
+        )
+        self._splits: dict[str, list[Row]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise and split, once: Lightning calls this for every stage."""
+        if not self._splits:
+            self._splits = split_rows(self.read_rows(), self.fractions, self.seed)
+
+    def read_rows(self, *, keep_duplicates: bool = False) -> list[Row]:
+        """The usable rows in the file's order (a sample by content under ``limit``), unsplit; fills :attr:`report`.
+
+        Duplicates are left out unless asked for: in two splits a row would be fitted on and verified on.
+
+        Raises:
+            InputError: nothing usable.
+        """
+        number = count()
+        sources = [[(next(number), each) for each in read_examples(source, self.split)] for source in self.sources]
+        if self.limit is not None:
+            # A sample by content, not the head of the file, which is often sorted by topic or difficulty.
+            for source in sources:
+                source.sort(key=lambda item: self._order(*item[1]))
+            sources = [filter(None, chain(*zip_longest(*sources)))]
+        rows: list[Row] = []
+        seen: set[tuple] = set()
+        unusable: Counter[str] = Counter()
+        first: dict[str, tuple[int, str]] = {}
+        truncated = 0
+        for position, (example, origin) in chain(*sources):
+            if len(rows) == self.limit:
+                break
+            row, reason, cut = self._tokenise(example, origin)
+            if row is not None and not keep_duplicates and row.content in seen:
+                row, reason = None, _DUPLICATE
+            if row is None:
+                unusable[reason] += 1
+                first[reason] = min(first.get(reason, (position, origin)), (position, origin))
+                continue
+            seen.add(row.content)
+            rows.append(row)
+            truncated += cut
+        self.report = _report(
+            rows, dict(unusable), {reason: origin for reason, (_, origin) in first.items()}, truncated
+        )
+        if not rows:
+            raise InputError(
+                f"data.calibration {self.calibration!r} has no usable row: {self.report._unusable()}; change the rows, "
+                f"data.max_prompt_tokens ({self._tokenise.max_prompt}) or data.max_response_tokens "
+                f"({self.max_response_tokens})."
+            )
+        return rows
+
+    def _order(self, example: dict, origin: str) -> tuple:
+        """Where an example stands in the order that ``limit`` samples by: what is written, then what it shows."""
+        written = json.dumps(example, sort_keys=True, default=lambda unwritten: None)
+        key = hash63(self.seed, written)
+        return (key, _ByMedia(partial(self._tokenise.media, example, origin)))
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of all splits."""
+        self.setup()
+        return chain.from_iterable(self._splits.values())
+
+    def rows_of(self, name: str) -> list[Row]:
+        """The rows of one split, in the order of their hash.
+
+        Raises:
+            InputError: there is no such split.
+        """
+        self.setup()
+        if name not in self._splits:
+            raise InputError(f"data.splits has no split {name!r}: expected one of {', '.join(self._splits)}.")
+        return list(self._splits[name])
+
+    def prompts_of(self, name: str) -> int:
+        """How many different prompts the rows of one split have: the independent draws that a bound counts."""
+        return len({row.prompt_seed for row in self.rows_of(name)})
+
+    def loader(self, name: str, limit: int | None = None, batch_size: int | None = None) -> DataLoader:
+        """Batches of :func:`collate` over one split, every row once; each process gets its share of every batch.
+
+        ``batch_size`` rows (those that the module was given, unless said otherwise here) are one process's. The
+        longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
+        first rows of :meth:`rows_of`.
+
+        Raises:
+            InputError: a row's response is still missing.
+        """
+        rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
+        batch_size = (batch_size or self.batch_size) * distributed.size()
+        return DataLoader(rows, batch_size=batch_size, collate_fn=self._share)
+
+    def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
+        """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.
+
+        ``batch_size`` rows are those of all processes together, so that their number changes nothing. Which rows a step
+        reads follows from the seed and the step's number alone, so that a resumed training goes on with the batches
+        that it would have read.
+        """
+        steps = _TrainingSteps(self._complete("fit"), batch_size or self.batch_size, self.seed, start)
+        return DataLoader(steps, batch_size=None, collate_fn=self._share)
+
+    def _complete(self, name: str) -> list[Row]:
+        rows = self.rows_of(name)
+        missing = next((row for row in rows if row.response_ids is None), None)
+        if missing is not None:
+            raise InputError(
+                f"{missing.origin} has no response yet: fill_responses generates it, or give "
+                '{"prompt", "response"} rows in data.calibration.'
+            )
+        return rows
+
+    def batch(self, rows: Sequence[Row]) -> dict:
+        """:func:`collate` of some rows, all of them on this process; what they show is read and prepared here.
+
+        Raises:
+            InputError: an image or a video can no longer be read.
+        """
+        return collate(rows, self.pad_token_id, self.vision)
+
+    @property
+    def _share(self) -> Callable[[Sequence[Row]], dict]:
+        """:func:`collate` for this process's share of a batch."""
+        return partial(
+            collate,
+            pad_token_id=self.pad_token_id,
+            vision=self.vision,
+            rank=distributed.rank(),
+            size=distributed.size(),
+        )
+
+    @property
+    def digest(self) -> str:
+        """A hash of all rows, the same for every order of them; it changes when responses are filled in."""
+        self.setup()
+        seeds = sorted(row.seed for rows in self._splits.values() for row in rows)
+        return hashlib.sha256(json.dumps(seeds).encode()).hexdigest()
+
+    def missing_responses(self) -> bool:
+        """Whether any row still waits for the full model's response."""
+        self.setup()
+        return any(row.response_ids is None for rows in self._splits.values() for row in rows)
+
+    def fill_responses(
+        self,
+        generate: Callable[[list[Row]], list[tuple[int, ...]]],
+        cache: str | Path,
+        *,
+        made_with: str = "",
+    ) -> None:
+        """Give every row without a response the one that ``generate`` returns, and keep them in ``cache``.
+
+        Each process generates for its share of every batch.
+
+        Args:
+            generate: from a batch of rows to their response ids, without padding, in the same order.
+            cache: a JSON file, the first process's; responses found there are not generated again. It is saved after
+                every batch, so an interrupted run goes on where it stopped.
+            made_with: what the responses depend on besides the prompt (model, decoding). A cache that was made with
+                something else, or with another data.max_response_tokens, is started anew.
+
+        Raises:
+            InputError: a split has no row left, because the generated responses are empty.
+        """
+        self.setup()
+        waiting = [row for rows in self._splits.values() for row in rows if row.response_ids is None]
+        if not waiting:
+            return
+        cache = Path(cache)
+        stamp = {"made_with": made_with, "max_response_tokens": self.max_response_tokens}
+        responses = distributed.from_first(lambda: _read_cache(cache, stamp))
+        todo = sorted(
+            (row for row in waiting if str(row.seed) not in responses), key=lambda row: (-row.length, row.seed)
+        )
+        hidden = not todo or not distributed.is_first()
+        with tqdm(total=len(todo), desc="responses of the full model", unit="row", disable=hidden) as bar:
+            step = self.batch_size * distributed.size()
+            for start in range(0, len(todo), step):
+                batch = todo[start : start + step]
+                # A process without a row of its own repeats one: all have to generate in step.
+                share = batch[distributed.rank() :: distributed.size()]
+                generated = distributed.gather(generate(share or batch[-1:])[: len(share)])
+                for number, ids_of_rank in enumerate(generated):
+                    for row, ids in zip(batch[number :: distributed.size()], ids_of_rank, strict=True):
+                        responses[str(row.seed)] = [int(token) for token in ids]
+                if distributed.is_first():
+                    _write_cache(cache, {**stamp, "responses": responses})
+                bar.update(len(batch))
+        self._take(responses)
+
+    def _take(self, responses: dict[str, list[int]]) -> None:
+        unusable, first = Counter(self.report.unusable), dict(self.report.first_unusable)
+        splits, seen, truncated = {}, set(), self.report.truncated
+        for name, rows in self._splits.items():
+            splits[name] = []
+            # Given responses before generated ones: where the two agree, the given row is the one that stays.
+            for row in sorted(rows, key=lambda row: row.response_ids is None):
+                if row.response_ids is None:
+                    ids = responses[str(row.seed)]
+                    truncated += len(ids) > self.max_response_tokens
+                    row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
+                reason = _DUPLICATE if row.content in seen else None if row.response_ids else EMPTY_RESPONSE
+                if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
+                    reason = _VISION_RESPONSE  # a pass over the row would look for an image behind it
+                if reason:
+                    unusable[reason] += 1
+                    first.setdefault(reason, row.origin)
+                    continue
+                seen.add(row.content)
+                splits[name].append(row)
+            splits[name].sort(key=lambda row: (hash63(self.seed, *row.prompt), row.seed))
+        self.report = _report([row for rows in splits.values() for row in rows], dict(unusable), first, truncated)
+        empty = [name for name, rows in splits.items() if not rows]
+        if empty:
+            raise InputError(
+                f"data.calibration {self.calibration!r} leaves no row in {', '.join(empty)} after generation: "
+                f"{self.report._unusable()}; give more rows or data.splits with larger fractions there."
+            )
+        self._splits = splits
+
+
+@dataclass(eq=False)
+class _ByMedia:
+    """Sorts by the digests of images and videos, and reads them only where two examples are written alike."""
+
+    media: Callable[[], tuple[Sequence, Sequence]]
+
+    def __lt__(self, other: "_ByMedia") -> bool:
+        return self._digests() < other._digests()
+
+    def _digests(self) -> list[list[str]]:
+        return [[each.digest for each in kind] for kind in self.media()]
+
+
+def _check_counts(counts: dict[str, int]) -> None:
+    for key, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{key} must be a whole number of at least 1, found {value!r}.")
+
+
+def _check_fractions(splits: Mapping[str, float]) -> dict[str, float]:
+    """The fractions in the library's order, so that the order of a recipe's keys changes nothing."""
+    if splits.keys() != SPLITS.keys():
+        raise InputError(f"data.splits has {', '.join(splits) or 'no names'}: expected exactly {', '.join(SPLITS)}.")
+    for name, value in splits.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise InputError(f"data.splits.{name} must be a fraction between 0 and 1, found {value!r}.")
+    total = sum(splits.values())
+    if abs(total - 1) > 1e-6:
+        raise InputError(f"data.splits must sum to 1, found {total:g}: change the fractions of {', '.join(SPLITS)}.")
+    return {name: float(splits[name]) for name in SPLITS}
+
+
+def _report(rows: list[Row], unusable: dict[str, int], first: dict[str, str], truncated: int) -> DataReport:
+    responses = [len(row.response_ids) for row in rows if row.response_ids is not None]
+    return DataReport(
+        rows=len(rows),
+        unusable=unusable,
+        first_unusable=first,
+        truncated=truncated,
+        prompt_tokens=_spread([len(row.prompt_ids) for row in rows]),
+        response_tokens=_spread(responses),
+    )
+
+
+def _spread(lengths: list[int]) -> dict[str, float] | None:
+    if not lengths:
+        return None
+    return {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)}
+
+
+def _read_cache(cache: Path, stamp: dict) -> dict[str, list[int]]:
+    try:
+        content = json.loads(cache.read_text())
+        return dict(content["responses"]) if all(content[key] == value for key, value in stamp.items()) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # it can be made again
+
+
+def _write_cache(cache: Path, content: dict) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cache, content)

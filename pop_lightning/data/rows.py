@@ -1,0 +1,272 @@
+"""From examples to rows: the token ids of a prompt and its response, and the images and videos that the prompt shows.
+
+Between ``examples.py``, which reads, and ``data.py``, which splits and batches. All randomness about a row comes from
+its content, so the order of a file changes nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.data.images import IMAGE, RowImage
+from pop_lightning.data.media import Medium
+from pop_lightning.data.processor import VisionProcessor
+from pop_lightning.data.videos import TIMING, VIDEO, RowVideo
+
+MIN_TEXT_TOKENS = 8
+_EMPTY_PROMPT = "empty prompt"
+EMPTY_RESPONSE = "empty response"
+_LONG_PROMPT = "prompt longer than data.max_prompt_tokens"
+_LONG_ROW = "longer than the model's context"
+_SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row; ``response_ids`` is None until the full model has generated it.
+
+    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` and ``videos`` the ids of
+    the prompt hold a token for every feature; they are opened when a batch wants their tensors.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...] | None
+    origin: str
+    images: tuple[RowImage, ...] = ()
+    videos: tuple[RowVideo, ...] = ()
+
+    @property
+    def media(self) -> tuple[RowImage | RowVideo, ...]:
+        """All that the row shows."""
+        return self.images + self.videos
+
+    @property
+    def prompt(self) -> tuple:
+        """What the model is asked: token ids, and the digests of images and videos where there are any."""
+        return (self.prompt_ids, *(each.digest for each in self.media))
+
+    @property
+    def content(self) -> tuple:
+        """What makes two rows the same row."""
+        return (self.prompt, self.response_ids)
+
+    @property
+    def seed(self) -> int:
+        """A 63-bit hash of the content: the same on every machine, in every process and for every file order."""
+        return hash63(*self.prompt, self.response_ids)
+
+    @property
+    def prompt_seed(self) -> int:
+        """The same hash of the prompt alone: rows that share it are one draw of a prompt, not several."""
+        return hash63(*self.prompt)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids or ())
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
+
+    ``vision`` is None where the model reads text alone.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt: int
+    max_response: int
+    context: int | None
+    ends: frozenset[int] = frozenset()
+    vision: VisionProcessor | None = None
+    allow_urls: bool = False
+
+    def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
+        row, reason, truncated = self._row(example, origin)
+        if row is not None and self.vision is not None:
+            # Such tokens with no image or video behind them would be given another's features.
+            text = (*(() if row.media else row.prompt_ids), *(row.response_ids or ()))
+            stray = next((token for token in self.vision.tokens if token in text), None)
+            if stray is not None:
+                kind = "image" if stray == self.vision.tokens[0] else "video"
+                raise InputError(
+                    f"{origin} has the {kind} token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with "
+                    f"no {kind} behind it: take it out, or give the row's {kind}s."
+                )
+        return row, reason, truncated
+
+    def media(self, example: dict, origin: str) -> tuple[tuple[RowImage, ...], tuple[RowVideo, ...]]:
+        """Its images and its videos, each in the order of the text; a file is read once for its hash, and not kept."""
+        images = self._media(IMAGE, RowImage.of, example, origin)
+        return images, self._media(VIDEO, RowVideo.of, example, origin)
+
+    def _media(self, medium: Medium, of: Callable, example: dict, origin: str) -> tuple:
+        kind, listed = medium.name, example.get(f"{medium.name}s") or []
+        listed = listed() if callable(listed) else listed
+        if "messages" in example:
+            parts = [part for part in example.get("parts", ()) if part["type"] == kind]
+            bare = sum(not medium.named(part) for part in parts)
+            if bare != len(listed):
+                raise InputError(
+                    f'{origin} has {bare} {kind} parts that name no {kind}, and {len(listed)} entries in "{kind}s": '
+                    "expected one entry for each."
+                )
+            rest = iter(listed)
+            listed = [part if medium.named(part) else _filled(part, next(rest)) for part in parts]
+        return tuple(
+            of(given, f"{origin}, {kind} {number}", folder=example.get("folder"), allow_urls=self.allow_urls)
+            for number, given in enumerate(listed, start=1)
+        )
+
+    def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
+        if "text" in example:
+            return self._text(example["text"], origin)
+        images, videos = self.media(example, origin)
+        if images or videos:
+            self._check_vision(images, videos, origin)
+        if "messages" in example:
+            prompt, response = self._chat(example, origin, images, videos)
+        else:
+            prompt = self._with_specials(example["prompt"], images, videos, origin)
+            response = self._response(example["response"]) if "response" in example else None
+        if not prompt:
+            return None, _EMPTY_PROMPT, False
+        if response is not None and not response:
+            return None, EMPTY_RESPONSE, False
+        if len(prompt) > self.max_prompt:
+            return None, _LONG_PROMPT, False
+        # A response that is still to be generated may come out at the full length.
+        length = len(prompt) + (self.max_response if response is None else min(self.max_response, len(response)))
+        if self.context is not None and length > self.context:
+            return None, _LONG_ROW, False
+        truncated = response is not None and len(response) > self.max_response
+        response = None if response is None else tuple(response[: self.max_response])
+        return Row(tuple(prompt), response, origin, images, videos), None, truncated
+
+    def _check_vision(self, images: tuple[RowImage, ...], videos: tuple[RowVideo, ...], origin: str) -> None:
+        kind = "videos" if videos else "images"
+        if self.vision is None:
+            raise InputError(
+                f"{origin} has {kind}, and the model reads text alone: change model.base to a model that reads {kind}, "
+                "or take the row out of data.calibration."
+            )
+        try:
+            self.vision.check(images, videos)
+        except InputError as error:
+            raise InputError(f"{origin} has {kind}, but {error}") from error
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _with_specials(
+        self, text: str, images: tuple[RowImage, ...] = (), videos: tuple[RowVideo, ...] = (), origin: str = ""
+    ) -> list[int]:
+        """Token ids with the tokenizer's own bos and the like, without an eos at the end; [] for a blank text."""
+        bare = self._ids(text) if text.strip() else []
+        if not bare:
+            return []
+        if images or videos:
+            ids = self.vision.encode(text, images, videos, origin, special=True)
+        else:
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        # An eos that the text itself ends on stays: it is part of what the user wrote.
+        return ids[:-1] if eos is not None and ids[-1] == eos and bare[-1] != eos else ids
+
+    def _response(self, text: str) -> list[int]:
+        ids = self._ids(text) if text.strip() else []
+        eos = self.tokenizer.eos_token_id
+        return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
+
+    def _chat(
+        self, example: dict, origin: str, images: tuple[RowImage, ...], videos: tuple[RowVideo, ...]
+    ) -> tuple[list[int], list[int]]:
+        """Prompt and response of a chat: what the template renders up to the generation prompt, and what follows it.
+
+        Both are rendered by ``apply_chat_template`` with the row's own tools and template variables.
+        """
+        messages = example["messages"]
+        if len(messages) == 1:
+            return [], []
+        # The tokenizer picks among named templates itself; the processor's goes with what is shown, or where it alone
+        # has one.
+        template = None
+        if images or videos or (self.vision is not None and not self.tokenizer.chat_template):
+            template = self.vision.chat_template
+        if not (template or self.tokenizer.chat_template):
+            raise InputError(
+                f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
+                '{"prompt", "response"} rows in data.calibration.'
+            )
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            chat_template=template,
+            tools=example.get("tools"),
+            tokenize=False,
+            **example.get("chat_template_kwargs", {}),
+        )
+        try:
+            prompt, full = render(messages[:-1], add_generation_prompt=True), render(messages)
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{origin} cannot be rendered by the tokenizer's chat template ({error}): change that row's "
+                '"messages" in data.calibration.'
+            ) from error
+        if not full.startswith(prompt):
+            common = next((at for at, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+            near = slice(max(0, common - 40), common + 40)
+            raise InputError(
+                f"{origin}: the chat template renders the prompt differently once the answer follows, so prompt and "
+                f"response cannot be told apart (prompt alone: ...{prompt[near]!r}, with the answer: "
+                f"...{full[near]!r}); set the template's variables in the row's \"chat_template_kwargs\" (such as "
+                '{"enable_thinking": false}), give the answer its "reasoning_content", or give {"prompt", "response"} '
+                "rows in data.calibration instead."
+            )
+        prompt_ids, full_ids = self._ids(prompt), self._ids(full)
+        if not _has_content(messages[-1]):
+            return prompt_ids, []
+        response = full_ids[len(prompt_ids) :]
+        if full_ids[: len(prompt_ids)] != prompt_ids:
+            # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
+            response = self._ids(full[len(prompt) :])
+        if images or videos:  # a placeholder is a token of its own, so expanding it moves no split
+            prompt_ids = self.vision.encode(prompt, images, videos, origin, special=False)
+        # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
+        return prompt_ids, list(until_end(response, self.ends))
+
+    def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, bool]:
+        ids = self._with_specials(text)
+        length = min(len(ids), self.max_prompt + self.max_response, self.context or len(ids))
+        if length < MIN_TEXT_TOKENS:
+            return None, _SHORT_TEXT, False
+        latest = min(length * 4 // 5, self.max_prompt)
+        earliest = min((length + 1) // 2, latest)
+        split = earliest + hash63(text) % (latest - earliest + 1)
+        response = ids[split : min(length, split + self.max_response)]
+        return Row(tuple(ids[:split]), tuple(response), origin), None, split + len(response) < len(ids)
+
+
+def _filled(part: dict, entry):
+    """An entry of the list for a part that names nothing, with what the part says about its times."""
+    timing = {key: part[key] for key in TIMING if part.get(key) is not None}
+    return {**timing, VIDEO.name: entry} if timing and part["type"] == VIDEO.name else entry
+
+
+def _has_content(message: dict) -> bool:
+    content = message.get("content", "")
+    texts = [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
+    return any(text.strip() for text in texts) or bool(message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
+    """A response up to and with its first end token, where decode stops; what follows goes."""
+    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[:stop])
+
+
+def hash63(*parts) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,1 @@
+"""What pruning costs: metrics, bounds, the search for a depth."""

@@ -1,0 +1,250 @@
+"""What a pruned prefill costs, per row, and how much of that cost can be promised for rows not yet seen.
+
+Teacher-forced logits of the pruned model (student) and the full model (teacher) become one number per row and metric;
+a metric becomes a loss, averaged over the rows of a prompt; the losses become an upper confidence bound; fixed-sequence
+testing turns the bounds of several depths into one choice. The budget callback and the pipeline call this file, the
+report shows what it returned.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.evaluation.bounds import check_metric, clopper_pearson, hoeffding_bentkus, upper_bound
+
+ROW_METRICS = ("kl", "agreement", "nll", "teacher_nll", "nll_increase", "exact_match", "teacher_exact_match")
+
+
+def response_metrics(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, mask: Tensor, *, chunk_size: int = 1024
+) -> dict[str, Tensor]:
+    """Compare the pruned model with the full one on each row's response.
+
+    Args:
+        logits: the pruned model's, `[batch, response, vocabulary]`; position r predicts `targets[:, r]`.
+        teacher_logits: the full model's, same shape.
+        targets: token ids `[batch, response]`; values outside the mask are never read (-100 is fine).
+        mask: `[batch, response]`, nonzero where a response token is predicted.
+        chunk_size: positions converted to float32 at a time; extra memory is a few times chunk_size * vocabulary * 4
+            bytes instead of batch * response * vocabulary * 4.
+
+    Returns:
+        One float32 tensor `[batch]` per name, each a mean over the row's response positions:
+        `kl` KL(teacher || student) in nats; `agreement` the share of positions where both argmaxes are equal;
+        `nll` and `teacher_nll` in nats per response token, `nll_increase` their difference; `exact_match` and
+        `teacher_exact_match` 1.0 where the argmax equals the target at every position. Given a correct prefix greedy
+        decoding emits the argmax, so by induction this is the event that greedy decoding reproduces the response token
+        for token, its end token included.
+
+    Raises:
+        InputError: shapes that do not fit, or a row without response positions.
+    """
+    if logits.shape != teacher_logits.shape or logits.shape[:2] != targets.shape or targets.shape != mask.shape:
+        raise InputError(
+            f"The shapes do not fit: logits {list(logits.shape)}, teacher_logits {list(teacher_logits.shape)}, "
+            f"targets {list(targets.shape)}, mask {list(mask.shape)}; expected [B, R, V] twice, then [B, R] twice."
+        )
+    if chunk_size < 1:
+        raise InputError(f"chunk_size is {chunk_size}; it must be at least 1.")
+    mask = mask.bool()
+    counts = mask.sum(dim=1)
+    if (counts == 0).any():
+        row = int((counts == 0).nonzero()[0])
+        raise InputError(f"Row {row} of the batch has no response position; leave out rows without a response.")
+
+    # Values land in [B, R] and are summed per row: unlike index_add, that sums in the same order on any device.
+    names = ("kl", "agreement", "nll", "teacher_nll", "hit", "teacher_hit")
+    positions = {name: torch.zeros(mask.shape, device=logits.device) for name in names}
+    rows, columns = mask.nonzero(as_tuple=True)
+    for row, column in zip(rows.split(chunk_size), columns.split(chunk_size), strict=True):
+        student = logits[row, column].float().log_softmax(-1)
+        teacher = teacher_logits[row, column].float().log_softmax(-1)
+        target = targets[row, column]
+        probability = teacher.exp()
+        # A vocabulary entry that the teacher rules out (-inf) adds nothing; 0 * inf would be nan.
+        kl = torch.where(probability > 0, probability * (teacher - student), 0).sum(-1).clamp_min(0)
+        guess, teacher_guess = student.argmax(-1), teacher.argmax(-1)
+        values = {
+            "kl": kl,
+            "agreement": guess == teacher_guess,
+            "nll": -student.gather(-1, target[:, None])[:, 0],
+            "teacher_nll": -teacher.gather(-1, target[:, None])[:, 0],
+            "hit": guess == target,
+            "teacher_hit": teacher_guess == target,
+        }
+        for name, value in values.items():
+            positions[name][row, column] = value.float()
+
+    mean = {name: value.sum(dim=1) / counts for name, value in positions.items()}
+    return {
+        "kl": mean["kl"],
+        "agreement": mean["agreement"],
+        "nll": mean["nll"],
+        "teacher_nll": mean["teacher_nll"],
+        "nll_increase": mean["nll"] - mean["teacher_nll"],
+        "exact_match": (mean["hit"] == 1).float(),
+        "teacher_exact_match": (mean["teacher_hit"] == 1).float(),
+    }
+
+
+def row_loss(metrics: Mapping[str, Tensor], metric: str) -> Tensor:
+    """Turn the metrics of `response_metrics` into the loss `[batch]` that the budget bounds.
+
+    `agreement`: 1 - agreement, in [0, 1]. `exact_match`: 1 where the full model is right and the pruned one wrong, else
+    0; its mean is at least the drop in exact match, because rows that pruning happens to repair are not credited.
+    `nll_increase`: nats per response token, unbounded, negative where pruning helps.
+    """
+    check_metric(metric)
+    if metric == "agreement":
+        return (1 - metrics["agreement"]).clamp(0, 1)
+    if metric == "exact_match":
+        return ((metrics["teacher_exact_match"] > 0.5) & (metrics["exact_match"] < 0.5)).float()
+    return metrics["nll_increase"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One variant's losses over a split: one value per prompt, because rows of one prompt are one draw.
+
+    Attributes:
+        values: the mean of `row_loss` over the rows of each prompt, in an order that follows from the prompts alone.
+        rows: how many rows there were; as many as values unless given.
+    """
+
+    values: Sequence[float]
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", len(self.values) if self.rows is None else self.rows)
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether some prompt has several rows, so that its loss of a 0/1 metric can lie between 0 and 1."""
+        return self.rows > len(self.values)
+
+    def bound(self, metric: str, confidence: float) -> float:
+        """`upper_bound` of the mean."""
+        return upper_bound(self.values, metric, confidence, averaged=self.averaged)
+
+    def expected_bound(self, metric: str, confidence: float, prompts: int) -> float:
+        """The bound that `prompts` other prompts give if they lose as these do: what a verify split may show.
+
+        Rates: the bound at the same mean. `nll_increase`: this bound's distance from the mean shrinks (or grows) with
+        the square root of the number of prompts.
+        """
+        bound = self.bound(metric, confidence)
+        if metric == "nll_increase":
+            return self.mean + (bound - self.mean) * math.sqrt(len(self.values) / prompts)
+        total = min(self.mean, 1.0) * prompts
+        if metric == "exact_match" and not self.averaged:
+            return clopper_pearson(min(prompts, math.ceil(total - 1e-7 * prompts)), prompts, confidence)
+        return hoeffding_bentkus(total, prompts, confidence)
+
+
+def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
+    """Means over each prompt's rows, float64 `[prompts]` in order of the seeds; both arguments are `[rows]`."""
+    _, where, rows = prompts.cpu().unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values.cpu().double()) / rows
+
+
+def prompt_losses(rows: Mapping[str, Tensor], metric: str) -> Losses:
+    """The losses of `RowMetrics.compute`'s rows, averaged per prompt."""
+    return Losses(tuple(prompt_means(row_loss(rows, metric), rows["prompt"]).tolist()), len(rows["prompt"]))
+
+
+def summary(rows: Mapping[str, Tensor], metric: str, confidence: float, prompts: int) -> dict[str, float]:
+    """What `RowMetrics.compute`'s rows come to, as plain data; every mean is one over prompts.
+
+    Returns:
+        `rows` and `prompts`; means `kl`, `agreement`, `nll_increase` and `exact_match`; `loss`, its `bound`, and
+        `expected_bound`, the one that a verify split of `prompts` prompts would give if it lost the same.
+    """
+    losses = prompt_losses(rows, metric)
+    means = {
+        name: prompt_means(rows[name], rows["prompt"]).mean().item()
+        for name in ("kl", "agreement", "nll_increase", "exact_match")
+    }
+    return {
+        "rows": losses.rows,
+        "prompts": len(losses.values),
+        **means,
+        "loss": losses.mean,
+        "bound": losses.bound(metric, confidence),
+        "expected_bound": losses.expected_bound(metric, confidence, prompts),
+    }
+
+
+class RowMetrics(Metric):
+    """Keep one value per row and name, over batches and ranks, in an order that depends on the rows alone.
+
+    Args:
+        names: what each `update` holds, for example `ROW_METRICS`.
+
+    `compute` returns float32 tensors `[rows]` sorted by row seed (rows that share a seed by their values), so that
+    batch size, shuffling and the number of ranks change nothing, and the rows' prompts, int64 `[rows]`, as `prompt`.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+
+    def __init__(self, names: Sequence[str] = ROW_METRICS, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = tuple(names)
+        self.add_state("row_seeds", default=[], dist_reduce_fx="cat")
+        self.add_state("prompt_seeds", default=[], dist_reduce_fx="cat")
+        for name in self.names:
+            # The prefix keeps a name such as "device" apart from Metric's own attributes.
+            self.add_state(f"value_{name}", default=[], dist_reduce_fx="cat")
+
+    def update(self, values: Mapping[str, Tensor], row_seed: Tensor, prompt_seed: Tensor | None = None) -> None:
+        """Add the rows of one batch: `[batch]` values per name, the rows' seeds and their prompts' `[batch]` (int64).
+
+        Unless prompts are given, every row counts as a prompt of its own.
+        """
+        for name in self.names:
+            if name not in values:
+                raise InputError(f"The values of a batch lack '{name}'; found {sorted(values)}.")
+            if values[name].shape != row_seed.shape or row_seed.ndim != 1:
+                raise InputError(
+                    f"'{name}' has shape {list(values[name].shape)} and row_seed {list(row_seed.shape)}; "
+                    "both must be [batch]."
+                )
+        self.row_seeds.append(row_seed.detach().to(self.device, torch.int64))
+        prompt_seed = row_seed if prompt_seed is None else prompt_seed
+        self.prompt_seeds.append(prompt_seed.detach().to(self.device, torch.int64))
+        for name in self.names:
+            getattr(self, f"value_{name}").append(values[name].detach().to(self.device, torch.float32))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the ranks' rows; torchmetrics calls this before `compute`."""
+        if not self._is_synced and not self.row_seeds:
+            # A rank without rows would send torchmetrics' default, an empty float32 tensor, into a gather of int64.
+            for seeds in (self.row_seeds, self.prompt_seeds):
+                seeds.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+            for name in self.names:
+                getattr(self, f"value_{name}").append(torch.zeros(0, dtype=torch.float32, device=self.device))
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """All rows seen, per name a float32 tensor `[rows]`, and `prompt`; empty where there was none."""
+        if isinstance(self.row_seeds, list) and not self.row_seeds:
+            empty = {name: torch.zeros(0, dtype=torch.float32, device=self.device) for name in self.names}
+            return empty | {"prompt": torch.zeros(0, dtype=torch.int64, device=self.device)}
+        values = {name: dim_zero_cat(getattr(self, f"value_{name}")) for name in self.names}
+        seeds, prompts = dim_zero_cat(self.row_seeds), dim_zero_cat(self.prompt_seeds)
+        order = torch.arange(seeds.numel(), device=seeds.device)
+        # Stable sorts from the least to the most significant key make a lexicographic order.
+        for key in (*reversed(values.values()), seeds):
+            order = order[key[order].argsort(stable=True)]
+        return {name: value[order] for name, value in values.items()} | {"prompt": prompts[order]}

@@ -1,0 +1,233 @@
+"""KVProjectionTraining: distil the unpruned model into the projections; the base stays frozen.
+
+Teacher and student share everything below the depth, so a step is one full forward without graph and a small forward
+and backward of the pruned layers on boundary and response tokens (``prefill.student_hidden``). Logits are made a chunk
+of positions at a time, in the forward and again in the backward pass, so a large vocabulary costs no memory.
+"""
+
+import math
+from functools import partial
+from typing import Literal
+
+import lightning
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from pop_lightning.core import distributed
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.models.decoder import Decoder, Trace
+from pop_lightning.pruning.passes import _at_loss_positions, student_hidden, teacher_trace
+from pop_lightning.pruning.projections import KVProjections
+
+CHUNK_LOGITS = 2**26  # logits alive at a time per model: 256 MiB in float32
+
+
+def chunked_kl(
+    decoder: Decoder, student: Tensor, teacher: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """T^2 KL(teacher || student) at temperature T, mean over positions, from what goes into the final norm.
+
+    With several processes the mean is over the positions of all of them: each one returns its own part times their
+    number, so that the average that DDP and ZeRO make of gradients is the gradient of that mean.
+
+    Args:
+        student, teacher: ``[positions, hidden]``, of this process; no gradient flows into ``teacher``.
+        chunk: positions whose logits are alive at a time; as many as :data:`CHUNK_LOGITS` allows unless given.
+
+    Returns:
+        A scalar, float32. Its backward pass makes each chunk's logits again, unless there is a single chunk.
+    """
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = (decoder.logits(teacher).float() / temperature).log_softmax(-1)
+        found = (decoder.logits(student).float() / temperature).log_softmax(-1)
+        return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
+
+    chunk = chunk or max(1, CHUNK_LOGITS // decoder.config.vocab_size)
+    positions = distributed.counts(len(student), student.device)
+    chunks = -(-max(positions) // chunk)  # as many as the others make: weights in shards are gathered together
+    if chunks <= 1:
+        total = divergence(student, teacher)
+    else:
+        total = sum(
+            torch.utils.checkpoint.checkpoint(divergence, *pair, use_reentrant=False)
+            for pair in zip(student.tensor_split(chunks), teacher.tensor_split(chunks), strict=True)
+        )
+    return temperature**2 * total * len(positions) / sum(positions)
+
+
+class KVProjectionTraining(lightning.LightningModule):
+    """Train the projections of one depth, starting from what they are.
+
+    Loss: ``T^2 KL(teacher || student)`` averaged over the loss positions t = N..T-1, at temperature T, plus
+    ``kv_match`` times the squared error of the context's keys and values (before k_norm and RoPE) and ``hidden_match``
+    times that of the hidden states of boundary and response tokens, each relative to the full model's mean square and
+    averaged over the pruned layers.
+
+    Args:
+        projections: whose parameters that ask for a gradient are trained: :func:`make_trainable` for all of W', b', or
+            adapters that :mod:`pop_lightning.fitting.lora` put in.
+        temperature: of the distillation.
+        seed: of the adapters' dropout, together with the step's number.
+        learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
+        decay: its shape.
+        round_steps: the learning rate rises and falls over so many steps, and again where a training goes on from a
+            round's end; over the whole training unless given.
+        gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
+    """
+
+    def __init__(
+        self,
+        projections: KVProjections,
+        plan: PruningPlan,
+        *,
+        temperature: float = 2.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.1,
+        decay: Literal["cosine", "linear"] = "cosine",
+        round_steps: int | None = None,
+        kv_match: float = 0.0,
+        hidden_match: float = 0.0,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold what is trained, never the base
+        self.plan, self.temperature, self.seed = plan, temperature, seed
+        self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
+        self.round_steps = round_steps
+        self.kv_match, self.hidden_match = kv_match, hidden_match
+        self.gradient_checkpointing = gradient_checkpointing
+        self.decoder = projections.decoder  # no module: the base is placed, and maybe sharded, by its owner
+        self.projections = projections
+
+    def on_fit_start(self):
+        self.decoder.model.eval()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: each for name, each in checkpoint["state_dict"].items() if name in trained}
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        # Checkpoints hold no state of the random generator: dropout follows from the step, resumed or not.
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * distributed.size() + distributed.rank())
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: dict, batch_index: int) -> None:
+        loss = self.loss(batch)
+        self.log("validation_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+
+    def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
+        """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
+        decoder, mask, prompt = self.decoder, batch["attention_mask"], batch["prompt_length"]
+        trace = teacher_trace(decoder, batch, self.plan.depth) if trace is None else trace
+        with decoder.tracing(range(self.plan.depth, decoder.num_layers)) as pruned:
+            student = student_hidden(
+                self.projections, self.plan, trace, mask, prompt, checkpoint=self.gradient_checkpointing
+            )
+        real = mask[:, prompt:].bool()
+        teacher = _at_loss_positions(decoder, trace, prompt)
+        loss = chunked_kl(decoder, student[real], teacher[real], self.temperature)
+        if self.kv_match:
+            loss = loss + self.kv_match * self._kv_error(trace, mask, prompt)
+        if self.hidden_match:
+            loss = loss + self.hidden_match * self._hidden_error(trace, pruned, mask, prompt)
+        return loss
+
+    def _kv_error(self, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
+        context = max(0, prompt - self.plan.boundary)
+        real = mask[:, :context].bool()
+        hidden = trace.hidden[self.plan.depth][:, :context]
+        normed = self.decoder.normalise(hidden)
+        errors = []
+        for layer in self.projections.fitted_layers:
+            with torch.no_grad():
+                wanted = self.decoder.own_kv(layer, trace.hidden[layer][:, :context])[real]
+            errors.append(_relative_error(self.projections(layer, hidden, normed)[real], wanted))
+        return torch.stack(errors).mean()
+
+    def _hidden_error(self, trace: Trace, pruned: Trace, mask: Tensor, prompt: int) -> Tensor:
+        tokens = mask.shape[1] - 1
+        context = max(0, prompt - self.plan.boundary)
+        real = mask[:, context:tokens].bool()
+        errors = [
+            _relative_error(pruned.hidden[layer][real], trace.hidden[layer][:, context:tokens][real])
+            for layer in range(self.plan.depth + 1, self.decoder.num_layers + 1)
+        ]
+        return torch.stack(errors).mean()
+
+    def configure_optimizers(self):
+        return _optimizer([self], self.trainer)
+
+    def parameter_group(self) -> dict:
+        """What is trained, as an optimiser's parameter group."""
+        parameters = [p for p in self.projections.parameters() if p.requires_grad]
+        return {"params": parameters, "lr": self.learning_rate, "weight_decay": self.weight_decay}
+
+
+class JointTraining(lightning.LightningModule):
+    """Several trainings on the same batches over one teacher pass: depths, kinds and learning rates side by side.
+
+    Their losses are summed and share no parameter, so each goes as it would alone (short of gradient clipping, which
+    would look at all of them together). Warm-up and decay are those of the first.
+    """
+
+    def __init__(self, trainings: list[KVProjectionTraining]):
+        super().__init__()
+        self.trainings = torch.nn.ModuleList(trainings)
+        self.decoder = trainings[0].decoder
+
+    def on_fit_start(self):
+        self.decoder.model.eval()
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        trace = teacher_trace(self.decoder, batch, min(each.plan.depth for each in self.trainings))
+        return sum(each.loss(batch, trace) for each in self.trainings)
+
+    def configure_optimizers(self):
+        return _optimizer(list(self.trainings), self.trainer)
+
+
+def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer) -> dict:
+    optimizer = torch.optim.AdamW([each.parameter_group() for each in trainings])
+    first = trainings[0]
+    steps = first.round_steps or max(1, int(trainer.estimated_stepping_batches))
+    factor = partial(learning_rate_factor, steps=steps, warmup=round(first.warmup * steps), decay=first.decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["cosine", "linear"]) -> float:
+    """The share of the peak at ``step``: up from zero over ``warmup`` steps, down to zero at ``steps``, then anew."""
+    step %= steps
+    if step < warmup:
+        return step / warmup
+    left = 1 - (step - warmup) / max(1, steps - warmup)
+    return left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def make_trainable(projections: KVProjections) -> KVProjections:
+    """Every fitted layer's W', b' as float32 masters that ask for gradients (kind ``full``)."""
+    masters(projections, "full")
+    for layer in projections.fitted_layers:
+        projections.maps[str(layer)].requires_grad_(True)
+    return projections
+
+
+def masters(projections: KVProjections, kind: str) -> KVProjections:
+    """Every fitted layer's map as a float32 copy of its own, with a bias, so that training it changes nothing else."""
+    projections.replace({layer: projections.affine(layer) for layer in projections.fitted_layers}, kind)
+    for layer in projections.fitted_layers:
+        projections.maps[str(layer)].float()
+    return projections
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error over the mean square of ``wanted``; of several processes as in :func:`chunked_kl`."""
+    size = distributed.total(wanted.float().square().sum()).clamp(min=1e-12)
+    return distributed.size() * (found.float() - wanted.float()).square().sum() / size

@@ -1,0 +1,1 @@
+"""Using a pruned model: the generator and its artifact."""

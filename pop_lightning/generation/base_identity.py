@@ -1,0 +1,174 @@
+"""Which base model an artifact was fitted on, and whether a model at hand is that one: config and sampled weights."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
+
+SAMPLES = 8  # per matrix; with 7 matrices a layer, 32 layers stay below 100 kB of JSON
+MATRICES = 7  # per layer: what a Llama layer has; of a mixture of experts the rest is left out
+
+# How a model is loaded and run, or which words the tokenizer reserves: none of it changes what the weights compute.
+_VOLATILE = re.compile(
+    r"_.*|transformers_version|name_or_path|(torch_)?dtype|architectures|use_cache|.*attn_implementation.*|"
+    r"(pad|bos|eos|sep|cls|mask)_token_id|output_attentions|output_hidden_states|return_dict|quantization_config|"
+    r"id2label|label2id|problem_type|tokenizer_class|finetuning_task|chunk_size_feed_forward"
+)
+_PLAIN = {f"{dtype}".removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32)} | {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_BOTH_HALF = {"bfloat16", "float16"}
+
+
+def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """What tells this base from others, as plain data; reads a few hundred numbers of the weights, never all.
+
+    A hub model is named by the commit that was loaded, which a branch or tag would not stay at; a folder by its full
+    path.
+
+    The fingerprint holds ``SAMPLES`` elements of each layer's matrices at places drawn from the matrix's name. It
+    survives a load in another dtype and notices a merged fine-tune, which moves nearly every element it touches.
+    """
+    config = _stable_config(model)
+    return {
+        "id": str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
+        "revision": getattr(model.config, "_commit_hash", None) or revision,
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "layers": config.get("num_hidden_layers"),
+        "config": config,
+        "config_hash": _hash(config),
+        "fingerprint": _fingerprint(model),
+    }
+
+
+def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a base that an artifact was not made for.
+
+    Args:
+        base: its :func:`base_identity`, as the artifact holds it.
+        folder: of the artifact, for the sentence.
+
+    Raises:
+        InputError: class, config or sampled weights differ; the sentence names the first thing that does.
+    """
+    given = _stable_config(model)
+    name = getattr(model, "name_or_path", "") or "the loaded model"
+    intro = (
+        f"the artifact {folder} was made for {base.get('id')} ({base.get('class')}, {base.get('layers')} "
+        f"layers), the given base {name} ({type(model).__name__}, {given.get('num_hidden_layers')} layers) "
+    )
+    advice = "; give the base it was made for (--base)."
+    if type(model).__name__ != base.get("class"):
+        raise InputError(f"{intro}is of another class{advice}")
+    if _hash(given) != base.get("config_hash"):
+        stored = base.get("config")
+        difference = _difference(stored, given) if isinstance(stored, dict) else "their hashes differ"
+        # Keys on one side only come and go with Transformers versions; what both know has to agree.
+        if difference:
+            raise InputError(f"{intro}has another config: {difference}{advice}")
+    stored = base.get("fingerprint")
+    samples = stored.get("samples") if isinstance(stored, dict) else None
+    if not isinstance(samples, dict) or not samples:
+        return
+    names = {key for key, _ in model.named_parameters()}
+    if not names & set(samples):
+        raise InputError(f"{intro}names its weights otherwise: {next(iter(samples))} was expected{advice}")
+    mine = _fingerprint(model, samples)["samples"]
+    for tensor, there in samples.items():
+        here = mine.get(tensor)
+        if here is not None and not _same(there, here):
+            raise InputError(f"{intro}has other weights in {tensor}, as after a merged fine-tune{advice}")
+
+
+def _stable_config(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config().to_dict()
+    plain = json.loads(json.dumps(config, default=str, sort_keys=True))
+    return {key: value for key, value in plain.items() if not _VOLATILE.fullmatch(key)}
+
+
+def _hash(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first key that both sides know and that differs, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in sorted(there.keys() & here.keys()):
+            found = _difference(there[name], here[name], f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if there == here else f"{key} is {here!r} there and {there!r} in the artifact"
+
+
+def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``{"samples": {tensor: {"shape", "dtype", "values"}}}``; tensors that hold no plain numbers are left out."""
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()  # names tied weights once
+        if len(distributed.whole_shape(parameter)) >= 2
+        and (parameter.numel() or distributed.is_sharded(parameter))
+        and parameter.device.type != "meta"
+        and parameter.dtype in _PLAIN.values()
+    }
+    samples = {}
+    for name in _chosen(parameters) if wanted is None else [name for name in wanted if name in parameters]:
+        with distributed.gathered([parameters[name]]):
+            tensor = parameters[name].detach()
+            places = [_place(name, index, tensor.numel()) for index in range(SAMPLES)]
+            where = torch.unravel_index(torch.tensor(places, device=tensor.device), tensor.shape)
+            values = tensor[where].float().tolist()
+        samples[name] = {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "values": [float(f"{value:.9g}") for value in values],  # 9 digits: all of float32
+        }
+    return {"samples": samples}
+
+
+def _chosen(names: Mapping[str, Tensor]) -> list[str]:
+    """All matrices outside the layers, and at most ``MATRICES`` of each layer, experts last."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r".*?\.\d+\.", name)
+        groups.setdefault(layer[0] if layer else "", []).append(name)
+    for layer, members in groups.items():
+        if layer and len(members) > MATRICES:
+            members.sort(key=lambda name: ("expert" in name, hashlib.sha256(name.encode()).digest()))
+            del members[MATRICES:]
+    return [name for members in groups.values() for name in members]
+
+
+def _place(name: str, index: int, elements: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{name}:{index}".encode()).digest()[:8], "big") % elements
+
+
+def _same(there: Any, here: dict[str, Any]) -> bool:
+    """Whether two samples come from one tensor, each side rounded to what the other one could hold."""
+    try:
+        if list(there["shape"]) != here["shape"]:
+            return False
+        dtypes = {there["dtype"], here["dtype"]}
+        first, second = (torch.tensor(each["values"], dtype=torch.float32) for each in (there, here))
+        for dtype in dtypes:
+            first, second = (each.to(_PLAIN[dtype]).float() for each in (first, second))
+        if first.shape != second.shape:
+            return False
+    except (KeyError, TypeError, ValueError, RuntimeError):  # no fingerprint that this version wrote
+        return False
+    # Rounding is exact, so equal dtypes agree to the bit. The two halves round differently: bfloat16 in its eighth
+    # bit, float16 below 6e-8.
+    if dtypes == _BOTH_HALF:
+        return torch.allclose(first, second, rtol=2**-7, atol=1e-7, equal_nan=True)
+    return torch.allclose(first, second, rtol=1e-6, atol=1e-7 if "float16" in dtypes else 0.0, equal_nan=True)

@@ -1,0 +1,273 @@
+"""From text to text with a loaded artifact: what ``pop-generate`` does, callable from Python as well."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import torch
+from tqdm import tqdm
+from transformers import TextIteratorStreamer
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.files import check_writable, write_text
+from pop_lightning.data.examples import read_examples
+from pop_lightning.data.images import RowImage
+from pop_lightning.data.module import CalibrationData, DataReport, collate
+from pop_lightning.data.rows import Row
+from pop_lightning.data.videos import RowVideo
+from pop_lightning.generation.generator import StageAwareGenerator
+from pop_lightning.models.loading import context_length, end_tokens
+
+
+def stream(
+    generator: StageAwareGenerator,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    images: Sequence = (),
+    videos: Sequence = (),
+    allow_urls: bool = False,
+    full: bool = False,
+) -> Iterator[tuple[str, float]]:
+    """Generate greedily from one prompt; yields pieces of text, each with the TTFT: seconds from call to first token.
+
+    Args:
+        images: shown before the prompt, in a user's turn of the base's chat template: paths, bytes, PIL images or, with
+            ``allow_urls``, URLs. Without images and videos the prompt goes in as it is.
+        videos: shown behind the images: paths, bytes, lists of frames, or URLs.
+        full: generate with the unpruned model.
+
+    Raises:
+        InputError: no tokenizer, an empty prompt, an image or a video that cannot be read or that the base cannot, or a
+            prompt that leaves no room in the model's context.
+    """
+    check_prompt(prompt)
+    tokenizer = _tokenizer(generator)
+    row = _row(generator, tokenizer, prompt, images, videos, allow_urls)
+    _check_length(generator, len(row.prompt_ids), max_new_tokens, "--prompt")
+    inputs = generator.decoder.inputs(collate([row], tokenizer.pad_token_id, generator.vision))
+    streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            with generator.full_model() if full else nullcontext():
+                generator.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    streamer=streamer,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    start = time.perf_counter()
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    for piece in streamer:
+        if piece:
+            yield piece, streamer.first_token - start
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, allow_urls: bool) -> Row:
+    if not images and not videos:
+        return Row(tuple(tokenizer(prompt)["input_ids"]), (), "--prompt")
+    flag = "--video" if videos else "--image"
+    if generator.vision is None:
+        raise InputError(f"{flag} was given, and the base ({generator.decoder.name}) reads text alone.")
+    with _named_as_flags():
+        shown = [
+            tuple(of(each, f"{flag} {number}", allow_urls=allow_urls) for number, each in enumerate(given, 1))
+            for of, flag, given in ((RowImage.of, "--image", images), (RowVideo.of, "--video", videos))
+        ]
+        try:
+            generator.vision.check(*shown)
+        except InputError as error:
+            raise InputError(f"{flag} was given, but {error}") from error
+        return Row(tuple(generator.vision.ask(prompt, *shown, "--prompt")), (), "--prompt", *shown)
+
+
+class _TimedStreamer(TextIteratorStreamer):
+    """Knows when the first token came, which is before the first whole word can be shown."""
+
+    first_token: float | None = None
+
+    def put(self, value) -> None:
+        if self.first_token is None and not self.next_tokens_are_prompt:
+            self.first_token = time.perf_counter()
+        super().put(value)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise :class:`InputError` for a blank ``--prompt``."""
+    if not prompt.strip():
+        raise InputError("--prompt is empty; give some text.")
+
+
+def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> None:
+    """What can be said of ``--data`` and ``--output`` before a model is loaded; makes the folder of ``output``.
+
+    Raises:
+        InputError: no row can be read, or ``output`` cannot be written, or stands there already.
+    """
+    with _named_as_flags():
+        read_examples(data)
+    output = Path(output)
+    with _writing(output):
+        if output.is_dir():
+            raise InputError(f"--output {output} is a folder; name a file.")
+        if output.exists() and not overwrite:
+            raise InputError(f"--output {output} exists already; give --overwrite or another --output.")
+        check_writable(output)
+
+
+@contextmanager
+def _writing(output: Path):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error.strerror}); choose another file.") from error
+
+
+# An artifact fits one base, so what a recipe may change is here a fact about it.
+_FLAGS = {"data.calibration": "--data", "data.allow_urls: true": "--allow_urls", "model.base": "the base"}
+
+
+@contextmanager
+def _named_as_flags():
+    """Rows and what they show are read as a recipe's; here the user gave them with flags."""
+    try:
+        yield
+    except InputError as error:
+        named = str(error)
+        for key, flag in _FLAGS.items():
+            named = named.replace(key, flag)
+        raise InputError(named) from error
+
+
+def generate_file(
+    generator: StageAwareGenerator,
+    data: str,
+    output: str | Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    compare: bool = False,
+    allow_urls: bool = False,
+) -> dict:
+    """Generate for every row of a file and write them as JSON Lines; the file appears whole or not at all.
+
+    Args:
+        data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
+        compare: run the unpruned model as well and say how often both agree.
+        allow_urls: fetch images and videos that rows name by URL.
+
+    Returns:
+        ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
+        ``max_new_tokens`` and is compared up to there) and, over the rows that have them, ``exact_match`` (text equals
+        the reference), with ``compare`` also ``full_exact_match``, ``same_text`` (share of rows where both models wrote
+        the same) and ``agreement`` (share of the full model's tokens that the pruned model wrote too, up to the first
+        difference).
+    """
+    tokenizer = _tokenizer(generator)
+    rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls)
+    output = Path(output)
+    results: dict[int, dict] = {}
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
+    for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch"):
+        places = order[start : start + batch_size]
+        asked = [replace(rows[i], response_ids=()) for i in places]
+        batch = collate(asked, tokenizer.pad_token_id, generator.vision)
+        ids = {"pruned": _generate(generator, tokenizer, batch, max_new_tokens)}
+        if compare:
+            with generator.full_model():
+                ids["full"] = _generate(generator, tokenizer, batch, max_new_tokens)
+        for line, place in enumerate(places):
+            results[place] = _result(tokenizer, rows[place], {name: each[line] for name, each in ids.items()})
+    records = [results[place] for place in range(len(rows))]
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    names = ("exact_match", "full_exact_match", "same_text", "agreement")
+    summary: dict = {"rows": len(records), "unusable": report.unusable, "references_cut": report.truncated}
+    for name in names:
+        values = [record[name] for record in records if name in record]
+        if values:
+            summary[name] = sum(values) / len(values)
+    return summary
+
+
+def _read_rows(generator, tokenizer, data: str, max_new_tokens: int, allow_urls: bool) -> tuple[list[Row], DataReport]:
+    context = context_length(generator.model)
+    if context is not None and max_new_tokens >= context:
+        raise InputError(f"--max_new_tokens {max_new_tokens} leaves no prompt of the model's context of {context}.")
+    reader = CalibrationData(
+        data,
+        tokenizer,
+        max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
+        max_response_tokens=max_new_tokens,
+        context=context,
+        end_tokens=end_tokens(generator.model),
+        vision=generator.vision,
+        allow_urls=allow_urls,
+    )
+    with _named_as_flags():
+        rows = reader.read_rows(keep_duplicates=True)
+    return rows, reader.report
+
+
+def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[list[int]]:
+    with torch.no_grad():
+        output = generator.generate(
+            **generator.decoder.inputs(batch),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    tokens = output[:, batch["prompt_length"] :].tolist()
+    ends = {tokenizer.eos_token_id} | end_tokens(generator.model)
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in tokens]
+
+
+def _result(tokenizer, row: Row, ids: dict[str, list[int]]) -> dict:
+    text = {name: tokenizer.decode(each, skip_special_tokens=True).strip() for name, each in ids.items()}
+    record = {"prompt": tokenizer.decode(row.prompt_ids, skip_special_tokens=True), "generated": text["pruned"]}
+    if row.response_ids:
+        record["response"] = tokenizer.decode(row.response_ids, skip_special_tokens=True).strip()
+        record["exact_match"] = record["response"] == text["pruned"]
+    if "full" in text:
+        record["full_generated"] = text["full"]
+        if row.response_ids:
+            record["full_exact_match"] = record["response"] == text["full"]
+        record["same_text"] = text["full"] == text["pruned"]
+        same = 0
+        for ours, theirs in zip(ids["pruned"], ids["full"], strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        record["agreement"] = same / max(len(ids["pruned"]), len(ids["full"]), 1) if any(ids.values()) else 1.0
+    return record
+
+
+def _tokenizer(generator: StageAwareGenerator):
+    if generator.tokenizer is None:
+        raise InputError("the base has no tokenizer, which text needs; save one beside it or give --base with one.")
+    return generator.tokenizer
+
+
+def _check_length(generator: StageAwareGenerator, prompt: int, new: int, flag: str) -> None:
+    context = context_length(generator.model)
+    if context is not None and prompt + new > context:
+        raise InputError(
+            f"{flag} has {prompt} tokens; with --max_new_tokens {new} the model's context of {context} is too short."
+        )

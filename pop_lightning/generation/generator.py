@@ -1,0 +1,345 @@
+"""StageAwareGenerator: a Transformers model whose prefill is pruned and whose everything else is as it was.
+
+The last part of the flow: it holds a base, a plan and projections, and lets Transformers' own ``generate`` run. Hooks
+stand on the pruned layers until the prompt has been read (``prefill.py``); decode steps meet none. Works: sampling,
+beams, several return sequences, logits processors, guidance, stopping criteria, streamers, assisted and prompt-lookup
+decoding, chunked prefill, prefixes, second turns, ``inputs_embeds``, images and videos; dynamic, static, sliding and
+quantised caches; compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantised bases; sdpa,
+eager, flash and flex attention; several threads at once. Where pruning shows:
+
+- ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,
+  ``[batch, boundary, ...]``, because no other exists; refused with ``boundary=0`` and with assisted decoding.
+- ``past_key_values``: a cache carries its plan and the identity of its projections; one of another plan or of other
+  projections is refused, the plain model's is taken. A filled one is refused for assisted decoding, and so is one that
+  holds the whole prompt. It can be cropped to the prompt's end, not into the prompt.
+- M-RoPE: a cache carries how many positions its images took, so a second turn starts where its own conversation
+  stopped, whatever the model ran in between.
+- ``pixel_values``: where images attend to their own later tokens (Gemma), a boundary that begins inside one is refused.
+- ``guidance_scale``: the unconditional branch is prefilled by the plain model.
+- Refused by name before the first token: ``use_cache=False``, offloaded and paged caches, ``token_healing``, the model
+  as its own assistant, ``assistant_early_exit``, ``use_mtp``, ``speculation_type="dflash"``, flex attention together
+  with a compiled model or ``prefill_chunk_size``.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.data.processor import VisionProcessor
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.loading import end_tokens
+from pop_lightning.pruning.attach_check import check_decoder
+from pop_lightning.pruning.prefill import StageAwarePrefill
+from pop_lightning.pruning.projections import KVProjections
+
+_MARK = "_pop_mark"  # on a cache: who filled it
+_SHIFT = "_pop_rotary_shift"  # on a cache: Decoder.rotary_shift of what it holds
+
+
+class StageAwareGenerator:
+    """Generate with a pruned prefill (arXiv 2602.03295): the model itself is never changed.
+
+    Args:
+        model: a Transformers causal language model.
+        plan: depth and boundary.
+        projections: key/value projections for the pruned layers; the layers' own (reuse) unless given.
+        tokenizer, vision: kept for callers that want them; generation takes token ids and image tensors.
+
+    Raises:
+        InputError: the plan does not fit the model, or the model is of an unsupported build (named, with the reason).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: PruningPlan,
+        projections: KVProjections | None = None,
+        tokenizer=None,
+        vision: VisionProcessor | None = None,
+    ):
+        decoder = projections.decoder if projections is not None else Decoder(model)
+        plan.check(decoder.num_layers)
+        decoder.check_depth(plan.depth)
+        if projections is not None and projections.depth != plan.depth:
+            raise InputError(f"the projections were made for depth {projections.depth}, the plan says {plan.depth}.")
+        check_decoder(decoder)
+        self.model = model
+        self.plan = plan
+        self.tokenizer, self.vision = tokenizer, vision
+        self.decoder = decoder
+        self.projections = projections if projections is not None else KVProjections(decoder, plan.depth)
+        self.projections.stack()  # now, so that the first prefill pays neither its time nor its memory
+        self._prefill = StageAwarePrefill(self.projections, plan)
+        self._mark = f"{plan.fingerprint} {self.projections.fingerprint}"
+        self._thread = threading.local()
+
+    @classmethod
+    def from_artifact(
+        cls, path: str | Path, base: str | PreTrainedModel | None = None, **load
+    ) -> "StageAwareGenerator":
+        """Load what ``pop-fit`` exported.
+
+        Args:
+            path: the ``artifact/`` folder.
+            base: hub id, folder or loaded model; the base that the artifact names unless given.
+            load: keyword arguments for ``from_pretrained`` of the base (dtype, device_map, attn_implementation,
+                quantization_config, ...).
+
+        Raises:
+            InputError: the artifact is damaged, or was made for another base.
+        """
+        from pop_lightning.data.processor import vision_processor
+        from pop_lightning.generation.artifact import read_artifact
+        from pop_lightning.models.loading import load_model, load_tokenizer
+
+        artifact = read_artifact(path)
+        tokenizer = name = None
+        if base is None or isinstance(base, (str, Path)):
+            name = artifact.config["base"]["id"] if base is None else str(base)
+            stored = artifact.config["base"].get("revision") if base is None else None
+            revision = load.pop("revision", stored)
+            trusted = load.get("trust_remote_code", False)
+            tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted, required=False)
+            base = load_model(name, revision=revision, **load)
+        artifact.check_base(base)
+        decoder = Decoder(base)
+        projections = KVProjections.from_state(decoder, artifact.plan.depth, artifact.kind, artifact.state)
+        vision = None
+        if name is not None:
+            vision = vision_processor(decoder.vision_tokens, name, revision=revision, trust_remote_code=trusted)
+        return cls(base, artifact.plan, projections, tokenizer, vision)
+
+    def to(self, *args, **kwargs) -> "StageAwareGenerator":
+        """Move or cast the model, as ``model.to`` does, and its projections with it; returns self."""
+        self.model.to(*args, **kwargs)
+        self.projections.place().stack()
+        return self
+
+    @contextmanager
+    def full_model(self):
+        """Pruning off on this thread: inside, ``generate`` and ``prefill`` are the plain model's."""
+        before = self._pruning
+        self._thread.pruning = False
+        try:
+            yield self
+        finally:
+            self._thread.pruning = before
+
+    @property
+    def _pruning(self) -> bool:
+        return getattr(self._thread, "pruning", True)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs):
+        """Hugging Face ``generate``: the same arguments, the same return value.
+
+        Raises:
+            InputError: a feature that the module's table names as refused, before the first token.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if not self._pruning:
+            shift = (
+                self._place_tokens(ids, kwargs, _held(kwargs.get("past_key_values"))) if self.decoder.mrope else None
+            )
+            return self._leave(self.model.generate(inputs, **kwargs), shift)
+        self._refuse(lambda name: self._setting(kwargs, name))
+        cache = kwargs.get("past_key_values")
+        cached = self._claim(cache)
+        length = self._prompt_length(inputs, kwargs, cached)
+        chunked = self._setting(kwargs, "prefill_chunk_size") is not None
+        self._check_boundary(ids, kwargs)
+        shift = self._place_tokens(ids, kwargs, cached) if self.decoder.mrope else None
+        self.projections.place()  # the model may have been moved since
+        with self._prefill.attached(length, cached=cached, compiled=chunked):
+            output = self.model.generate(inputs, **kwargs)
+        if isinstance(getattr(output, "past_key_values", None), Cache):
+            self._claim(output.past_key_values)
+        return self._leave(output, shift)
+
+    def _leave(self, output, shift: Tensor | None):
+        """Put the shift that a later turn starts from on the cache that ``generate`` returned, a row per sequence."""
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, Cache) and shift is not None:
+            setattr(cache, _SHIFT, shift.repeat_interleave(len(output.sequences) // len(shift), 0))
+        return output
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        last: bool = True,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """One prefill.
+
+        Args:
+            input_ids: ``[batch, tokens]``, the uncached tokens of the prompt, left-padded.
+            attention_mask: ``[batch, cached + tokens]``.
+            past_key_values: a cache to extend; a new one unless given.
+            last: False makes every token context (a shared prefix, a chunk of a longer prompt).
+
+        Returns:
+            ``logits`` ``[batch, 1, vocabulary]`` of the last token and the filled ``past_key_values``. With
+            ``last=False`` the logits are those of a last token that stopped at the depth: not for sampling.
+        """
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None or not tokens.shape[1]:
+            raise InputError("prefill needs at least one token: input_ids or inputs_embeds.")
+        cache = past_key_values if past_key_values is not None else self.decoder.new_cache()
+        if self._pruning:
+            self._refuse((kwargs | {"past_key_values": cache}).get)
+            if last:
+                self._check_boundary(input_ids, kwargs)
+        cached = self._claim(past_key_values) if self._pruning else _held(past_key_values)
+        if attention_mask is None and self.decoder.mrope:
+            attention_mask = tokens.new_ones(len(tokens), cached + tokens.shape[1], dtype=torch.long)
+        call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+        call |= kwargs
+        shift = self._place_tokens(input_ids, call, cached)
+        if call.get("position_ids") is not None:
+            call["position_ids"] = call["position_ids"][..., -tokens.shape[1] :]
+        if not self._pruning:
+            output = self.model(**call, logits_to_keep=1)
+        else:
+            self.projections.place()  # the model may have been moved since
+            with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
+                output = self.model(**call, logits_to_keep=1)
+            self._claim(cache)
+        setattr(cache, _SHIFT, shift)
+        self.decoder.remember(shift)
+        return output
+
+    def _place_tokens(self, ids: Tensor | None, call: dict, cached: int) -> Tensor | None:
+        """Put every token's position into ``call``, and the mask that it follows from, where the caller left them out.
+
+        M-RoPE models would take positions from what they remember of their last pass, whichever conversation that was
+        of. Returns the shift that a later turn starts from.
+        """
+        mask = call.get("attention_mask")
+        if mask is None and ids is not None and self.decoder.mrope:
+            mask = call["attention_mask"] = self._mask_of(ids, call)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or call.get("position_ids") is not None:
+            return None
+        shift = getattr(call.get("past_key_values"), _SHIFT, None)
+        call["position_ids"] = self.decoder.positions(ids, mask, call, cached, shift)
+        return self.decoder.rotary_shift(call["position_ids"], mask)
+
+    def _mask_of(self, ids: Tensor, call: dict) -> Tensor:
+        """The mask that ``generate`` makes of token ids alone: a pad token that ends nothing is padding."""
+        pad = self._setting(call, "pad_token_id")
+        if pad is None or pad in end_tokens(self.model):
+            return torch.ones_like(ids)
+        return (ids != pad).long()
+
+    def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
+        """Raise where the boundary begins inside an image that no context pass can read in part."""
+        if ids is None or not self.decoder.images_see_ahead or kwargs.get("pixel_values") is None:
+            return
+        # The tokens on both sides of where the boundary begins: a copy that does not grow with the prompt.
+        k = self.plan.boundary
+        if not 0 < k < ids.shape[1]:
+            return
+        for row, pair in enumerate(ids[:, -k - 1 : ids.shape[1] - k + 1].tolist()):
+            if self.decoder.splits_image(pair, 1):
+                raise InputError(
+                    f"boundary {self.plan.boundary} begins inside an image of prompt {row + 1} of the batch, whose "
+                    f"tokens attend to one another; choose a boundary that ends before the image or holds all of it."
+                )
+
+    def _prompt_length(self, inputs: Tensor | None, kwargs: dict, cached: int) -> int:
+        """Tokens of the prompt, cached ones included, as ``generate`` will count them."""
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is None:
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is None:
+            return 1  # generate starts from the BOS token alone
+        mask = kwargs.get("attention_mask")
+        # As in generate: a prompt as long as the mask is the whole sequence, a shorter one is what follows the cache.
+        whole = mask is None or mask.shape[1] == prompt.shape[1] or not cached
+        if whole and prompt.shape[1] <= cached:
+            raise InputError(
+                f"past_key_values hold {cached} tokens already and the prompt has {prompt.shape[1]}; pass the whole "
+                f"sequence with at least one token more, or its new tokens with the whole sequence's attention_mask."
+            )
+        return prompt.shape[1] if whole else cached + prompt.shape[1]
+
+    def _claim(self, cache: Cache | None) -> int:
+        """Put this generator's mark on a cache; returns how many tokens it holds.
+
+        A cache that another plan or other projections filled is refused: its context would not be what these project.
+        One that the plain model filled is taken: its keys and values are the exact ones.
+        """
+        if cache is None:
+            return 0
+        held = _held(cache)
+        mark = getattr(cache, _MARK, None)
+        if held and mark is not None and mark != self._mark:
+            what = "other projections" if mark.split()[0] == self.plan.fingerprint else "another pruning plan"
+            raise InputError(f"past_key_values were filled under {what}; prefill them with this generator.")
+        setattr(cache, _MARK, self._mark)
+        return held
+
+    def _setting(self, kwargs: dict, name: str):
+        """A generation setting as ``generate`` will see it: argument, ``generation_config``, the model's own."""
+        for source in (kwargs.get("generation_config"), self.model.generation_config):
+            kwargs = {name: getattr(source, name, None)} | {k: v for k, v in kwargs.items() if v is not None}
+        return kwargs[name]
+
+    def _refuse(self, setting: Callable[[str], object]) -> None:
+        """Raise for what cannot work with a pruned prefill; ``setting`` gives an argument's value by its name."""
+        cache, implementation = setting("past_key_values"), setting("cache_implementation")
+        assisted = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
+        if assisted and cache is not None and int(cache.get_seq_length()):
+            raise InputError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) reads the whole prompt again and needs "
+                "an empty cache; found past_key_values that hold tokens."
+            )
+        if setting("use_cache") is False and setting("inputs_embeds") is None:
+            raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
+        if getattr(cache, "offloading", False) or str(implementation).startswith("offloaded"):
+            raise InputError(
+                "an offloaded cache is not supported by the pruned prefill; use cache_implementation 'dynamic', "
+                "'static' or 'quantized'."
+            )
+        if implementation == "paged":
+            raise InputError("cache_implementation 'paged' (continuous batching) has no prefill that can be pruned.")
+        if setting("token_healing"):
+            raise InputError("token_healing changes the prompt inside generate; heal it first, then generate.")
+        if setting("assistant_model") is self.model or setting("assistant_early_exit") is not None:
+            raise InputError(
+                "the pruned model cannot be its own assistant (assistant_model, assistant_early_exit); give another "
+                "assistant_model or prompt_lookup_num_tokens."
+            )
+        if setting("use_mtp") or setting("speculation_type") == "dflash":
+            raise InputError(
+                "use_mtp and speculation_type='dflash' draft from hidden states of every prompt token, which a pruned "
+                "prefill does not compute; use assistant_model or prompt_lookup_num_tokens."
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            if setting(name) and (assisted or self.plan.boundary == 0):
+                raise InputError(
+                    f"{name} needs boundary >= 1 and no assistant: above the depth there are rows for boundary tokens "
+                    f"alone; set boundary, drop the assistant, or use full_model()."
+                )
+        if self.decoder.config._attn_implementation == "flex_attention" and (
+            self.decoder.compiled or setting("prefill_chunk_size") is not None
+        ):
+            raise InputError(
+                "flex_attention needs torch.compile, which the pruned prefill sets aside where the model is compiled "
+                "or prefill_chunk_size is given; use attn_implementation='sdpa'."
+            )
+
+
+def _held(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())

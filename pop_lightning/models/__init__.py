@@ -1,0 +1,1 @@
+"""How Hugging Face decoders are built and loaded."""

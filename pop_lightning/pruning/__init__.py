@@ -1,0 +1,1 @@
+"""The method: projections, the stage-aware prefill, counted operations."""

@@ -1,0 +1,79 @@
+"""Operations of one prefill, counted from the model's own shapes: what pruning saves before anything is timed.
+
+The pipeline reports the count of a fit, the benchmark sets its ratio beside the measured one.
+"""
+
+from dataclasses import dataclass
+
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class PrefillFlops:
+    """Operations of one prompt's prefill, 2 per multiply-add; embeddings, norms and rotary tables are left out.
+
+    Attributes:
+        linear: the linear maps of the layers, over the tokens that run through them; of a mixture's experts those that
+            a token takes (and what stands before the first layer, on all tokens).
+        attention: scores and weighted values, over the pairs that causality and the layer's window leave. (PyTorch's
+            own counter counts every pair of the dense product.)
+        projections: the context's keys and values of the pruned layers.
+        head: the language modelling head on the last token.
+    """
+
+    linear: int
+    attention: int
+    projections: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.projections + self.head
+
+
+def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFlops:
+    """Count the prefill of one prompt of ``tokens`` tokens; at depth L it is the plain model's.
+
+    Every linear map of a layer is taken to run on every token of it, but for experts. Of layers without queries and
+    keys (recurrent ones below the depth) the linear maps alone are counted.
+    """
+    linear, attention, projections = 2 * decoder.linear_weights_below * tokens, 0, 0
+    context = max(0, tokens - plan.boundary)
+    for layer in range(decoder.num_layers):
+        first = context if layer >= plan.depth else 0
+        linear += 2 * decoder.linear_weights(layer) * (tokens - first)
+        if (parts := decoder.parts.get(layer)) is not None:
+            attention += 4 * parts.queries.count * visible_pairs(first, tokens, parts.window, parts.chunked)
+        if first:
+            projections += 4 * parts.kv_dim * decoder.config.hidden_size * decoder.visible(layer, context)
+    return PrefillFlops(linear, attention, projections, 2 * decoder.head.in_features * decoder.head.out_features)
+
+
+def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
+    """The sum of :func:`count_prefill`."""
+    return count_prefill(decoder, plan, tokens).total
+
+
+def speedup(decoder: Decoder, plan: PruningPlan, tokens: int) -> float:
+    """The counted prefill speedup of one prompt: the plain model's operations over the pruned prefill's."""
+    full = prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens)
+    return full / prefill_flops(decoder, plan, tokens)
+
+
+def visible_pairs(first: int, tokens: int, window: int | None, chunked: bool = False) -> int:
+    """Query-key pairs of the queries ``first .. tokens-1``: each sees itself and what its window leaves before it.
+
+    ``chunked``: a query sees back to the start of its chunk of ``window`` tokens.
+    """
+    if chunked:
+        before, end = (
+            whole * window * (window + 1) // 2 + rest * (rest + 1) // 2
+            for whole, rest in (divmod(n, window) for n in (first, tokens))
+        )
+        return end - before
+    if window is None or window >= tokens:
+        return (tokens * (tokens + 1) - first * (first + 1)) // 2
+    growing = min(window, tokens)  # the first ``window`` queries see all that came before
+    start = min(first, growing)
+    return (growing * (growing + 1) - start * (start + 1)) // 2 + window * (tokens - max(first, growing))

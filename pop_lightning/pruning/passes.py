@@ -1,0 +1,116 @@
+"""Passes over recorded rows: one full pass of the teacher, and the pruned layers alone as the student.
+
+Teacher and student share everything below the depth, so training and teacher-forced evaluation run the pruned layers
+alone over what one full pass leaves behind."""
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.models.decoder import Decoder, Trace
+from pop_lightning.models.layer_parts import of_tokens
+from pop_lightning.pruning.prefill import cache_context
+from pop_lightning.pruning.projections import KVProjections
+
+
+@torch.no_grad()
+def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False) -> Trace:
+    """One full pass: the inputs of layers ``first`` and up and, under key L, what goes into the final norm.
+
+    ``masks`` records the model's own masks whatever the rows hold, so that whole layers can be run again.
+    """
+    # Where images see ahead, a boundary that holds one is rerun under the model's own masks.
+    masks = masks or (decoder.images_see_ahead and bool(batch.get("vision")))
+    with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
+        decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
+    return trace
+
+
+@torch.no_grad()
+def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tensor]:
+    """:func:`teacher_trace`, and the logits at the loss positions ``[batch, response, vocabulary]``."""
+    trace = teacher_trace(decoder, batch, first)
+    return trace, decoder.logits(_at_loss_positions(decoder, trace, batch["prompt_length"]))
+
+
+def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
+    return trace.hidden[decoder.num_layers][:, prompt - 1 : -1]
+
+
+def student_logits(
+    projections: KVProjections,
+    plan: PruningPlan,
+    trace: Trace,
+    attention_mask: Tensor,
+    prompt_length: int,
+    *,
+    context_visible: bool = True,
+) -> Tensor:
+    """The pruned model's logits at the loss positions; arguments as for :func:`student_hidden`.
+
+    Returns:
+        ``[batch, response, vocabulary]``: column j predicts response token j (positions t = N..T-1).
+    """
+    hidden = student_hidden(projections, plan, trace, attention_mask, prompt_length, context_visible=context_visible)
+    return projections.decoder.logits(hidden)
+
+
+def student_hidden(
+    projections: KVProjections,
+    plan: PruningPlan,
+    trace: Trace,
+    attention_mask: Tensor,
+    prompt_length: int,
+    *,
+    context_visible: bool = True,
+    checkpoint: bool = False,
+) -> Tensor:
+    """What the pruned model hands to its final norm, rerunning only the pruned layers over a recorded full pass.
+
+    Args:
+        trace: a full pass over ``[prompt | response]`` with the prompts left-padded and the responses right-padded, so
+            that the split stands at the same column for all rows.
+        attention_mask: ``[batch, tokens]``.
+        prompt_length: the padded prompts' width.
+        context_visible: False hides the context from the pruned layers (the "no KV projection" ablation).
+        checkpoint: keep only each layer's input for the backward pass and run the layer again there.
+
+    Returns:
+        ``[batch, response, hidden]``: column j leads to response token j (positions t = N..T-1).
+    """
+    decoder, depth = projections.decoder, plan.depth
+    tokens = attention_mask.shape[1] - 1  # the last token predicts nothing
+    context = max(0, prompt_length - plan.boundary)
+    source = trace.hidden[depth][:, :tokens]
+    hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
+    normed = decoder.normalise(source[:, :context])
+
+    def run(layer: int, hidden: Tensor) -> Tensor:
+        # A cache of its own, so that a layer can be run twice.
+        cache, kwargs = decoder.new_cache(), trace.kwargs[layer]
+        if context and context_visible:
+            visible = slice(context - decoder.visible(layer, context), context)
+            kv = projections(layer, source[:, visible], normed[:, visible])
+            cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
+        if (whole := trace.masks.get(layer)) is not None:
+            seen = decoder.tail_mask(layer, whole, hidden, context, cache, behind=1)
+        else:
+            seen = decoder.mask(layer, hidden, mask, cache)
+        return decoder.run_layer(
+            layer,
+            hidden,
+            attention_mask=seen,
+            past_key_values=cache,
+            **of_tokens(kwargs, slice(context, tokens)),
+        )
+
+    if hidden.shape[1]:
+        for layer in plan.pruned(decoder.num_layers):
+            if checkpoint:
+                hidden = torch.utils.checkpoint.checkpoint(run, layer, hidden, use_reentrant=False)
+            else:
+                hidden = run(layer, hidden)
+    if context == prompt_length:  # boundary 0: the last prompt token stopped at depth d
+        return torch.cat([source[:, context - 1 : context], hidden], dim=1)
+    return hidden[:, prompt_length - 1 - context :]

@@ -1,0 +1,1 @@
+"""One run of pop-fit: recipe, stages, run folder, processes, report."""

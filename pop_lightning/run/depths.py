@@ -1,0 +1,148 @@
+"""Which depths and boundaries are fitted and measured: between importance scoring and the search in the flow.
+
+The pipeline asks here for what it will do, the preflight for what a run would do.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.data.rows import Row
+from pop_lightning.fitting.closed_form import Shape, passes
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.pruning.flops import speedup
+from pop_lightning.run.recipe import Budget, Recipe
+
+
+def to_measure(
+    recipe: Recipe, decoder: Decoder, prefill_importance: Sequence[float], boundaries: Sequence[int], tokens: int
+) -> list[int]:
+    """Depths to fit and measure, shallowest pruning first: :func:`candidates`, or those that :func:`reaching` gives.
+
+    Args:
+        boundaries: :func:`possible_boundaries`.
+        tokens: prompt length that a wanted speedup is counted at.
+    """
+    if recipe.budget.speedup is None:
+        return candidates(recipe.budget, prefill_importance, decoder)
+    return sorted(set(reaching(recipe.budget, decoder, boundaries, tokens).values()), reverse=True)
+
+
+def closed_form_passes(recipe: Recipe, decoder: Decoder, depths: Sequence[int]) -> tuple[str, list[list[int]]]:
+    """How the closed form groups its regressions, and which depths each pass over the rows fits.
+
+    Raises:
+        InputError: what one depth takes does not fit in ``projection.memory_gib``.
+    """
+    settings = recipe.projection
+    return passes(Shape.of(decoder), depths, settings.grouping, settings.memory_bytes)
+
+
+def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int]:
+    """``budget.boundaries`` that leave a context in a prompt of ``tokens`` tokens and begin in no row's image."""
+    rows = [row for row in rows if row.media]
+    return sorted({k for k in budget.boundaries if k < tokens and _split_by(decoder, rows, k) is None})
+
+
+def possible_boundaries(recipe: Recipe, listed: Sequence[int]) -> list[int]:
+    """What ``boundary`` may become: it is a number, or chosen among those of :func:`listed_boundaries`."""
+    if recipe.boundary != "auto":
+        return [recipe.boundary]
+    return list(listed) or [min(recipe.budget.boundaries)]
+
+
+def check_images(
+    recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Sequence[int], shards: bool
+) -> None:
+    """Raise :class:`InputError` where rows with images or videos do not go with a base in shards, or a boundary."""
+    rows = [row for row in rows if row.media]
+    if rows and shards:
+        kind = "images" if rows[0].images else "videos"
+        raise InputError(
+            f"{rows[0].origin} has {kind}, and trainer.strategy {recipe.trainer['strategy']} needs every process to "
+            "read as many at once: take ddp or deepspeed_stage_2, or rows of text."
+        )
+    for k in boundaries:
+        if (row := _split_by(decoder, rows, k)) is not None:
+            raise InputError(
+                f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
+                "boundary that ends before the image or holds all of it."
+            )
+
+
+def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int) -> Row | None:
+    """The first row that has an image in which the boundary begins, where that cannot be."""
+    return next((row for row in rows if decoder.splits_image(row.prompt_ids, boundary)), None)
+
+
+def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Decoder) -> list[int]:
+    """Depths to measure, shallowest pruning first.
+
+    A number picks depths at even steps of the logarithm of what is removed, the summed prefill importance of the
+    layers above: where importance rises fast, candidates are dense.
+
+    Args:
+        prefill_importance: one value per layer.
+
+    Raises:
+        InputError: ``budget.candidates`` or ``budget.min_pruned`` does not fit this model.
+    """
+    wanted, layers, smallest = budget.candidates, decoder.num_layers, decoder.smallest_depth
+    every = list(range(layers - 1, smallest - 1, -1))
+    if wanted == "all":
+        return every
+    if isinstance(wanted, list):
+        odd = [depth for depth in wanted if not 1 <= depth <= layers]
+        if odd:
+            raise InputError(f"budget.candidates must lie in {smallest}..{layers} for this model, found {odd[0]}.")
+        if min(wanted) == layers:
+            raise InputError(f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one.")
+        try:
+            decoder.check_depth(min(wanted))
+        except InputError as error:
+            raise InputError(f"budget.candidates holds depth {min(wanted)}: {error}") from error
+        return sorted({depth for depth in wanted if depth < layers}, reverse=True)
+    every = [depth for depth in every if layers - depth >= budget.min_pruned]
+    if not every:
+        raise InputError(
+            f"budget.min_pruned {budget.min_pruned} leaves no depth of a model of {layers} layers whose smallest is "
+            f"{smallest}."
+        )
+    if wanted >= len(every):
+        return every
+    removed = torch.tensor([sum(prefill_importance[depth:]) for depth in every], dtype=torch.float64)
+    # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
+    level = removed.clamp(min=1e-30).log()
+    level = (level - level[0]).clamp(min=0) / (level[-1] - level[0]).clamp(min=1e-12)
+    level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
+    chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, wanted).tolist()}
+    return [every[index] for index in sorted(chosen)]
+
+
+def reaching(budget: Budget, decoder: Decoder, boundaries: Sequence[int], tokens: int) -> dict[int, int]:
+    """By boundary k, the largest depth whose counted prefill speedup of ``tokens`` prompt tokens is what is wanted.
+
+    All depths are looked at, or those that ``budget.candidates`` lists. A k at which no depth reaches it is left out.
+
+    Raises:
+        InputError: no depth reaches ``budget.speedup`` at any k; the sentence names the largest speedup there is.
+    """
+    layers = decoder.num_layers
+    depths = range(layers - 1, decoder.smallest_depth - 1, -1)
+    if isinstance(budget.candidates, list):
+        depths = candidates(budget, [0.0] * layers, decoder)
+    counted = {(k, depth): speedup(decoder, PruningPlan(depth, k), tokens) for k in boundaries for depth in depths}
+    found = {}
+    for (k, depth), ratio in counted.items():
+        if ratio >= budget.speedup:
+            found[k] = max(depth, found.get(k, 0))
+    if not found:
+        k, depth = max(counted, key=counted.__getitem__)
+        raise InputError(
+            f"budget.speedup {budget.speedup:g} is more than any depth reaches: the largest counted prefill speedup at "
+            f"{tokens} prompt tokens (the rows' median) is {counted[k, depth]:.2f}, at depth {depth} and boundary {k}; "
+            "lower budget.speedup or give longer prompts."
+        )
+    return found

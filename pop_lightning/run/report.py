@@ -1,0 +1,486 @@
+"""Show a run to a person: `report.html` for the browser and a plain table for the terminal.
+
+The pipeline calls this file last, with the contents of `metrics.json` and `importance.json`. Nothing is measured or
+decided here; a figure that is missing (no benchmark, no comparison) leaves its section out.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
+
+from pop_lightning.core.files import write_text
+from pop_lightning.core.tables import text_table
+from pop_lightning.evaluation.bounds import rows_needed
+
+DASH = "–"
+NOISY = 0.2  # a p90 this share above the median is worth a warning
+
+# Matplotlib draws in placeholder colours; each becomes a CSS variable, so that one SVG fits light and dark pages.
+_INK, _MUTED, _GRID, _BAND, _LIMIT = "#010101", "#020202", "#030303", "#040404", "#050505"
+_SERIES = ("#060606", "#070707", "#080808", "#090909")
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--line)",
+    _BAND: "var(--band)",
+    _LIMIT: "var(--limit)",
+    **{color: f"var(--series{index})" for index, color in enumerate(_SERIES, 1)},
+}
+_RC = {
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
+    "text.parse_math": False,  # names come from the user; a dollar sign is a dollar sign
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "legend.frameon": False,
+}
+
+_LOSS_NAMES = {
+    "agreement": "response tokens where the pruned model's choice differs from the full model's",
+    "exact_match": "responses that the full model gets right and the pruned model wrong",
+    "nll_increase": "increase of the negative log-likelihood, in nats per response token",
+}
+_LOSS_AXES = {
+    "agreement": "loss (1 - agreement)",
+    "exact_match": "loss (responses lost)",
+    "nll_increase": "loss (nats per token)",
+}
+
+
+def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path) -> None:
+    """Write the self-contained page: one file, no script, no font, image or link from outside.
+
+    Args:
+        metrics: the contents of `metrics.json`. `arithmetic`, `ttft`, `comparison` and `verified` may be None or empty.
+        importance: the contents of `importance.json`: `prefill` and `decode`, one value per layer; may be empty.
+        path: where the page goes. It is written under a temporary name beside it and renamed, so that a reader never
+            sees half a page.
+
+    Raises:
+        KeyError: a key of `metrics` is missing.
+        OSError: the page cannot be written.
+    """
+    write_text(Path(path), _render(metrics, importance))
+
+
+def print_table(metrics: dict[str, Any]) -> str:
+    """The run as plain text for the terminal: what search and verify rows said, and what was chosen."""
+    metric = metrics["budget"]["metric"]
+    blocks = [
+        text_table(
+            ["depth", "projection", "KL", "agreement", "NLL increase", "loss", "bound"],
+            [
+                [
+                    str(row["depth"]),
+                    row["projection"],
+                    number(row.get("kl")),
+                    percent(row.get("agreement")),
+                    number(row.get("nll_increase")),
+                    amount(row.get("loss"), metric),
+                    amount(row.get("bound"), metric),
+                ]
+                for row in _by_depth(metrics["curve"])
+            ],
+        )
+    ]
+    if metrics.get("verification"):
+        blocks.append(
+            text_table(
+                ["verify rows: depth", "projection", "loss", "bound", "verdict"],
+                [
+                    [
+                        str(row["depth"]),
+                        _or_dash(row.get("projection")),
+                        amount(row["value"], metric),
+                        amount(row["bound"], metric),
+                        verdict(row["passed"]),
+                    ]
+                    for row in metrics["verification"]
+                ],
+            )
+        )
+    if metrics.get("boundaries"):
+        blocks.append(
+            text_table(
+                [
+                    f"boundary at depth {metrics['boundaries'][0]['depth']}",
+                    "KL",
+                    "agreement",
+                    "loss",
+                    "bound",
+                    "counted",
+                ],
+                [
+                    [
+                        str(row["boundary"]),
+                        number(row.get("kl")),
+                        percent(row.get("agreement")),
+                        amount(row.get("loss"), metric),
+                        amount(row.get("bound"), metric),
+                        ratio(row["speedup"]),
+                    ]
+                    for row in metrics["boundaries"]
+                ],
+                left=(),
+            )
+        )
+    if metrics.get("comparison"):
+        blocks.append(
+            text_table(
+                ["comparison", "depth", "exact match", "agreement", "KL"],
+                [
+                    [
+                        row["name"],
+                        str(_or_dash(row.get("depth"))),
+                        percent(row.get("exact_match")),
+                        percent(row.get("agreement")),
+                        number(row.get("kl")),
+                    ]
+                    for row in metrics["comparison"]
+                ],
+                left=(0,),
+            )
+        )
+    blocks.append(" ".join(filter(None, [headline(metrics), advice(metrics)])))
+    return "\n\n".join(blocks) + "\n"
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """What came out, in one sentence."""
+    budget, depth, layers = metrics["budget"], metrics["depth"], metrics["layers"]
+    allowed = f"{amount(budget['max_drop'], budget['metric'])} at {confidence(budget['confidence'])} confidence"
+    if depth is None:
+        pruned = budget["min_pruned"]
+        return (
+            f"No depth qualified: none that prunes at least {count(pruned, 'layer')} of {layers} is shown to keep the "
+            f"loss of {budget['metric']} within {allowed}; nothing was exported."
+        )
+    start = f"Context tokens run through {depth} of {layers} layers"
+    if wanted := budget.get("speedup"):
+        counted = metrics["arithmetic"]
+        start = (
+            f"{ratio(counted['ratio'])} counted at {count(counted['prompt_tokens'], 'prompt token')} "
+            f"({ratio(wanted)} wanted): {start[0].lower()}{start[1:]}"
+        )
+    verified = metrics.get("verified")
+    if not verified:
+        return f"{start}; no verify split was opened, so the loss of {budget['metric']} carries no bound."
+    metric = verified["metric"]
+    condition = "" if wanted else f"; budget {amount(budget['max_drop'], budget['metric'])}"
+    return (
+        f"{start}{'; ' if wanted else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
+        f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
+        f"({draws(verified)}{condition})."
+    )
+
+
+def advice(metrics: dict[str, Any]) -> str:
+    """What to change where the verify rows are too few to show that the budget is kept; empty where they are enough."""
+    budget, smallest = metrics["budget"], metrics.get("smallest_certifiable_drop")
+    if budget.get("speedup"):
+        return ""
+    if smallest is None or smallest <= budget["max_drop"]:
+        return _near_miss(metrics)
+    verify = {"rows": metrics["rows"]["verify"], "prompts": (metrics.get("prompts") or {}).get("verify")}
+    found = f"The {draws(verify)} can certify no drop below {percent(smallest)}"
+    if budget["max_drop"] <= 0:
+        return f"{found}, and no number of rows certifies 0; raise budget.max_drop."
+    needed = rows_needed(budget["max_drop"], budget["metric"], budget["confidence"])
+    return f"{found}; give at least {needed} verify rows of different prompts, or raise budget.max_drop."
+
+
+def _near_miss(metrics: dict[str, Any]) -> str:
+    """A depth that kept the budget on the verify rows while its bound did not: more rows may show it."""
+    failed = next((each for each in metrics.get("verification") or [] if not each["passed"]), None)
+    budget = metrics["budget"]
+    if metrics["depth"] is not None or failed is None or failed["value"] > budget["max_drop"]:
+        return ""
+    metric = budget["metric"]
+    return (
+        f"Depth {failed['depth']} lost {amount(failed['value'], metric)} on the verify rows, and "
+        f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; give more "
+        "rows, or raise budget.max_drop."
+    )
+
+
+def noise(ttft: dict[str, Any] | None) -> str:
+    """A warning where the times of one prefill spread so far that their ratio says little; else empty."""
+    spreads = [
+        (name, ttft[f"{name}_p90_ms"] / ttft[f"{name}_ms"] - 1)
+        for name in ("full", "pruned")
+        if ttft and ttft.get(f"{name}_p90_ms")
+    ]
+    name, spread = max(spreads, key=lambda each: each[1], default=("", 0.0))
+    if spread <= NOISY:
+        return ""
+    return (
+        f"The times are noisy: the {name} prefill's p90 lies {spread:.0%} above its median. Take the ratio as rough; "
+        "pop-generate --benchmark on an idle machine gives a better one."
+    )
+
+
+def draws(found: dict[str, Any]) -> str:
+    """`600 verify rows`, and of how many prompts where some prompt has several."""
+    rows, prompts = count(found["rows"], "verify row"), found.get("prompts")
+    return rows if prompts in (None, found["rows"]) else f"{rows} of {count(prompts, 'prompt')}"
+
+
+def verdict(passed: bool | None) -> str:
+    """What a verify row of the table says; `measured` where no budget was a condition."""
+    return {True: "passed", False: "failed", None: "measured"}[passed]
+
+
+def ratio(value: float | None) -> str:
+    """A speedup: `1.52x`."""
+    return DASH if value is None else f"{value:.2f}x"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, a dash for a missing value; an exact zero stays a bare 0."""
+    if value is None or math.isnan(value):
+        return DASH
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    return (
+        f"{value:.{digits - 1}e}" if abs(value) < 1e-4 else f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.2f}"
+    )
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percent with two decimals; a nonzero value never prints as zero, nor one below 1 as 100%."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    text = f"{100 * value:.2f}%"
+    if (text == "0.00%" and value) or (text == "100.00%" and value < 1):
+        return f"{100 * value:.3g}%" if abs(value) < 0.5 else ">99.99%"
+    return text
+
+
+def amount(value: float | None, metric: str) -> str:
+    """A loss, drop or bound in the metric's own unit: percent for rates, nats for `nll_increase`."""
+    if metric != "nll_increase":
+        return percent(value)
+    return number(value) if value is None or not math.isfinite(value) else f"{number(value)} nats"
+
+
+def confidence(value: float) -> str:
+    """0.95 as 95%, 0.999 as 99.9%."""
+    return f"{100 * value:.6g}%"
+
+
+def count(value: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{value:,} {noun}" + ("" if value == 1 else "s")
+
+
+def flops(value: float | None) -> str:
+    """Floating-point operations with an SI prefix."""
+    if value is None:
+        return DASH
+    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}" if value < 1000 * factor else f"{value / factor:,.0f} {unit}"
+    return f"{value:,.0f} FLOP"
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration with three significant digits."""
+    return DASH if value is None else f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        number=number,
+        percent=percent,
+        amount=amount,
+        flops=flops,
+        ms=milliseconds,
+        confidence=confidence,
+        ratio=ratio,
+        verdict=verdict,
+    )
+    template = environment.from_string(files("pop_lightning.run").joinpath("report.html.jinja").read_text("utf-8"))
+    metric = metrics["budget"]["metric"]
+    arithmetic, ttft = metrics.get("arithmetic") or None, metrics.get("ttft") or None
+    chosen = next(
+        (
+            row
+            for row in metrics["curve"]
+            if row["depth"] == metrics["depth"] and row["projection"] == metrics.get("projection")
+        ),
+        None,
+    )
+    return template.render(
+        metrics=metrics,
+        budget=metrics["budget"],
+        metric=metric,
+        depth=metrics["depth"],
+        layers=metrics["layers"],
+        headline=headline(metrics),
+        advice=advice(metrics),
+        loss_name=_LOSS_NAMES.get(metric, metric),
+        chosen=chosen,
+        verified=metrics.get("verified") or None,
+        arithmetic=arithmetic,
+        saved=1 - arithmetic["pruned_flops"] / arithmetic["full_flops"] if arithmetic else None,
+        ttft=ttft,
+        speedup=ttft["full_ms"] / ttft["pruned_ms"] if ttft else None,
+        noise=noise(ttft),
+        wanted=metrics["budget"].get("speedup"),
+        boundaries=metrics.get("boundaries") or [],
+        comparison=metrics.get("comparison") or [],
+        verification=metrics.get("verification") or [],
+        decisions=metrics.get("decisions") or [],
+        curve=_by_depth(metrics["curve"]),
+        has_ridge=any(row.get("ridge") is not None for row in metrics["curve"]),
+        has_steps=any(row.get("steps") for row in metrics["curve"]),
+        rows=metrics["rows"],
+        unusable=metrics["rows"].get("unusable") or {},
+        versions=metrics.get("versions") or {},
+        device=metrics.get("device"),
+        importance=importance,
+        importance_plot=_importance_plot(importance, metrics["depth"]) if importance else None,
+        loss_plot=_loss_plot(metrics) if metrics["curve"] else None,
+    )
+
+
+def _by_depth(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(curve, key=lambda row: (-row["depth"], row["projection"]))
+
+
+def _or_dash(value: Any) -> Any:
+    return DASH if value is None else value
+
+
+def _svg(draw: Callable[[Axes], None], name: str) -> Markup:
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):  # ids of two plots on one page must differ
+        figure = Figure(figsize=(6.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=_GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        draw(axes)
+        buffer = StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Matplotlib's own style sheet would apply to the whole page, and its size in points would not shrink on a phone.
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(id|href|clip-path)="(url\()?(#?)', rf'\1="\2\3{name}-', text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    return Markup(text)  # safe: matplotlib escapes every label
+
+
+def _legend(axes: Axes) -> None:
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4, handlelength=1.6)
+
+
+def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
+    def draw(axes: Axes) -> None:
+        stages = {stage: [float(value) for value in importance[stage]] for stage in ("prefill", "decode")}
+        layers = len(stages["prefill"])
+        positive = [value for values in stages.values() for value in values if value > 0 and math.isfinite(value)]
+        low, high = (min(positive), max(positive)) if positive else (1e-3, 1.0)
+        floor = low / 4
+        if depth is not None and depth < layers:
+            axes.axvspan(depth - 0.5, layers - 0.5, color=_BAND, linewidth=0)
+            axes.text(
+                layers - 0.45, high * 2.2, f"pruned in prefill (depth {depth})", color=_MUTED, ha="right", va="top"
+            )
+        for color, marker, (stage, values) in zip(_SERIES, "os", stages.items(), strict=False):
+            shown = [value if value > 0 else math.nan for value in values]
+            axes.plot(range(layers), shown, marker=marker, markersize=4, linewidth=1.6, color=color, label=stage)
+            # A log axis has no zero: an exact zero sits at the foot, hollow, and says what it is.
+            for layer in (layer for layer, value in enumerate(values) if value == 0):
+                axes.plot(layer, floor, marker="v", markersize=6, markerfacecolor="none", color=color, linewidth=0)
+                axes.annotate(
+                    "exactly 0",
+                    (layer, floor),
+                    (-7, 0),
+                    textcoords="offset points",
+                    color=_MUTED,
+                    ha="right",
+                    va="center",
+                )
+        axes.set_yscale("log")
+        axes.set_ylim(floor / 1.6, high * 2.6)
+        axes.set_xlim(-0.5, layers - 0.5)
+        axes.yaxis.set_major_locator(LogLocator(numticks=7))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(12, max(1, layers))))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("importance (log scale)")
+        _legend(axes)
+
+    return _svg(draw, "importance")
+
+
+def _loss_plot(metrics: dict[str, Any]) -> Markup:
+    budget, curve = metrics["budget"], metrics["curve"]
+    metric, limit = budget["metric"], None if budget.get("speedup") else float(budget["max_drop"])
+
+    def draw(axes: Axes) -> None:
+        bounded = False
+        for index, kind in enumerate(dict.fromkeys(row["projection"] for row in curve)):
+            color = _SERIES[index % len(_SERIES)]
+            rows = sorted((row for row in curve if row["projection"] == kind), key=lambda row: row["depth"])
+            depths = [row["depth"] for row in rows]
+            losses, bounds = ([_plotted(row.get(key)) for row in rows] for key in ("loss", "bound"))
+            axes.plot(depths, losses, marker="o", markersize=4, linewidth=1.6, color=color, label=kind)
+            axes.plot(depths, bounds, linewidth=1.1, linestyle=(0, (3, 2)), color=color)
+            bounded = bounded or any(math.isfinite(bound) for bound in bounds)
+        if bounded:
+            axes.plot([], [], linewidth=1.1, linestyle=(0, (3, 2)), color=_MUTED, label="upper bound")
+        if limit is not None:
+            axes.axhline(limit, color=_LIMIT, linewidth=1.4, label=f"budget {amount(limit, metric)}")
+        if metrics["depth"] is not None:
+            axes.axvline(metrics["depth"], color=_MUTED, linewidth=1, linestyle=":", label=f"depth {metrics['depth']}")
+        threshold = limit or 1e-3
+        axes.set_yscale("symlog", linthresh=threshold)
+        values = [_plotted(row.get(key)) for row in curve for key in ("loss", "bound")]
+        finite = [value for value in values if math.isfinite(value)] + [threshold]
+        axes.set_ylim(min(0.0, *finite) - 0.06 * threshold, max(finite) * 1.4 + 0.06 * threshold)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
+        axes.yaxis.set_minor_locator(NullLocator())
+        unit = (lambda value: f"{100 * value:.3g}%") if metric != "nll_increase" else (lambda value: f"{value:.3g}")
+        axes.yaxis.set_major_formatter(lambda value, _: unit(value))
+        depths = sorted({row["depth"] for row in curve})
+        if len(depths) <= 14:
+            axes.xaxis.set_major_locator(FixedLocator(depths))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("depth: layers that context tokens run through")
+        axes.set_ylabel(_LOSS_AXES.get(metric, "loss"))
+        _legend(axes)
+
+    return _svg(draw, "loss")
+
+
+def _plotted(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan

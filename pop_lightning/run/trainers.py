@@ -1,0 +1,215 @@
+"""Lightning trainers for the stages of ``pop-fit``, made from the recipe's ``trainer`` section.
+
+The pipeline asks here for everything that depends on where it runs: the processes, the base on its device or in shards,
+a trainer for a pass over rows, and one whole training with its checkpoints.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.files import restore_folder
+from pop_lightning.models.loading import stored_dtype
+from pop_lightning.run import launch, strategies
+from pop_lightning.run.recipe import Recipe
+
+# They would cut the rows or steps of every stage alike.
+_CUTTING = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "fast_dev_run",
+    "max_steps",
+    "max_epochs",
+    "max_time",
+)
+
+
+def check_keys(given: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` for keys of ``trainer`` that no machine would make right."""
+    for key in _CUTTING:
+        if given.get(key) not in (None, False, -1):
+            raise InputError(
+                f"trainer.{key} is {given[key]!r}, which would cut the rows or steps of every stage: leave it out; "
+                "data.limit and projection.steps are the keys for that."
+            )
+    strategies.check_name(given.get("strategy") or "auto")
+
+
+def check_placement(recipe: Recipe) -> None:
+    """Raise :class:`InputError` where a run of several processes has a base that ``model.device_map`` places."""
+    if recipe.model.device_map is not None:
+        raise InputError(
+            f"model.device_map {recipe.model.device_map!r} does not go with trainer.strategy "
+            f"{recipe.trainer.get('strategy') or 'auto'}, which places the base itself: leave model.device_map out."
+        )
+
+
+class Trainers:
+    """A trainer per stage, all from one recipe.
+
+    Attributes:
+        device: where this process's stages run.
+
+    Raises:
+        InputError: there is no such device or strategy, or a key would cut the rows of a stage.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        given = recipe.trainer
+        check_keys(given)
+        self.strategy = given.get("strategy") or "auto"
+        strategies.check(self.strategy, given.get("accelerator"))
+        self._plain = "ddp" if self.strategy in strategies.DEEPSPEED else self.strategy
+        probe = _lightning_trainer(recipe.trainer_arguments() | {"strategy": self._plain})
+        self.device: torch.device = probe.strategy.root_device
+        self._ranked = probe.strategy if isinstance(probe.strategy, DDPStrategy) else None
+        launch.check_number(probe.strategy)
+        if self._ranked:
+            check_placement(recipe)
+        self._sharded = strategies.ShardedBase(self.strategy) if strategies.shards_base(self.strategy) else None
+
+    @contextlib.contextmanager
+    def processes(self):
+        """Inside, every process of the run is there; see :func:`pop_lightning.run.launch.joined`."""
+        if self._ranked is None:
+            yield
+            return
+        with launch.joined(self._ranked, self.recipe):
+            try:
+                yield
+            finally:
+                if self._sharded is not None:
+                    self._sharded.close()
+
+    def load(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The base where the stages run: on this process's device, as ``model.device_map`` says, or in shards."""
+        if self._sharded is not None:
+            model = self.recipe.model
+            dtype = distributed.first_then_others(
+                lambda: stored_dtype(model.base, model.dtype, model.revision, model.trust_remote_code)
+            )
+            return self._sharded.load(load, dtype)
+        model = distributed.first_then_others(load)
+        return model if self.recipe.model.device_map is not None else model.to(self.device)
+
+    @property
+    def shards_base(self) -> bool:
+        return self._sharded is not None
+
+    def make(self, what: str, *callbacks: lightning.Callback) -> "Trainer":
+        """A trainer for a pass over rows, for the stage ``what``, which is printed."""
+        # What belongs to optimiser steps alone would be refused or warned about; the precision is training's too: sums
+        # and measurements are made in the base's own dtype and float32.
+        return self._make(
+            what,
+            callbacks,
+            strategy=self._plain,
+            accumulate_grad_batches=1,
+            gradient_clip_val=None,
+            precision="32-true",
+        )
+
+    def train(
+        self,
+        what: str,
+        module: lightning.LightningModule,
+        loader: Callable[[int], DataLoader],
+        *,
+        steps: int,
+        rounds: int,
+        checkpoints: Path,
+        every: int,
+    ) -> None:
+        """Train ``module`` for ``steps`` optimiser steps, from the last checkpoint where there is one.
+
+        Args:
+            loader: endless batches from the one with the given number on.
+            rounds: how often the training was or will be stopped and gone on with, this time included.
+            checkpoints: a folder of this training alone.
+            every: steps between checkpoints.
+        """
+        last = checkpoints / "last.ckpt"
+        if distributed.is_first():
+            restore_folder(last)
+        start = distributed.from_first(lambda: strategies.training_step_of(last) if last.exists() else 0)
+        keep = _Checkpoints(checkpoints, every)
+        trainer = self._make(
+            what + (f", from step {start}" if start else ""),
+            [keep],
+            strategy=strategies.for_training(self.strategy),
+            max_steps=steps,
+            max_epochs=rounds,  # the rows have no end, so a fit is one epoch: one per round
+            enable_checkpointing=True,
+            plugins=strategies.whole_checkpoints(self.strategy, self.recipe.trainer_arguments().get("plugins")),
+        )
+        batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
+        trainer.fit(module, loader(batches), ckpt_path=last if start else None, weights_only=True)
+
+    def _make(self, what: str, callbacks, **overrides) -> "Trainer":
+        arguments = self.recipe.trainer_arguments()
+        own = [*callbacks, self._sharded] if self._sharded is not None else callbacks
+        arguments["callbacks"] = [*own, *(arguments.get("callbacks") or [])]
+        arguments |= {
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "default_root_dir": self.recipe.output,
+            "use_distributed_sampler": False,  # the loaders give each process its share, and no row twice
+            "inference_mode": False,  # what is made in one stage is trained or differentiated in another
+        } | overrides
+        print(f"{what} ...", flush=True)
+        return Trainer(_lightning_trainer(arguments))
+
+
+class _Checkpoints(ModelCheckpoint):
+    """``last.ckpt``, anew every so many steps and at the end of a training, from which a further round goes on."""
+
+    def __init__(self, folder: Path, every: int):
+        super().__init__(folder, save_last=True, every_n_train_steps=every, save_top_k=0, enable_version_counter=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+
+class Trainer:
+    """A Lightning trainer whose interrupts stay interrupts: Lightning itself turns Ctrl-C into exit code 1."""
+
+    def __init__(self, trainer: lightning.Trainer):
+        self._trainer = trainer
+
+    def fit(self, *args, **kwargs):
+        return self._call(self._trainer.fit, *args, **kwargs)
+
+    def validate(self, *args, **kwargs):
+        return self._call(self._trainer.validate, *args, **kwargs)
+
+    def _call(self, method, *args, **kwargs):
+        try:
+            result = method(*args, **kwargs)
+        except SystemExit as stop:
+            if self._trainer.interrupted:
+                raise KeyboardInterrupt from stop
+            raise
+        if self._trainer.interrupted:
+            raise KeyboardInterrupt
+        return result
+
+
+def _lightning_trainer(arguments: dict) -> lightning.Trainer:
+    try:
+        return lightning.Trainer(**{key: value for key, value in arguments.items() if value is not None})
+    except (MisconfigurationException, ImportError, RuntimeError, ValueError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"the trainer section does not fit this machine: {first}") from error

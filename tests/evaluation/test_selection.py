@@ -1,0 +1,203 @@
+"""The budget's decisions on made-up losses: what it trains, when it goes on, where it stops, what it verifies."""
+
+import pytest
+
+from pop_lightning.callbacks import AccuracyBudget
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.plan import Choice
+from pop_lightning.evaluation import search as selection
+from pop_lightning.evaluation.search import Measured, Proposal, Training
+from pop_lightning.evaluation.verdicts import Verdict
+
+BUDGET, MARGIN = 0.01, 0.002  # a bound lies MARGIN above its mean
+
+
+def measured(depth, loss, kind="closed_form", steps=0):
+    return Measured(Choice(depth, kind, steps), loss, loss + MARGIN, kl=10 * loss)
+
+
+def budget(max_drop=BUDGET):
+    lines = []
+    return selection.Budget(max_drop, "units", lines.append), lines
+
+
+def drive(machine, losses):
+    """Answer every proposal from ``losses`` by (depth, steps); returns the proposals and what is to be verified."""
+    proposals, answer = [], None
+    while True:
+        try:
+            proposal = machine.send(answer)
+        except StopIteration as end:
+            return proposals, end.value
+        proposals.append(proposal)
+        choice = proposal.choice
+        answer = measured(choice.depth, losses[choice.depth, choice.steps], choice.projection, choice.steps)
+
+
+def adapt(untrained, trained, extensions=2):
+    keeper, lines = budget()
+    start = [measured(depth, loss) for depth, loss in untrained.items()]
+    machine = selection.within_budget(start, keeper, Training("lora", 100, extensions))
+    proposals, sequence = drive(machine, trained)
+    assert len(lines) >= len(proposals)
+    return [(action, choice.depth, choice.steps) for action, choice in proposals], sequence, lines
+
+
+def test_depths_that_keep_the_budget_are_not_trained_but_the_deepest():
+    proposals, sequence, lines = adapt({8: 0.0, 6: 0.001, 4: 0.004}, {(4, 100): 0.002})
+    assert proposals == [("train", 4, 100)]
+    assert sequence == [Choice(8, "closed_form"), Choice(6, "closed_form"), Choice(4, "lora", 100)]
+    assert "depth 8 (closed_form) loses 0.0000 units, within the budget of 0.01: not trained" in lines[0]
+
+
+def test_a_depth_that_training_brings_within_lets_it_go_deeper_and_back_off():
+    untrained = {8: 0.001, 6: 0.03, 4: 0.08, 2: 0.5}
+    proposals, sequence, lines = adapt(untrained, {(6, 100): 0.005, (4, 100): 0.05})
+    assert proposals == [("train", 6, 100), ("train", 4, 100)]  # depth 2 is never tried
+    assert sequence == [Choice(8, "closed_form"), Choice(6, "lora", 100)]
+    assert any("depth 6 (after 100 steps)" in line and "go deeper" in line for line in lines)
+    assert any("depth 4" in line and "back off to depth 6" in line for line in lines)
+
+
+def test_a_depth_that_backs_off_to_an_untrained_one_trains_that_instead():
+    proposals, sequence, _ = adapt({8: 0.004, 6: 0.2}, {(6, 100): 0.1, (8, 100): 0.001})
+    assert proposals == [("train", 6, 100), ("train", 8, 100)]
+    assert sequence == [Choice(8, "lora", 100)]
+
+
+def test_training_goes_on_while_it_is_close_and_still_falls():
+    proposals, sequence, lines = adapt({8: 0.03, 6: 0.3}, {(8, 100): 0.015, (8, 200): 0.006, (6, 100): 0.2})
+    assert proposals == [("train", 8, 100), ("extend", 8, 200), ("train", 6, 100)]
+    assert sequence == [Choice(8, "lora", 200)]
+    assert any("after 100 steps" in line and "train on" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({(8, 100): 0.018, (8, 200): 0.016, (8, 300): 0.015}, 3),  # the extensions are used up
+        ({(8, 100): 0.018, (8, 200): 0.019}, 2),  # it no longer falls
+        ({(8, 100): 0.021}, 1),  # not close
+    ],
+)
+def test_a_training_that_leads_nowhere_ends(losses, expected):
+    proposals, sequence, lines = adapt({8: 0.03, 6: 0.3}, losses)
+    assert len(proposals) == expected
+    assert sequence == []
+    assert "no depth is left" in lines[-1]
+
+
+def test_without_extensions_a_training_is_one_round():
+    proposals, _, _ = adapt({8: 0.03}, {(8, 100): 0.015}, extensions=0)
+    assert proposals == [("train", 8, 100)]
+
+
+def test_a_mean_within_the_budget_that_no_bound_may_show_is_verified_last():
+    proposals, sequence, lines = adapt({8: 0.001, 6: 0.0095, 4: 0.02}, {(6, 100): 0.009, (6, 200): 0.0091})
+    assert proposals == [("train", 6, 100), ("extend", 6, 200)]
+    assert sequence == [Choice(8, "closed_form"), Choice(6, "lora", 100)]
+    assert "stop here" in lines[-1]
+
+
+def test_training_that_made_it_worse_is_not_used():
+    _, sequence, lines = adapt({8: 0.001}, {(8, 100): 0.003})
+    assert sequence == [Choice(8, "closed_form")]
+    assert "no better than 8 (closed_form)" in lines[-1]
+
+
+def test_where_both_keep_the_budget_the_smaller_kl_decides_between_equal_losses():
+    keeper, _ = budget()
+    start = Measured(Choice(8, "closed_form"), 0.0, 0.002, kl=0.3)
+    machine = selection.within_budget([start], keeper, Training("lora", 100))
+    assert next(machine) == Proposal("train", Choice(8, "lora", 100))
+    with pytest.raises(StopIteration) as end:
+        machine.send(Measured(Choice(8, "lora", 100), 0.0, 0.002, kl=0.1))
+    assert end.value.value == [Choice(8, "lora", 100)]
+
+
+def test_without_training_every_depth_whose_mean_fits_is_verified():
+    keeper, _ = budget()
+    found = selection.untrained([measured(4, 0.0099), measured(8, 0.0), measured(6, 0.02)], keeper)
+    assert found == [Choice(8, "closed_form"), Choice(4, "closed_form")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen", "rounds"),
+    [
+        ({(6, 100): 0.2, (6, 200): 0.1, (6, 300): 0.099}, Choice(6, "lora", 300), 3),
+        ({(6, 100): 0.39}, Choice(6, "lora", 100), 1),  # less than a tenth: not worth another round
+        ({(6, 100): 0.5}, Choice(6, "closed_form"), 1),
+    ],
+)
+def test_at_a_wanted_speedup_the_least_loss_wins(losses, chosen, rounds):
+    keeper, _ = budget(None)
+    fitted = [measured(6, 0.9, "reuse"), measured(6, 0.4)]
+    proposals, sequence = drive(selection.least_loss(fitted, keeper, Training("lora", 100, 2)), losses)
+    assert sequence == [chosen]
+    assert len(proposals) == rounds
+    assert drive(selection.least_loss(fitted, keeper, None), {}) == ([], [Choice(6, "closed_form")])
+
+
+def test_the_boundary_that_saves_most_is_chosen():
+    keeper, lines = budget()
+    losses = {1: {8: 0.001, 6: 0.02, 4: 0.3}, 4: {8: 0.0, 6: 0.004, 4: 0.2}, 16: {8: 0.0, 6: 0.001, 4: 0.15}}
+    by_boundary = {k: [measured(depth, loss) for depth, loss in each.items()] for k, each in losses.items()}
+    speedups = {(8, 1): 1.3, (6, 1): 1.6, (4, 1): 2.0, (8, 4): 1.28, (6, 4): 1.5, (4, 4): 1.9}
+    speedups |= {(8, 16): 1.2, (6, 16): 1.4, (4, 16): 1.7}
+    assert selection.boundary_within_budget(by_boundary, speedups, keeper) == 4  # depth 6 at 1.5x
+    assert len(lines) == 4
+    speedups |= {(6, 4): 1.25, (6, 16): 1.2}
+    assert selection.boundary_within_budget(by_boundary, speedups, keeper) == 1  # deeper would be slower
+    nothing = {k: [measured(8, 0.5)] for k in (4, 1)}
+    assert selection.boundary_within_budget(nothing, speedups, keeper) == 1
+
+
+def test_the_boundary_of_least_loss_is_chosen_at_a_wanted_speedup():
+    keeper, _ = budget(None)
+    by_boundary = {1: [measured(8, 0.02)], 4: [measured(7, 0.01), measured(7, 0.3, "reuse")], 16: [measured(5, 0.01)]}
+    assert selection.boundary_of_least_loss(by_boundary, keeper) == 4
+
+
+# --- the callback around it -----------------------------------------------------------------------------------------
+
+
+def entry(depth, loss, kind="closed_form", **more):
+    figures = {"loss": loss, "expected_bound": loss + MARGIN, "kl": loss, "boundary": 1}
+    return {"depth": depth, "projection": kind} | figures | more
+
+
+def test_the_callback_leaves_out_depths_that_are_not_worth_an_artifact():
+    keeper = AccuracyBudget(max_drop=BUDGET, min_pruned=2)
+    keeper.search([entry(11, 0.0), entry(10, 0.0), entry(10, 0.5, "reuse")], "closed_form", layers=12)
+    assert keeper.propose() is None
+    assert keeper.sequence == [Choice(10, "closed_form")]
+
+
+def test_the_callback_proposes_until_it_knows_what_to_verify():
+    keeper = AccuracyBudget(max_drop=BUDGET)
+    keeper.search([entry(10, 0.05), entry(8, 0.5)], "closed_form", 12, Training("full", 50, 1))
+    assert keeper.propose() == Proposal("train", Choice(10, "full", 50))
+    keeper.record(entry(10, 0.001, "full", steps=50))
+    assert keeper.propose() == Proposal("train", Choice(8, "full", 50))
+    keeper.record(entry(8, 0.4, "full", steps=50))
+    assert keeper.propose() is None
+    assert keeper.sequence == [Choice(10, "full", 50)]
+    assert keeper.decisions[-1] == "search: to verify, shallowest pruning first: 10 (full, 50 steps)"
+
+
+def test_the_verify_split_is_opened_once_and_in_the_order_of_the_search():
+    keeper = AccuracyBudget()
+    keeper.sequence = [Choice(10, "reuse"), Choice(8, "reuse"), Choice(6, "reuse")]
+    for names in ({}, {8: "8"}, {10: "10", 6: "6"}, {4: "4"}):
+        with pytest.raises(InputError, match="opened already"):
+            keeper.watch("verify", names)
+    keeper.watch("verify", {10: "10", 8: "8"})
+    keeper.verdicts = [Verdict(10, 0.0, 0.005, 600, 600, True)]
+    with pytest.raises(InputError, match="opened already"):
+        keeper.watch("verify", {10: "10"})
+    keeper.watch("verify", {8: "8"})
+    keeper.verdicts.append(Verdict(8, 0.02, 0.03, 600, 600, False))
+    assert keeper.verified
+    assert (keeper.depth, keeper.choice) == (10, Choice(10, "reuse"))
+    with pytest.raises(InputError, match="opened already"):
+        keeper.watch("verify", {6: "6"})

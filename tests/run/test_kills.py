@@ -1,0 +1,191 @@
+"""Runs that are killed at random moments, twice over: resumed, they end with the bytes of a run that was left alone.
+
+The moments come from a seed that is printed; ``KILL_SEED`` sets it. How long a run takes says only where moments are
+drawn from: where none met a run at work, they are drawn anew.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from pop_lightning.cli import fit
+
+from tests.helpers.ranked import ODD, TENSORS, prepare, read
+from tests.helpers.workbench import arguments, save_rows
+
+SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**32))
+# A server that has everything imported forks the runs of one process, so that the moments fall into their work.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["pop_lightning.run.pipeline", "pop_lightning.cli.fit", "peft"])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = prepare(tmp_path_factory.mktemp("kills"))
+    save_rows(folder / "prompts.jsonl", rows=83, responses=False)  # the full model writes the responses
+    return folder
+
+
+def draw(*what):
+    """Random numbers of one test, whatever other tests ran before."""
+    print(f"KILL_SEED={SEED}")
+    return random.Random(f"{SEED} {what}")
+
+
+def killed_twice(run, output, rng, longest):
+    """Run, and resume, up to a random moment each; anew and within half the time, until one met a run at work.
+
+    Args:
+        run: called with the words that resume and a moment in seconds; True where it killed.
+        longest: seconds.
+    """
+    for halved in range(20):
+        shutil.rmtree(output, ignore_errors=True)
+        moments = [rng.uniform(0, longest / 2**halved) for _ in range(2)]
+        killed = [run(resume, moment) for resume, moment in zip(([], ["--resume"]), moments, strict=True)]
+        if any(killed):
+            return
+    pytest.fail(f"no run could be killed, not even within {longest / 2**halved:.6f} s")
+
+
+class Finished:
+    """What a killed run had finished; a resumed one must not do it again."""
+
+    def __init__(self, output):
+        self.files = (output / "importance.json", *(output / "state").glob("[!.]*"))
+        self.answers = output / "state/responses.json"  # grows batch by batch
+        self.files = [path for path in self.files if path.exists() and path != self.answers]
+        self.state = self.look()
+
+    def look(self):
+        answers = json.loads(self.answers.read_text())["responses"] if self.answers.exists() else {}
+        return {path: path.stat().st_mtime_ns for path in self.files}, answers
+
+    def assert_kept(self):
+        (times, answers), (times_now, answers_now) = self.state, self.look()
+        assert times_now == times
+        assert {key: answers_now.get(key) for key in answers} == answers
+
+
+def assert_as_if_left_alone(output, whole):
+    assert (output / TENSORS).read_bytes() == (whole / TENSORS).read_bytes()
+    for name in ("depth", "verified", "curve"):
+        assert read(output, "metrics.json")[name] == read(whole, "metrics.json")[name]
+    # Nothing that was on its way when a process was killed lies about, in the folder or beside it.
+    assert [*output.rglob(".*"), *output.parent.glob(".*")] == []
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def forked(command, log):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(fit.main(command))
+
+
+def run_in_fork(command, log, kill_after=None):
+    """The exit code; ``-SIGKILL`` where the run was not over after so many seconds."""
+    process = FORK.Process(target=forked, args=(command, str(log)))
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_one_process_killed_twice_at_random_moments_ends_with_the_same_bytes(work, tmp_path, kind):
+    def command(name):
+        changes = {**ODD, "projection__kind": kind, "data__max_response_tokens": 4}
+        return arguments(work / "base", work / "prompts.jsonl", tmp_path / name / "run", **changes)
+
+    log = tmp_path / "log"
+    assert run_in_fork(command("warm"), log) == 0
+    start = time.monotonic()
+    assert run_in_fork(command("whole"), log) == 0, log.read_text()
+    duration = time.monotonic() - start
+    rng = draw(kind)
+    for number in range(6):
+        output = tmp_path / str(number) / "run"
+
+        def run(resume, moment, number=number):
+            code = run_in_fork([*command(str(number)), *resume], log, kill_after=moment)
+            print(f"run {number}: {code} after {moment:.3f} of {duration:.3f} s")
+            assert code in (0, -signal.SIGKILL), log.read_text()[-4000:]
+            return code != 0
+
+        killed_twice(run, output, rng, duration)
+        before = Finished(output)
+        assert run_in_fork([*command(str(number)), "--resume"], log) == 0, log.read_text()[-4000:]
+        before.assert_kept()
+        assert_as_if_left_alone(output, tmp_path / "whole/run")
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wholes():
+    return {}
+
+
+def kill(process, victim):
+    """SIGKILL the first process, the one that it started (the first where there is none yet), or both."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    victims = {"first": [process], "second": started or [process], "all": [process, *started]}[victim]
+    for each in victims:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(each.pid, signal.SIGKILL)
+    return started
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", ["first", "second", "all"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_two_processes_killed_twice_at_random_moments_end_with_the_same_bytes(
+    runs, work, wholes, tmp_path, strategy, victim
+):
+    changes = {"data__calibration": work / "prompts.jsonl", "data__max_response_tokens": 4}
+    if strategy not in wholes:
+        whole, start = work / f"whole-{strategy}/run", time.monotonic()
+        runs.finish(runs.start(runs.command(whole, strategy, **changes), strategy))
+        wholes[strategy] = whole, time.monotonic() - start
+    whole, duration = wholes[strategy]
+    output = tmp_path / "run"
+    command = runs.command(output, strategy, **changes)
+
+    def run(resume, moment):
+        process = runs.start([*command, *resume], strategy)
+        started, killed = [], False
+        try:
+            until = time.monotonic() + moment
+            while process.poll() is None and time.monotonic() < until:
+                time.sleep(0.002)
+            if process.poll() is None:
+                started, killed = kill(process, victim), True
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        print(f"{victim}: {process.returncode} after {moment:.3f} of {duration:.3f} s")
+        assert killed or process.returncode == 0, (out[-2000:], err[-4000:])
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert not alive
+        return killed
+
+    killed_twice(run, output, draw(strategy, victim), duration)
+    before = Finished(output)
+    runs.finish(runs.start([*command, "--resume"], strategy))
+    before.assert_kept()
+    assert_as_if_left_alone(output, whole)

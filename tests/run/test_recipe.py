@@ -1,0 +1,304 @@
+"""The recipe: what is read, what is printed, and a sentence for everything that is wrong with it."""
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from pop_lightning.cli import run
+from pop_lightning.cli.fit import main
+from pop_lightning.core.errors import InputError
+from pop_lightning.run import recipe as recipe_module
+from pop_lightning.run.recipe import bundled_recipes, parse
+
+MINIMAL = {"model": {"base": "some/base"}, "data": {"calibration": "rows.jsonl"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="my.yaml"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+def refusal(*argv):
+    with pytest.raises(InputError) as error:
+        parse(list(argv))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def printed(capsys, *argv):
+    assert main([*argv, "--print_config"]) == 0
+    return capsys.readouterr().out
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_documented_ones(write):
+    recipe = parse(["--recipe", write(MINIMAL)]).recipe
+    assert (recipe.seed, recipe.output, recipe.boundary) == (0, "runs/pop", 1)
+    assert (recipe.model.dtype, recipe.model.attn_implementation) == ("auto", None)
+    assert (recipe.data.max_prompt_tokens, recipe.data.batch_size) == (2048, 8)
+    assert recipe.to_dict()["data"]["splits"] == {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
+    assert (recipe.projection.kind, recipe.projection.ridge) == ("closed_form", [0.0001, 0.001, 0.01, 0.1, 1.0])
+    assert (recipe.projection.warmup, recipe.projection.weight_decay) == (0.1, 0.0)
+    assert (recipe.budget.metric, recipe.budget.max_drop, recipe.budget.candidates) == ("agreement", 0.01, 8)
+    assert (recipe.trainer["accelerator"], recipe.trainer["devices"], recipe.trainer["logger"]) == ("auto", 1, False)
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+@pytest.mark.parametrize("form", ["{}", "{}.yaml", "recipes/{}.yaml"])
+def test_every_packaged_recipe_parses_by_every_name(name, form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing of that name lies there
+    recipe = parse(["--recipe", form.format(name)]).recipe
+    assert recipe.model.base
+    assert recipe.data.splits.verify * 1500 >= 400
+
+
+def test_the_template_states_the_defaults_and_every_key(write):
+    template = parse(["--recipe", "example"]).recipe.to_dict()
+    defaults = parse(["--recipe", write(MINIMAL)]).recipe.to_dict()
+    differing = {
+        f"{section}.{key}"
+        for section, values in template.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if value != defaults[section][key]
+    }
+    assert differing == {"model.base", "model.dtype", "data.calibration", "importance.batch_size"}
+    stated = yaml.safe_load(
+        (recipe_module.importlib.resources.files("pop_lightning.recipes") / "example.yaml").read_text()
+    )
+    for section, values in defaults.items():
+        assert section in stated
+        if isinstance(values, dict) and section != "trainer":
+            assert set(values) == set(stated[section])
+
+
+def test_a_file_in_the_working_folder_comes_before_a_packaged_recipe(write, tmp_path, monkeypatch):
+    write(MINIMAL, "tiny.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--recipe", "tiny.yaml"]).recipe.model.base == "some/base"
+
+
+def test_the_command_line_overrides_the_file_and_the_last_one_wins(write):
+    path = write(MINIMAL | {"seed": 3, "trainer": {"max_steps": 4}})
+    argv = ["--recipe", path, "--seed=4", "--seed", "5", "--budget.candidates", "[4, 6]", "--trainer.precision", "32"]
+    recipe = parse([*argv, "--data.splits.fit", "0.1", "--data.splits.verify", "0.6"]).recipe
+    assert (recipe.seed, recipe.budget.candidates, recipe.data.splits.fit) == (5, [4, 6], 0.1)
+    assert recipe.trainer["max_steps"] == 4
+    assert parse(["--recipe", path, "--budget.candidates", "all"]).recipe.budget.candidates == "all"
+    assert parse(["--recipe", path, "--model.device_map", '{"": "cpu"}']).recipe.model.device_map == {"": "cpu"}
+
+
+def test_numbers_with_an_exponent_are_numbers(write):
+    path = write("model: {base: x}\ndata: {calibration: y}\nprojection: {learning_rate: 1e-3, ridge: [1e-2, 1]}\n")
+    recipe = parse(["--recipe", path]).recipe
+    assert (recipe.projection.learning_rate, recipe.projection.ridge) == (1e-3, [1e-2, 1.0])
+
+
+def test_resume_and_overwrite_are_told_apart(write):
+    path = write(MINIMAL)
+    assert parse(["--recipe", path])[1:] == (False, False, False)
+    assert parse(["--recipe", path, "--resume"])[1:] == (True, False, False)
+    assert parse(["--overwrite", "--recipe", path])[1:] == (False, True, False)
+    assert parse(["--recipe", path, "--check"])[1:] == (False, False, True)
+    assert "at most one" in refusal("--recipe", path, "--overwrite", "--resume")
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch.loggers.CSVLogger", "CSVLogger"])
+def test_a_logger_is_named_by_class_and_writes_to_the_output_folder(write, name, tmp_path):
+    recipe = parse(["--recipe", write(MINIMAL), "--trainer.logger", name, "--output", str(tmp_path / "o")]).recipe
+    logger = recipe.trainer_arguments()["logger"]
+    assert isinstance(logger, CSVLogger)
+    assert logger.root_dir.startswith(str(tmp_path / "o"))
+
+
+def test_a_logger_in_the_file_keeps_its_own_folder(write, tmp_path):
+    entry = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": str(tmp_path)}}
+    recipe = parse(["--recipe", write(MINIMAL | {"trainer": {"logger": entry}})]).recipe
+    logger = recipe.trainer_arguments()["logger"]
+    assert isinstance(logger, TensorBoardLogger)
+    assert logger.save_dir == str(tmp_path)
+    argv = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "own")]
+    assert parse(["--recipe", write(MINIMAL), *argv]).recipe.trainer_arguments()["logger"].save_dir.endswith("own")
+
+
+# --- print_config ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--budget.max_drop", "0.02", "--budget.candidates", "[3]", "--projection.learning_rate", "1e-05"],
+        ["--trainer.logger", "CSVLogger", "--model.revision", "1e3", "--output", "größe: x"],
+    ],
+)
+def test_what_print_config_prints_is_the_same_recipe(write, capsys, argv):
+    text = printed(capsys, "--recipe", "tiny", *argv)
+    assert parse(["--recipe", write(text)]).recipe == parse(["--recipe", "tiny", *argv]).recipe
+    assert printed(capsys, "--recipe", write(text)) == text
+
+
+def test_a_saved_recipe_is_read_back(tmp_path):
+    recipe = parse(["--recipe", "tiny", "--seed", "7"]).recipe
+    recipe.save(tmp_path / "recipe.yaml")
+    assert parse(["--recipe", str(tmp_path / "recipe.yaml")]).recipe == recipe
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == recipe.to_dict()
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------------
+
+
+def test_recipes_that_are_none(write, tmp_path):
+    assert "--recipe" in refusal()
+    assert "neither a file nor a bundled recipe" in refusal("--recipe", "nowhere.yaml")
+    assert "did you mean tiny?" in refusal("--recipe", "tinny")
+    assert "neither a file" in refusal("--recipe", str(tmp_path))
+    assert "needs a value" in refusal("--recipe")
+    for empty in ("", "# a comment only\n", "---\n"):
+        assert "is empty" in refusal("--recipe", write(empty))
+    assert "is not YAML at line 2" in refusal("--recipe", write("seed: 1\nmodel: x: y\n"))
+    assert "must hold keys" in refusal("--recipe", write("- model\n- data\n"))
+    assert "stands there twice" in refusal("--recipe", write("seed: 1\nseed: 2\n"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80" * 9)
+    assert "is not YAML" in refusal("--recipe", str(tmp_path / "binary.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"data": {"calibraton": "x"}}, "data.calibraton is no recipe key (did you mean data.calibration?)"),
+        ({"max_drop": 0.1}, "max_drop is no recipe key (did you mean budget.max_drop?)"),
+        ({"bugdet": {"max_drop": 0.1}}, "bugdet is no recipe key (did you mean budget?)"),
+        ({"modle": {"base": "x"}}, "modle is no recipe key (did you mean model?)"),
+        ({"trainer": {"acelerator": "cpu"}}, "trainer.acelerator is no recipe key (did you mean trainer.accelerator?)"),
+        ({"budget": {"max_drop": "much"}}, "budget.max_drop must be a number, found 'much'"),
+        ({"data": {"batch_size": 1.5}}, "data.batch_size must be a whole number, found 1.5"),
+        ({"data": {"batch_size": None}}, "data.batch_size must be a whole number, found null"),
+        ({"projection": {"kind": "m"}}, "projection.kind must be one of reuse, closed_form, lora, full, found 'm'"),
+        ({"trainer": {"max_steps": "lots"}}, "trainer.max_steps must be a whole number, found 'lots'"),
+        ({"data": {"splits": [1]}}, "data.splits must be a section with keys such as fit, tune, search, verify"),
+        ({"model": "x"}, "model must be a section with keys such as base"),
+        ({"model": {"base": " "}}, "model.base is required"),
+        ({"data": {"splits": {"fit": 0.5}}}, "data.splits must sum to 1 (fit + tune + search + verify), found 1.2"),
+        ({"data": {"splits": {"fit": -0.1, "tune": 0.5}}}, "data.splits.fit must be above 0, found -0.1"),
+        ({"budget": {"max_drop": -0.1}}, "budget.max_drop must be at least 0, found -0.1"),
+        ({"budget": {"speedup": 1.0}}, "budget.speedup must be a ratio above 1, or null, found 1.0"),
+        ({"budget": {"extensions": -1}}, "budget.extensions must be at least 0, found -1"),
+        ({"budget": {"boundaries": [1, -4]}}, "budget.boundaries[1] must be at least 0, found -4"),
+        ({"boundary": "auto", "budget": {"boundaries": []}}, "budget.boundaries must name what boundary: auto"),
+        ({"boundary": -1}, "boundary must be at least 0, found -1"),
+        ({"boundary": "most"}, "boundary must be a whole number or auto, found 'most'"),
+        ({"budget": {"max_drop": 1.5}}, "budget.max_drop is an absolute fraction, at most 1 for agreement, found 1.5"),
+        ({"budget": {"confidence": 0.5}}, "budget.confidence must lie between 0.5 and 1, found 0.5"),
+        ({"budget": {"confidence": float("nan")}}, "budget.confidence must lie between 0.5 and 1, found nan"),
+        ({"budget": {"candidates": []}}, "budget.candidates must name at least one depth"),
+        ({"budget": {"candidates": [0, 3]}}, "budget.candidates must hold depths of at least 1, found 0"),
+        ({"budget": {"candidates": "some"}}, "budget.candidates must be a whole number or a list of whole numbers or"),
+        ({"data": {"batch_size": 0}}, "data.batch_size must be at least 1, found 0"),
+        ({"projection": {"ridge": []}}, "projection.ridge must name at least one strength"),
+        ({"projection": {"ridge": [0.1, 0.0]}}, "projection.ridge[1] must be above 0, found 0.0"),
+        ({"projection": {"warmup": 2}}, "projection.warmup must be a share of the steps in 0..1, found 2"),
+        ({"seed": 2**32}, "seed must be below 2**32"),
+        ({1: 2}, "1 is no recipe key"),
+    ],
+)
+def test_a_key_or_value_that_does_not_fit_is_named(write, content, sentence):
+    whole = {**MINIMAL, **content}
+    for section in ("model", "data"):
+        if isinstance(content.get(section), dict):
+            whole[section] = MINIMAL[section] | content[section]
+    assert refusal("--recipe", write(whole)).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--data.calibraton", "x"], "--data.calibraton is no recipe key (did you mean --data.calibration?)"),
+        (["--seedd=3"], "--seedd is no recipe key (did you mean --seed?)"),
+        (["--budget", "3"], "--budget is a section: set one of its keys, such as --budget.metric"),
+        (["--budget.max_drop"], "--budget.max_drop needs a value, found none"),
+        (["--budget.max_drop", "--resume"], "--budget.max_drop needs a value, found none"),
+        (["--budget.max_drop", "x"], "budget.max_drop must be a number, found 'x'"),
+        (["--data.batch_size", "true"], "data.batch_size must be a whole number, found 'true'"),
+        (["--resume=yes"], "--resume takes no value"),
+        (["tiny"], "found 'tiny' on the command line"),
+        (["--trainer.logger", "NoLogger"], "trainer.logger must be a Logger"),
+        (
+            ["--trainer.logger", "CSVLogger", "--trainer.logger.nam", "x"],
+            "trainer.logger: lightning.pytorch.loggers.CSV",
+        ),
+        (["--trainer.logger.help", "CSVLogger"], "--trainer.logger.help is no recipe key"),
+    ],
+)
+def test_a_command_line_that_does_not_fit_is_named(argv, sentence):
+    assert refusal("--recipe", "tiny", *argv).startswith(sentence)
+
+
+def test_several_errors_are_told_at_once(write):
+    content = "model: {base: x, dtyp: float32}\ndata: {calibration: y, batch_size: two, splits: {fit: a}}\n"
+    text = refusal("--recipe", write(content), "--seedd", "3", "--budget.max_drop", "z")
+    assert text.startswith("the recipe has 5 errors: (1) --seedd is no recipe key")
+    for key in ("model.dtyp is", "data.batch_size must", "data.splits.fit must", "budget.max_drop must"):
+        assert key in text
+    ranges = refusal("--recipe", write({"data": {"batch_size": 0}, "budget": {"confidence": 2}}))
+    assert "the recipe has 4 errors" in ranges  # and the two required keys
+
+
+def test_a_value_that_the_command_line_replaces_is_still_typed(write):
+    path = write(MINIMAL | {"seed": "x"})
+    assert refusal("--recipe", path, "--seed", "1").startswith("seed must be a whole number, found")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_exit_code_2(capsys):
+    assert main(["--recipe", "tiny", "--data.calibraton", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("pop-fit: error: --data.calibraton is no recipe key")
+    assert err.count("\n") == 1
+
+
+def test_help_lists_every_key(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for key in (
+        "--recipe",
+        "--resume",
+        "model.base",
+        "data.splits.verify",
+        "budget.max_drop",
+        "accumulate_grad_batches",
+    ):
+        assert key in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_pipeline_gets_the_recipe_and_gives_the_exit_code(monkeypatch, code):
+    calls = []
+    monkeypatch.setattr("pop_lightning.run.pipeline.fit", lambda recipe, **flags: calls.append((recipe, flags)) or code)
+    assert main(["--recipe", "tiny", "--seed", "9", "--resume"]) == code
+    assert calls[0][0].seed == 9
+    assert calls[0][1] == {"resume": True, "overwrite": False}
+
+
+def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    def break_():
+        raise RuntimeError("a defect")
+
+    assert run("pop-fit", stop) == 130
+    assert capsys.readouterr().err == "pop-fit: interrupted\n"
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("pop-fit", break_)
