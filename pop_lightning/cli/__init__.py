@@ -7,22 +7,36 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from pop_lightning.core.errors import InputError, on_process
+from pop_lightning.core.errors import InputError, Spelling, as_recipe, on_process
+
+BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended: 128 + 13
 
 
-def run(program: str, body: Callable[[], int | None]) -> int:
-    """Run ``body`` and turn its outcome into an exit code: 0 or its own, 2 for bad input, 130 for Ctrl-C.
+def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_recipe) -> int:
+    """Run ``body`` and turn its outcome into an exit code.
 
-    Of the processes that torchrun or SLURM started, one on each node tells what was wrong, since another node may lack
-    what the first one has; what is wrong on all of them before they have joined is said once per node.
+    0 or the body's own; 2 for bad input; 130 for Ctrl-C; 141 where the reader of standard output is gone, as in
+    ``pop-generate ... | head``, of which nothing is printed. Errors name keys as ``spelling`` writes them.
+
+    Of the processes that torchrun or SLURM started, one on each node reports an error, since another node may lack
+    what the first one has; an error of all of them before they have joined is printed once per node.
     """
     try:
-        return body() or 0
+        code = body() or 0
+        sys.stdout.flush()
+        return code
     except InputError as error:
-        number, tells = _process()
-        if tells:
-            print(f"{program}: error: {on_process(str(error), number)}", file=sys.stderr)
+        number, reports = _process()
+        if reports:
+            print(f"{program}: error: {on_process(error.render(spelling), number)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is still buffered would raise once more when Python flushes at its end.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
@@ -32,8 +46,17 @@ def run(program: str, body: Callable[[], int | None]) -> int:
         raise
 
 
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads: what could not be written is still buffered."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def _process() -> tuple[int, bool]:
-    """The number of this process and whether it tells its errors, as the variables of whoever started it have it."""
+    """The number of this process and whether it reports errors, from the variables of whoever started it."""
     given = os.environ
     if "RANK" in given:  # torchrun
         return int(given["RANK"]), given.get("LOCAL_RANK", "0") == "0"

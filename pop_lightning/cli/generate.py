@@ -6,7 +6,7 @@ import json
 import sys
 
 from pop_lightning.cli import importing, run
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, as_flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# The recipe keys that the library names in its errors and that are flags here.
+FLAGS = as_flags({"data.calibration": "--data", "data.allow_urls": "--allow_urls", "model.base": "--base"})
 _MEASURE = ("lengths", "batches", "depths", "boundary", "repeats", "decode_tokens")
 
 
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("--artifact is required: expected the artifact/ folder that pop-fit wrote.")
         return _generate(arguments)
 
-    return run("pop-generate", body)
+    return run("pop-generate", body, FLAGS)
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import importlib.resources
 from pathlib import Path
 
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 
 _BUNDLED = "bundled:"
 
@@ -28,6 +28,7 @@ def resolve_bundled(name: str) -> str:
         for entry in (folder, *folder.glob("*.jsonl"))
     )
     raise InputError(
-        f"{name!r} is not bundled with pop_lightning; what is bundled: "
-        f"{', '.join(_BUNDLED + entry for entry in entries) or 'nothing'}; change model.base or data.calibration."
+        f"{name!r} is not bundled with pop_lightning",
+        expected=f"one of {', '.join(_BUNDLED + entry for entry in entries) or 'nothing'}",
+        advice=("change ", Key("model.base"), " or ", Key("data.calibration")),
     )

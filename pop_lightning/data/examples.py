@@ -13,15 +13,20 @@ from itertools import groupby
 from pathlib import Path
 
 from pop_lightning.core.bundled import resolve_bundled
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key, first_sentence
 from pop_lightning.data.images import IMAGE
 from pop_lightning.data.videos import VIDEO
 
+_CALIBRATION = "data.calibration"
 SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
 _KEYS = ("messages", "prompt", "response", "text")
 _LISTS = ("images", "videos")  # beside the text, for placeholders and for parts that name none
 _CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
 _RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
+
+
+def _bad_row(problem: str, expected: str | None = None) -> InputError:
+    return InputError(problem, key=_CALIBRATION, expected=expected)
 
 
 def check_exists(source: str | Path) -> None:
@@ -31,7 +36,9 @@ def check_exists(source: str | Path) -> None:
     named = _kind(path) in (".jsonl", ".json", ".txt") or path.suffix.lower() == ".gz"
     if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
         raise InputError(
-            f"data.calibration {str(source)!r} does not exist: change data.calibration to a file that does."
+            f"{str(source)!r} does not exist",
+            key=_CALIBRATION,
+            advice=("change ", Key(_CALIBRATION), " to a file that does"),
         )
 
 
@@ -60,13 +67,13 @@ def read_examples(source: str | Path, split: str | None = None) -> list[tuple[di
         examples = _read_text(path)
     elif path.is_file():
         raise InputError(
-            f"data.calibration {str(source)!r} is a file of unknown kind: .jsonl, .json or .txt was expected."
+            f"{str(source)!r} is a file of unknown kind", key=_CALIBRATION, expected=".jsonl, .json or .txt"
         )
     else:
         check_exists(source)
         examples = _read_dataset(str(source), path, split)
     if not examples:
-        raise InputError(f"data.calibration {str(source)!r} holds no rows: expected {SHAPES}.")
+        raise InputError(f"{str(source)!r} holds no rows", key=_CALIBRATION, expected=SHAPES)
     return examples
 
 
@@ -76,9 +83,9 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
         with opened(path, "rt", encoding="utf-8-sig") as file:
             yield from enumerate(file, start=1)
     except UnicodeDecodeError as error:
-        raise InputError(f"data.calibration {str(path)!r} is not UTF-8 text: {error}.") from error
+        raise InputError(f"{str(path)!r} is not UTF-8 text: {error}", key=_CALIBRATION) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"data.calibration {str(path)!r} cannot be read: {error}.") from error
+        raise InputError(f"{str(path)!r} cannot be read: {error}", key=_CALIBRATION) from error
 
 
 def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
@@ -86,13 +93,13 @@ def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
-        where = f"data.calibration {str(path)!r} line {number}"
+        where = f"{str(path)!r} line {number}"
         try:
             example = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON ({error.msg}): expected one object per line, {SHAPES}.") from error
+            raise _bad_row(f"{where} is not JSON ({error.msg})", f"one object per line, {SHAPES}") from error
         if not isinstance(example, dict):
-            raise InputError(f"{where} is a JSON {type(example).__name__}, not an object: expected {SHAPES}.")
+            raise _bad_row(f"{where} is a JSON {type(example).__name__}, not an object", SHAPES)
         shaped = _shape(example, where)
         if shaped.keys() & {"parts", *_LISTS}:
             shaped["folder"] = path.parent  # relative paths of images and videos start here
@@ -121,21 +128,24 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
             dataset = datasets.load_dataset(str(path) if path.exists() else source, split=wanted)
     except Exception as error:  # every loader of `datasets` raises its own kind, all of them about the source
         raise InputError(
-            f"data.calibration {source!r} (data.split {wanted!r}) is neither a file that exists nor a dataset that "
-            f"loads: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            (
+                f"{source!r} (",
+                Key("data.split"),
+                f" {wanted!r}) is neither a file that exists nor a dataset that loads: {first_sentence(error)}",
+            ),
+            key=_CALIBRATION,
         ) from error
     if isinstance(dataset, Mapping):
         if wanted not in dataset:
             raise InputError(
-                f"data.calibration {source!r} has no split {wanted!r}: set data.split to one of {', '.join(dataset)}."
+                f"{source!r} has no split {wanted!r}",
+                key=_CALIBRATION,
+                advice=("set ", Key("data.split"), f" to one of {', '.join(dataset)}"),
             )
         dataset = dataset[wanted]
     known = [key for key in _KEYS if key in dataset.column_names]
     if not known:
-        raise InputError(
-            f"data.calibration {source!r} has the columns {', '.join(dataset.column_names) or '(none)'}: "
-            f"expected {SHAPES}."
-        )
+        raise _bad_row(f"{source!r} has the columns {', '.join(dataset.column_names) or '(none)'}", SHAPES)
     name = path.name or source
     chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
     shown = {}
@@ -146,7 +156,7 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
     # Other columns may be images or audio, which are decoded when a row is read.
     for number, example in enumerate(dataset.select_columns(known + chat)):
         lazy = {key: partial(_cells, column, key, number) for key, column in shown.items()}
-        shaped = _shape(_without_nulls(example) | lazy, f"data.calibration {source!r} row {number}")
+        shaped = _shape(_without_nulls(example) | lazy, f"{source!r} row {number}")
         examples.append((shaped, f"{name} row {number}"))
     return examples
 
@@ -192,7 +202,7 @@ def _shape(example: dict, where: str) -> dict:
     beside = {key: found[key] for key in _LISTS if found.get(key)}
     for key, listed in beside.items():
         if not (isinstance(listed, list) or callable(listed)):
-            raise InputError(f'{where} has "{key}" of type {type(listed).__name__}: a list was expected.')
+            raise _bad_row(f'{where} has "{key}" of type {type(listed).__name__}', "a list")
     if "messages" in found:
         messages, parts = _messages(found["messages"], where)
         shown = {"parts": parts} if parts else {}
@@ -200,10 +210,10 @@ def _shape(example: dict, where: str) -> dict:
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
-        raise InputError(f"{where} has the keys {named}: expected {SHAPES}; change the rows or data.calibration.")
+        raise _bad_row(f"{where} has the keys {named}", SHAPES)
     for key in keys:
         if not isinstance(found[key], str):
-            raise InputError(f"{where} has a {key!r} of type {type(found[key]).__name__}: a string was expected.")
+            raise _bad_row(f"{where} has a {key!r} of type {type(found[key]).__name__}", "a string")
     return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
 
 
@@ -216,17 +226,17 @@ def _chat_arguments(found: dict, where: str) -> dict:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise InputError(f"{where} has a {key!r} that is not JSON ({error.msg}).") from error
+                raise _bad_row(f"{where} has a {key!r} that is not JSON ({error.msg})") from error
         if value is None:
             continue
         if not isinstance(value, kind) or (kind is list and not all(isinstance(each, dict) for each in value)):
-            raise InputError(f"{where} has a {key!r} of type {type(value).__name__}: {what} was expected.")
+            raise _bad_row(f"{where} has a {key!r} of type {type(value).__name__}", what)
         given[key] = value
     taken = sorted(_RENDERING & given.get("chat_template_kwargs", {}).keys())
     if taken:
-        raise InputError(
+        raise _bad_row(
             f"{where} sets {', '.join(taken)} in 'chat_template_kwargs', which is for the template's own variables "
-            "(such as enable_thinking)."
+            "(such as enable_thinking)"
         )
     return given
 
@@ -236,27 +246,25 @@ def _messages(messages, where: str) -> tuple[list[dict], list]:
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
-        raise InputError(f'{where} has "messages" that are not a list of objects with "role" and "content".')
+        raise _bad_row(f'{where} has "messages" that are not a list of objects with "role" and "content"')
     if not messages or messages[-1]["role"] != "assistant":
-        last = repr(messages[-1]["role"]) if messages else "missing"
-        raise InputError(f"{where}: the role of the last message is {last}, 'assistant' was expected (the response).")
+        last = repr(messages[-1]["role"]) if messages else "none"
+        raise _bad_row(f"{where} has {last} as the role of its last message", "'assistant' (the response)")
     clean, shown = [], []
     for message in messages:
         content = message.get("content")
         parts = [{"type": "text"}] if isinstance(content, str) or content is None else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise InputError(f'{where} has a message whose "content" is neither a string nor a list of parts.')
+            raise _bad_row(f'{where} has a message whose "content" is neither a string nor a list of parts')
         others = sorted({str(part.get("type")) for part in parts} - {"text", "image_url", IMAGE.name, VIDEO.name})
         if others:  # the tokenizer alone would drop them without a word
-            raise InputError(
-                f"{where} has message parts of type {', '.join(others)}: text, image and video are supported."
-            )
+            raise _bad_row(f"{where} has message parts of type {', '.join(others)}", "text, image or video")
         parts = [_image_of(part) if part["type"] == "image_url" else part for part in parts]
         found = [part for part in parts if part["type"] != "text"]
         if found and message is messages[-1]:
             kind = "a video" if found[0]["type"] == VIDEO.name else "an image"
-            raise InputError(
-                f"{where} has {kind} in its last message, the response: only prompts may hold images and videos."
+            raise _bad_row(
+                f"{where} has {kind} in its last message, the response: only prompts may hold images and videos"
             )
         shown += found
         clean.append({key: value for key, value in message.items() if value is not None})

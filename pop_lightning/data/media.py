@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname, urlopen
 
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Medium:
             if text.startswith(("http://", "https://")):
                 if not allow_urls:
                     raise InputError(
-                        f"{where} is the URL {text!r}, and nothing is fetched unless data.allow_urls: true says so; or "
-                        f"give the {self.name} as a file."
+                        f"{where} is the URL {text!r}, and URLs are not fetched by default",
+                        advice=("set ", Key("data.allow_urls", "true"), f" or give the {self.name} as a file"),
                     )
                 return _fetched(text, where)
             if text.startswith(f"data:{self.name}/"):

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.files import write_json
 from pop_lightning.data.examples import read_examples
 from pop_lightning.data.processor import VisionProcessor
@@ -278,9 +278,12 @@ class CalibrationData(lightning.LightningDataModule):
         )
         if not rows:
             raise InputError(
-                f"data.calibration {self.calibration!r} has no usable row: {self.report._unusable()}; change the rows, "
-                f"data.max_prompt_tokens ({self._tokenise.max_prompt}) or data.max_response_tokens "
-                f"({self.max_response_tokens})."
+                f"{self.calibration!r} has no usable row: {self.report._unusable()}",
+                key="data.calibration",
+                advice=(
+                    *("change the rows, ", Key("data.max_prompt_tokens"), f" ({self._tokenise.max_prompt}) or "),
+                    *(Key("data.max_response_tokens"), f" ({self.max_response_tokens})"),
+                ),
             )
         return rows
 

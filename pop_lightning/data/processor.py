@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pop_lightning.core.bundled import resolve_bundled
-from pop_lightning.core.errors import InputError, first_sentence
+from pop_lightning.core.errors import InputError, Key, first_sentence
 from pop_lightning.data.images import RowImage
 from pop_lightning.data.media import reason
 from pop_lightning.data.videos import RowVideo
@@ -47,14 +47,14 @@ class VisionProcessor:
         """Raise :class:`InputError` where the processor does not load, or reads no videos and there are some."""
         if videos and len(self.tokens) < 2:
             raise InputError(
-                "the model reads images and no videos: give single frames as images, or change model.base to a model "
-                "that reads videos."
+                "the model reads images and no videos",
+                advice=("give single frames as images, or change ", Key("model.base"), " to a model that reads videos"),
             )
         processor = self.processor if images or videos else None
         if videos and getattr(processor, "video_processor", None) is None:
             raise InputError(
-                "model.base has no video processor (video_preprocessor_config.json), which videos need: take a base "
-                "that has one, or leave the videos out."
+                "the base has no video processor (video_preprocessor_config.json), which videos need",
+                advice=("set ", Key("model.base"), " to one that has it, or leave the videos out"),
             )
 
     def encode(
@@ -187,8 +187,11 @@ def load_processor(name: str, *, revision: str | None = None, trust_remote_code:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
-            f"model.base {name!r} has no processor that loads, which images and videos need: {first_sentence(error)}"
+            f"{name!r} has no processor that loads, which images and videos need: {first_sentence(error)}",
+            key="model.base",
         ) from error
     if getattr(processor, "image_processor", None) is None:
-        raise InputError(f"model.base {name!r} has no image processor (preprocessor_config.json), which images need.")
+        raise InputError(
+            f"{name!r} has no image processor (preprocessor_config.json), which images need", key="model.base"
+        )
     return processor

@@ -12,7 +12,7 @@ from functools import partial
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.data.images import IMAGE, RowImage
 from pop_lightning.data.media import Medium
 from pop_lightning.data.processor import VisionProcessor
@@ -151,13 +151,16 @@ class Tokeniser:
         kind = "videos" if videos else "images"
         if self.vision is None:
             raise InputError(
-                f"{origin} has {kind}, and the model reads text alone: change model.base to a model that reads {kind}, "
-                "or take the row out of data.calibration."
+                f"{origin} has {kind}, and the model reads text only",
+                advice=(
+                    *("change ", Key("model.base"), f" to a model that reads {kind}, or take the row out of "),
+                    Key("data.calibration"),
+                ),
             )
         try:
             self.vision.check(images, videos)
         except InputError as error:
-            raise InputError(f"{origin} has {kind}, but {error}") from error
+            raise InputError((f"{origin} has {kind}, but ", error)) from error
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -199,8 +202,11 @@ class Tokeniser:
             template = self.vision.chat_template
         if not (template or self.tokenizer.chat_template):
             raise InputError(
-                f'{origin} has "messages" but the tokenizer has no chat template: use a chat model in model.base, or '
-                '{"prompt", "response"} rows in data.calibration.'
+                f'{origin} has "messages" but the tokenizer has no chat template',
+                advice=(
+                    *("use a chat model in ", Key("model.base"), ', or {"prompt", "response"} rows in '),
+                    Key("data.calibration"),
+                ),
             )
         render = partial(
             self.tokenizer.apply_chat_template,
@@ -213,8 +219,8 @@ class Tokeniser:
             prompt, full = render(messages[:-1], add_generation_prompt=True), render(messages)
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f"{origin} cannot be rendered by the tokenizer's chat template ({error}): change that row's "
-                '"messages" in data.calibration.'
+                f"{origin} cannot be rendered by the tokenizer's chat template ({error})",
+                advice=('change that row\'s "messages" in ', Key("data.calibration")),
             ) from error
         if not full.startswith(prompt):
             common = next((at for at, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
@@ -222,9 +228,14 @@ class Tokeniser:
             raise InputError(
                 f"{origin}: the chat template renders the prompt differently once the answer follows, so prompt and "
                 f"response cannot be told apart (prompt alone: ...{prompt[near]!r}, with the answer: "
-                f"...{full[near]!r}); set the template's variables in the row's \"chat_template_kwargs\" (such as "
-                '{"enable_thinking": false}), give the answer its "reasoning_content", or give {"prompt", "response"} '
-                "rows in data.calibration instead."
+                f"...{full[near]!r})",
+                advice=(
+                    "set the template's variables in the row's \"chat_template_kwargs\" (such as "
+                    '{"enable_thinking": false}), give the answer its "reasoning_content", or give '
+                    '{"prompt", "response"} rows in ',
+                    Key("data.calibration"),
+                    " instead",
+                ),
             )
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):

@@ -85,16 +85,15 @@ def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, 
     flag = "--video" if videos else "--image"
     if generator.vision is None:
         raise InputError(f"{flag} was given, and the base ({generator.decoder.name}) reads text alone.")
-    with _named_as_flags():
-        shown = [
-            tuple(of(each, f"{flag} {number}", allow_urls=allow_urls) for number, each in enumerate(given, 1))
-            for of, flag, given in ((RowImage.of, "--image", images), (RowVideo.of, "--video", videos))
-        ]
-        try:
-            generator.vision.check(*shown)
-        except InputError as error:
-            raise InputError(f"{flag} was given, but {error}") from error
-        return Row(tuple(generator.vision.ask(prompt, *shown, "--prompt")), (), "--prompt", *shown)
+    shown = [
+        tuple(of(each, f"{flag} {number}", allow_urls=allow_urls) for number, each in enumerate(given, 1))
+        for of, flag, given in ((RowImage.of, "--image", images), (RowVideo.of, "--video", videos))
+    ]
+    try:
+        generator.vision.check(*shown)
+    except InputError as error:
+        raise InputError((f"{flag} was given, but ", error)) from error
+    return Row(tuple(generator.vision.ask(prompt, *shown, "--prompt")), (), "--prompt", *shown)
 
 
 class _TimedStreamer(TextIteratorStreamer):
@@ -120,8 +119,7 @@ def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> No
     Raises:
         InputError: no row can be read, or ``output`` cannot be written, or stands there already.
     """
-    with _named_as_flags():
-        read_examples(data)
+    read_examples(data)
     output = Path(output)
     with _writing(output):
         if output.is_dir():
@@ -137,22 +135,6 @@ def _writing(output: Path):
         yield
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}); choose another file.") from error
-
-
-# An artifact fits one base, so what a recipe may change is here a fact about it.
-_FLAGS = {"data.calibration": "--data", "data.allow_urls: true": "--allow_urls", "model.base": "the base"}
-
-
-@contextmanager
-def _named_as_flags():
-    """Rows and what they show are read as a recipe's; here the user gave them with flags."""
-    try:
-        yield
-    except InputError as error:
-        named = str(error)
-        for key, flag in _FLAGS.items():
-            named = named.replace(key, flag)
-        raise InputError(named) from error
 
 
 def generate_file(
@@ -221,9 +203,7 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int, allow_urls:
         vision=generator.vision,
         allow_urls=allow_urls,
     )
-    with _named_as_flags():
-        rows = reader.read_rows(keep_duplicates=True)
-    return rows, reader.report
+    return reader.read_rows(keep_duplicates=True), reader.report
 
 
 def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[list[int]]:

@@ -345,10 +345,10 @@ def test_tools_and_variables_may_stand_as_json_text_and_in_tables(split, tmp_pat
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"tools": {"name": "weather"}}, "'tools' of type dict: a list of tools"),
-        ({"tools": ["weather"]}, "'tools' of type list: a list of tools"),
+        ({"tools": {"name": "weather"}}, "'tools' of type dict: expected a list of tools"),
+        ({"tools": ["weather"]}, "'tools' of type list: expected a list of tools"),
         ({"tools": "weather"}, "'tools' that is not JSON"),
-        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' of type list: an object"),
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' of type list: expected an object"),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "sets add_generation_prompt"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_saved_datasets_folder_is_read_with_and_without_splits(tmp_path):
     assert [example for example, _ in read_examples(tmp_path / "flat")] == pairs(6)
     assert read_examples(tmp_path / "parts", "test") == [(pairs(6)[1], "parts row 0")]
     assert len(all_rows(load(tmp_path / "parts"))) == 6
-    with pytest.raises(InputError, match=r"no split 'dev': set data\.split to one of train, test"):
+    with pytest.raises(InputError, match=r"no split 'dev'; set data\.split to one of train, test"):
         read_examples(tmp_path / "parts", "dev")
 
 
@@ -216,7 +216,7 @@ def test_bundled_names_resolve_inside_the_package_only(tmp_path, monkeypatch):
     assert resolve_bundled("bundled:small") == str(tmp_path / "checkpoints" / "small")
     assert len(read_examples("bundled:small/rows.jsonl")) == 5
     for name in ("bundled:", "bundled:large", "bundled:../outside.jsonl"):
-        with pytest.raises(InputError, match=r"what is bundled: bundled:small, bundled:small/rows\.jsonl;"):
+        with pytest.raises(InputError, match=r"expected one of bundled:small, bundled:small/rows\.jsonl;"):
             resolve_bundled(name)
 
 
@@ -233,13 +233,13 @@ GOOD = {"prompt": "w1", "response": "w2"}
         ({"question": "a", "answer": "b"}, r"line 3 has the keys 'question', 'answer': expected \{\"prompt\""),
         ({}, r"line 3 has the keys none"),
         ({"response": "a"}, r"line 3 has the keys 'response'"),
-        ({"prompt": 7}, r"line 3 has a 'prompt' of type int: a string was expected"),
+        ({"prompt": 7}, r"line 3 has a 'prompt' of type int: expected a string"),
         ({"messages": "hello"}, r"line 3 has \"messages\" that are not a list"),
         (
             {"messages": [{"role": "user", "content": "a"}]},
-            r"line 3: the role of the last message is 'user', 'assistant'",
+            r"line 3 has 'user' as the role of its last message: expected 'assistant'",
         ),
-        ({"messages": []}, r"line 3: the role of the last message is missing"),
+        ({"messages": []}, r"line 3 has none as the role"),
         ({"messages": [{"role": "assistant", "content": 3}]}, r"line 3 has a message whose \"content\" is neither"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
@@ -249,7 +249,7 @@ GOOD = {"prompt": "w1", "response": "w2"}
             {"messages": [{"role": "assistant", "content": [{"type": "audio"}]}]},
             r"line 3 has message parts of type audio",
         ),
-        ({"prompt": "a", "images": "a.png"}, r"line 3 has \"images\" of type str: a list was expected"),
+        ({"prompt": "a", "images": "a.png"}, r"line 3 has \"images\" of type str: expected a list"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named_by_file_line_and_key(tmp_path, line, message):
@@ -273,7 +273,7 @@ def test_sources_that_cannot_be_read_are_input_errors(tmp_path):
     (tmp_path / "hollow").mkdir()
     for name, message in [
         ("empty.jsonl", "holds no rows"),
-        ("rows.csv", r"unknown kind: \.jsonl"),
+        ("rows.csv", r"unknown kind: expected \.jsonl"),
         ("latin.txt", "not UTF-8"),
         ("plain.jsonl.gz", "cannot be read"),
         ("cut.jsonl.gz", "cannot be read"),

@@ -384,7 +384,7 @@ def test_every_fault_of_a_video_row_is_named_by_its_line(folder, tmp_path, frame
         (chat({"type": "video", "video": []}), r"video 1 is an empty list: expected its frames"),
         (chat({"type": "video", "video": 7}), r"video 1 is a int: expected a path, bytes, base64 text or a list of fr"),
         (chat({"type": "video", "base64": "%%%"}), r"video 1 is no base64 text"),
-        (chat(clip("https://example.org/a.mp4")), r"video 1 is the URL .* nothing is fetched .* the video as a file"),
+        (chat(clip("https://example.org/a.mp4")), r"video 1 is the URL .* URLs are not fetched .* the video as a file"),
         (chat({"type": "video", "video": ["https://example.org/a.png"]}), r"video 1, frame 1 is the URL "),
         (chat(frames(folder, 0, 1, fps=0)), r"video 1 has \"fps\" 0: expected a number above 0"),
         (chat(clip(folder / "clip.mp4", video_metadata={"fps": 2})), r"video 1 is a file with \"video_metadata\""),
@@ -406,7 +406,7 @@ def test_every_fault_of_a_video_row_is_named_by_its_line(folder, tmp_path, frame
         ({"prompt": f"w1 {place}", "response": "w2"}, r"has the video token '<\|video_pad\|>' in its text wi"),
         (chat(good, text="w1 <|image_pad|>"), r"has 0 images, and its prompt holds '<\|image_pad\|>' 1 times"),
         (chat(good, answer="<|video_pad|>"), r"has the video token '<\|video_pad\|>' in its text with no video"),
-        ({"prompt": "w1", "response": "w2", "videos": "clip.mp4"}, r"has \"videos\" of type str: a list was expected"),
+        ({"prompt": "w1", "response": "w2", "videos": "clip.mp4"}, r"has \"videos\" of type str: expected a list"),
     ]  # fmt: skip
     for row, message in cases:
         with pytest.raises(InputError, match=r"rows\.jsonl'? line 3,? ?" + message) as caught:
@@ -437,7 +437,7 @@ def test_a_video_for_a_model_that_reads_none_is_refused_by_its_line(folder, tmp_
     with pytest.raises(InputError, match=r"rows\.jsonl line 2 has videos, but the model reads images and no videos"):
         read(tmp_path / "rows.jsonl", [chat(), chat(frames(folder, 0, 1))], "gemma3")
     data = CalibrationData(tmp_path / "rows.jsonl", processor("qwen3_vl").tokenizer)
-    with pytest.raises(InputError, match=r"line 2 has videos, and the model reads text alone: .* that reads videos"):
+    with pytest.raises(InputError, match=r"line 2 has videos, and the model reads text only; .* that reads videos"):
         data.read_rows()
 
     class ImagesOnly(SmallQwen3VLProcessor):
@@ -446,13 +446,13 @@ def test_a_video_for_a_model_that_reads_none_is_refused_by_its_line(folder, tmp_
     made = processor("qwen3_vl")
     vision = VisionProcessor(lambda: ImagesOnly(made.image_processor, made.tokenizer), (IMAGE, VIDEO))
     data = CalibrationData(tmp_path / "rows.jsonl", made.tokenizer, vision=vision)
-    with pytest.raises(InputError, match=r"line 2 has videos, but model\.base has no video processor") as caught:
+    with pytest.raises(InputError, match=r"line 2 has videos, but the base has no video processor") as caught:
         data.read_rows()
-    assert str(caught.value).endswith("take a base that has one, or leave the videos out.")
+    assert str(caught.value).endswith("set model.base to one that has it, or leave the videos out.")
     generator = StageAwareGenerator(shared("qwen3_vl"), PruningPlan(2), tokenizer=made.tokenizer, vision=vision)
     with pytest.raises(InputError, match=r"^--video was given, but the base has no video processor") as caught:
         list(stream(generator, "w1", videos=[[folder / "frame0.png"]], max_new_tokens=1))
-    assert str(caught.value).endswith("take a base that has one, or leave the videos out.")
+    assert str(caught.value).endswith("set model.base to one that has it, or leave the videos out.")
 
 
 def test_a_feature_token_beside_the_placeholders_is_named_by_its_kind(folder):
@@ -549,7 +549,7 @@ def test_pop_generate_refuses_a_video_that_does_not_fit_in_one_sentence(
     cases = [
         ([*asked, "--video", "none.mp4"], "--video 1: the file 'none.mp4' does not exist"),
         ([*asked, "--video", str(tmp_path / "text.mp4")], "--video 1 is damaged or no video"),
-        ([*asked, "--video", "https://example.org/a.mp4"], "unless --allow_urls says so"),
+        ([*asked, "--video", "https://example.org/a.mp4"], "set --allow_urls or give"),
         (["--artifact", artifacts["gemma3"], "--prompt", "w1", "--video", good], "--video was given, but the model "),
         ([*qwen, "--data", str(rows), "--output", "o", "--video", good], "--video goes with --prompt"),
         (["--benchmark", *qwen, "--video", good], "--video does not go with --benchmark"),

@@ -291,10 +291,10 @@ def test_every_fault_of_an_image_row_is_named_by_its_line(pictures, tmp_path):
         (chat(good, picture("text.png")), r"image 2 is damaged or no image: its format is unknown"),
         (chat({"type": "image", "base64": "%%%"}), r"image 1 is no base64 text"),
         (chat({"type": "image", "image": 7}), r"image 1 is a int: expected a path"),
-        (chat({"type": "image", "url": "https://example.org/a.png"}), r"image 1 is the URL .* nothing is fetched"),
+        (chat({"type": "image", "url": "https://example.org/a.png"}), r"image 1 is the URL .* URLs are not fetched"),
         (chat({"type": "image"}), r"has 1 image parts that name no image, and 0 entries in \"images\""),
         (chat(good) | {"images": ["0.png"]}, r"has 0 image parts that name no image, and 1 entries"),
-        (chat({"type": "audio", "path": "a.wav"}), r"has message parts of type audio: text, image and video are supp"),
+        (chat({"type": "audio", "path": "a.wav"}), r"has message parts of type audio: expected text, image or video"),
         ({"prompt": "w1", "response": "w2", "images": [good["path"]]}, r"has 1 images, and its prompt .* 0 times"),
         ({"prompt": f"{place} {place}", "response": "w2", "images": [good["path"]]}, r"has 1 images, .* 2 times"),
         ({"prompt": f"w1 {place}", "response": "w2"}, r"has the image token '<\|image_pad\|>' in its text with no"),
@@ -317,7 +317,7 @@ def test_a_soft_token_beside_gemmas_images_is_a_mismatch(pictures, tmp_path):
 def test_an_image_row_for_a_text_model_is_refused_by_its_line(pictures, tmp_path):
     source = write(tmp_path / "rows.jsonl", [chat(), chat(picture(pictures / "0.png"))])
     data = CalibrationData(source, processor("qwen3_vl").tokenizer)
-    with pytest.raises(InputError, match=r"rows\.jsonl line 2 has images, and the model reads text alone"):
+    with pytest.raises(InputError, match=r"rows\.jsonl line 2 has images, and the model reads text only"):
         data.read_rows()
 
 
@@ -433,7 +433,7 @@ def test_pop_generate_refuses_what_does_not_fit_in_one_sentence(run, tmp_path, c
     cases = [
         ([*asked, "--image", "none.png"], "--image 1: the file 'none.png' does not exist"),
         ([*asked, "--image", good, "--image", str(tmp_path / "text.png")], "--image 2 is damaged or no image"),
-        ([*asked, "--image", "https://example.org/a.png"], "unless --allow_urls says so"),
+        ([*asked, "--image", "https://example.org/a.png"], "set --allow_urls or give"),
         (["--artifact", artifact, "--data", str(rows), "--output", "o", "--image", good], "--image goes with --prompt"),
         (["--benchmark", "--artifact", artifact, "--image", good], "--image does not go with --benchmark"),
         (["--artifact", artifact, "--data", str(rows), "--output", str(tmp_path / "o")], "rows.jsonl line 2, image 1"),
