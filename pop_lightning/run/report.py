@@ -5,53 +5,23 @@ decided here; a figure that is missing (no benchmark, no comparison) leaves its 
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from pop_lightning.core.files import write_text
+from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import text_table
 from pop_lightning.evaluation.bounds import rows_needed
 
 DASH = "–"
 NOISY = 0.2  # a p90 this share above the median is worth a warning
-
-# Matplotlib draws in placeholder colours; each becomes a CSS variable, so that one SVG fits light and dark pages.
-_INK, _MUTED, _GRID, _BAND, _LIMIT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_SERIES = ("#060606", "#070707", "#080808", "#090909")
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
-    _BAND: "var(--band)",
-    _LIMIT: "var(--limit)",
-    **{color: f"var(--series{index})" for index, color in enumerate(_SERIES, 1)},
-}
-_RC = {
-    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
-    "text.parse_math": False,  # names come from the user; a dollar sign is a dollar sign
-    "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "legend.frameon": False,
-}
 
 _LOSS_NAMES = {
     "agreement": "response tokens where the pruned model's choice differs from the full model's",
@@ -373,46 +343,19 @@ def _or_dash(value: Any) -> Any:
     return DASH if value is None else value
 
 
-def _svg(draw: Callable[[Axes], None], name: str) -> Markup:
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):  # ids of two plots on one page must differ
-        figure = Figure(figsize=(6.2, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(axis="y", color=_GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-        draw(axes)
-        buffer = StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Matplotlib's own style sheet would apply to the whole page, and its size in points would not shrink on a phone.
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(id|href|clip-path)="(url\()?(#?)', rf'\1="\2\3{name}-', text)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, variable)
-    return Markup(text)  # safe: matplotlib escapes every label
-
-
-def _legend(axes: Axes) -> None:
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4, handlelength=1.6)
-
-
 def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, theme: Theme) -> None:
         stages = {stage: [float(value) for value in importance[stage]] for stage in ("prefill", "decode")}
         layers = len(stages["prefill"])
         positive = [value for values in stages.values() for value in values if value > 0 and math.isfinite(value)]
         low, high = (min(positive), max(positive)) if positive else (1e-3, 1.0)
         floor = low / 4
         if depth is not None and depth < layers:
-            axes.axvspan(depth - 0.5, layers - 0.5, color=_BAND, linewidth=0)
+            axes.axvspan(depth - 0.5, layers - 0.5, color=theme.band, linewidth=0)
             axes.text(
-                layers - 0.45, high * 2.2, f"pruned in prefill (depth {depth})", color=_MUTED, ha="right", va="top"
+                layers - 0.45, high * 2.2, f"pruned in prefill (depth {depth})", color=theme.muted, ha="right", va="top"
             )
-        for color, marker, (stage, values) in zip(_SERIES, "os", stages.items(), strict=False):
+        for color, marker, (stage, values) in zip(theme.series, "os", stages.items(), strict=False):
             shown = [value if value > 0 else math.nan for value in values]
             axes.plot(range(layers), shown, marker=marker, markersize=4, linewidth=1.6, color=color, label=stage)
             # A log axis has no zero: an exact zero sits at the foot, hollow, and says what it is.
@@ -423,7 +366,7 @@ def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
                     (layer, floor),
                     (-7, 0),
                     textcoords="offset points",
-                    color=_MUTED,
+                    color=theme.muted,
                     ha="right",
                     va="center",
                 )
@@ -436,19 +379,18 @@ def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(12, max(1, layers))))
         axes.set_xlabel("layer")
         axes.set_ylabel("importance (log scale)")
-        _legend(axes)
 
-    return _svg(draw, "importance")
+    return picture(draw, "Importance per layer in prefill and decode")
 
 
 def _loss_plot(metrics: dict[str, Any]) -> Markup:
     budget, curve = metrics["budget"], metrics["curve"]
     metric, limit = budget["metric"], None if budget.get("speedup") else float(budget["max_drop"])
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, theme: Theme) -> None:
         bounded = False
         for index, kind in enumerate(dict.fromkeys(row["projection"] for row in curve)):
-            color = _SERIES[index % len(_SERIES)]
+            color = theme.series[index % len(theme.series)]
             rows = sorted((row for row in curve if row["projection"] == kind), key=lambda row: row["depth"])
             depths = [row["depth"] for row in rows]
             losses, bounds = ([_plotted(row.get(key)) for row in rows] for key in ("loss", "bound"))
@@ -456,11 +398,13 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
             axes.plot(depths, bounds, linewidth=1.1, linestyle=(0, (3, 2)), color=color)
             bounded = bounded or any(math.isfinite(bound) for bound in bounds)
         if bounded:
-            axes.plot([], [], linewidth=1.1, linestyle=(0, (3, 2)), color=_MUTED, label="upper bound")
+            axes.plot([], [], linewidth=1.1, linestyle=(0, (3, 2)), color=theme.muted, label="upper bound")
         if limit is not None:
-            axes.axhline(limit, color=_LIMIT, linewidth=1.4, label=f"budget {amount(limit, metric)}")
+            axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {amount(limit, metric)}")
         if metrics["depth"] is not None:
-            axes.axvline(metrics["depth"], color=_MUTED, linewidth=1, linestyle=":", label=f"depth {metrics['depth']}")
+            axes.axvline(
+                metrics["depth"], color=theme.muted, linewidth=1, linestyle=":", label=f"depth {metrics['depth']}"
+            )
         threshold = limit or 1e-3
         axes.set_yscale("symlog", linthresh=threshold)
         values = [_plotted(row.get(key)) for row in curve for key in ("loss", "bound")]
@@ -477,9 +421,8 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("depth: layers that context tokens run through")
         axes.set_ylabel(_LOSS_AXES.get(metric, "loss"))
-        _legend(axes)
 
-    return _svg(draw, "loss")
+    return picture(draw, "Loss against depth with upper bounds and the budget")
 
 
 def _plotted(value: float | None) -> float:

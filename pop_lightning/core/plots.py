@@ -1,0 +1,67 @@
+"""Plots for a page without scripts or outside resources, in the page's light and dark colors."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colors of a plot, the same as the page's style sheet has."""
+
+    ink: str
+    muted: str
+    line: str
+    band: str
+    limit: str
+    series: tuple[str, str, str, str]
+
+
+LIGHT = Theme("#1b2026", "#5b6570", "#dde2e7", "#f0f3f6", "#c8322b", ("#2563b8", "#c2690c", "#1c7c4a", "#8a46b5"))
+DARK = Theme("#e7ebef", "#a0abb6", "#333b43", "#1e242a", "#ff7a70", ("#7db2f5", "#f0a85a", "#5cc98d", "#c99aec"))
+
+
+def picture(draw: Callable[[Axes, Theme], None], description: str) -> Markup:
+    """What ``draw`` draws, as an HTML ``picture`` that follows the reader's color scheme.
+
+    Each scheme has an SVG of its own in a data URI: a browser keeps its ids and styles apart from the page's.
+    """
+    light, dark = (_svg(draw, theme) for theme in (LIGHT, DARK))
+    return Markup(
+        '<picture><source media="(prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}"></picture>'
+    ).format(dark, light, description)
+
+
+def _svg(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
+    settings = {
+        "svg.hashsalt": "pop",  # ids, and so the bytes of the page, depend on the figures alone
+        "svg.fonttype": "none",  # text stays text, so a reader can search for it
+        "text.parse_math": False,  # names come from the user; a dollar sign is a dollar sign
+        "font.size": 9.5,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.muted,
+        "axes.edgecolor": theme.line,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": theme.line,
+        "ytick.color": theme.line,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(6.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=theme.line, linewidth=0.6)
+        axes.set_axisbelow(True)
+        draw(axes, theme)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4, handlelength=1.6)
+        buffer = BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
