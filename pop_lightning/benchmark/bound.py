@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pop_lightning.generation.generator import StageAwareGenerator
+from pop_lightning.models.masks import layer_mask
 
 _PRODUCT_BYTES = 1 << 29  # a long prompt's keys and values of all layers may not fit in memory at once
 
@@ -97,7 +98,7 @@ def _boundary(generator: StageAwareGenerator, ids: Tensor, context: int) -> Call
     with decoder.tracing(pruned) as trace:
         _plain(generator, ids[:, context:], _appendable(filled))
     start = trace.hidden[depth]
-    masks = {layer: decoder.mask(layer, start, None, filled) for layer in pruned}
+    masks = {layer: layer_mask(decoder, layer, start, None, filled) for layer in pruned}
 
     @torch.no_grad()
     def boundary() -> Tensor:

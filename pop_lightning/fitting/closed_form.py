@@ -23,6 +23,7 @@ from torch import Tensor
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.models.attention import attention_weights
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import Tables, cut, each_table
 from pop_lightning.pruning.passes import student_logits, teacher_trace
@@ -329,7 +330,7 @@ class _Full:
         self.decoder, self.context = decoder, context
         self.mask = batch["attention_mask"][:, :end]
         self.asking = self.mask[:, context:].bool()
-        if decoder.images_see_ahead and batch.get("vision"):
+        if decoder.vision.see_ahead and batch.get("vision"):
             # Their attention is not causal, and is not what decode asks.
             ids, image = batch["input_ids"][:, context:end], torch.tensor(decoder.vision_tokens)
             self.asking = self.asking & ~torch.isin(ids, image.to(ids.device))
@@ -377,7 +378,8 @@ class _Asked:
         tables, tokens = seen.tables(layer), kv.shape[1]
         keys, values = decoder.to_cache(layer, kv, cut(tables, slice(tokens)))
         self.weights = (
-            decoder.attention_weights(
+            attention_weights(
+                decoder,
                 layer,
                 _take(source, (columns - offset).clamp(max=source.shape[1] - 1)),
                 each_table(tables, lambda table: _take(table, columns)),

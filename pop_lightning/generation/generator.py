@@ -42,7 +42,7 @@ from pop_lightning.pruning.prefill import StageAwarePrefill
 from pop_lightning.pruning.projections import KVProjections
 
 _MARK = "_pop_mark"  # on a cache: who filled it
-_SHIFT = "_pop_rotary_shift"  # on a cache: Decoder.rotary_shift of what it holds
+_SHIFT = "_pop_rotary_shift"  # on a cache: Positions.shift of what it holds
 
 
 class StageAwareGenerator:
@@ -147,7 +147,9 @@ class StageAwareGenerator:
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not self._pruning:
             shift = (
-                self._place_tokens(ids, kwargs, _held(kwargs.get("past_key_values"))) if self.decoder.mrope else None
+                self._place_tokens(ids, kwargs, _held(kwargs.get("past_key_values")))
+                if self.decoder.positions.mrope
+                else None
             )
             return self._leave(self.model.generate(inputs, **kwargs), shift)
         self._refuse(lambda name: self._setting(kwargs, name))
@@ -156,7 +158,7 @@ class StageAwareGenerator:
         length = self._prompt_length(inputs, kwargs, cached)
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
         self._check_boundary(ids, kwargs)
-        shift = self._place_tokens(ids, kwargs, cached) if self.decoder.mrope else None
+        shift = self._place_tokens(ids, kwargs, cached) if self.decoder.positions.mrope else None
         self.projections.place()  # the model may have been moved since
         with self._prefill.attached(length, cached=cached, compiled=chunked):
             output = self.model.generate(inputs, **kwargs)
@@ -202,7 +204,7 @@ class StageAwareGenerator:
             if last:
                 self._check_boundary(input_ids, kwargs)
         cached = self._claim(past_key_values) if self._pruning else _held(past_key_values)
-        if attention_mask is None and self.decoder.mrope:
+        if attention_mask is None and self.decoder.positions.mrope:
             attention_mask = tokens.new_ones(len(tokens), cached + tokens.shape[1], dtype=torch.long)
         call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
         call |= kwargs
@@ -217,7 +219,7 @@ class StageAwareGenerator:
                 output = self.model(**call, logits_to_keep=1)
             self._claim(cache)
         setattr(cache, _SHIFT, shift)
-        self.decoder.remember(shift)
+        self.decoder.positions.remember(shift)
         return output
 
     def _place_tokens(self, ids: Tensor | None, call: dict, cached: int) -> Tensor | None:
@@ -227,13 +229,13 @@ class StageAwareGenerator:
         of. Returns the shift that a later turn starts from.
         """
         mask = call.get("attention_mask")
-        if mask is None and ids is not None and self.decoder.mrope:
+        if mask is None and ids is not None and self.decoder.positions.mrope:
             mask = call["attention_mask"] = self._mask_of(ids, call)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or call.get("position_ids") is not None:
             return None
         shift = getattr(call.get("past_key_values"), _SHIFT, None)
         call["position_ids"] = self.decoder.positions(ids, mask, call, cached, shift)
-        return self.decoder.rotary_shift(call["position_ids"], mask)
+        return self.decoder.positions.shift(call["position_ids"], mask)
 
     def _mask_of(self, ids: Tensor, call: dict) -> Tensor:
         """The mask that ``generate`` makes of token ids alone: a pad token that ends nothing is padding."""
@@ -244,14 +246,14 @@ class StageAwareGenerator:
 
     def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
         """Raise where the boundary begins inside an image that no context pass can read in part."""
-        if ids is None or not self.decoder.images_see_ahead or kwargs.get("pixel_values") is None:
+        if ids is None or not self.decoder.vision.see_ahead or kwargs.get("pixel_values") is None:
             return
         # The tokens on both sides of where the boundary begins: a copy that does not grow with the prompt.
         k = self.plan.boundary
         if not 0 < k < ids.shape[1]:
             return
         for row, pair in enumerate(ids[:, -k - 1 : ids.shape[1] - k + 1].tolist()):
-            if self.decoder.splits_image(pair, 1):
+            if self.decoder.vision.split_by(pair, 1):
                 raise InputError(
                     f"boundary {self.plan.boundary} begins inside an image of prompt {row + 1} of the batch, whose "
                     f"tokens attend to one another; choose a boundary that ends before the image or holds all of it."

@@ -134,7 +134,7 @@ def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> Layer
 def _refusal(block: nn.Module, kind: str | None) -> str | None:
     """Why a layer cannot be pruned, as the rest of a sentence about it."""
     attention = getattr(block, "self_attn", None)
-    if (part := _part(block, RECURRENT)) is not None or kind in RECURRENT_KINDS:
+    if (part := part_name(block, RECURRENT)) is not None or kind in RECURRENT_KINDS:
         return f"it is a recurrent layer ({part or kind}): its cache holds a state, not keys and values of each token"
     if any(hasattr(attention, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa")):
         return "it has multi-head latent attention (MLA), whose keys and values are expanded from a compressed latent"
@@ -145,7 +145,7 @@ def _refusal(block: nn.Module, kind: str | None) -> str | None:
     if kind is not None and kind not in KINDS:
         return f"its kind is {kind}, of which only {', '.join(KINDS)} are known"
     missing = [name for name in ("input_layernorm", "self_attn") if getattr(block, name, None) is None]
-    missing += [] if _part(block, FEED_FORWARD) else ["mlp"]
+    missing += [] if part_name(block, FEED_FORWARD) else ["mlp"]
     if not missing:
         missing += [] if hasattr(block.input_layernorm, "weight") else ["weight in its input_layernorm"]
         missing += [] if hasattr(attention, "head_dim") else ["self_attn.head_dim"]
@@ -192,7 +192,7 @@ def _rotation(attention: nn.Module) -> Callable[[Tensor, Tables], Tensor]:
     return lambda x, tables: module.apply_rotary_pos_emb(x, x, *tables)[0]
 
 
-def _part(block: nn.Module, names: tuple[str, ...]) -> str | None:
+def part_name(block: nn.Module, names: tuple[str, ...]) -> str | None:
     """The first of ``names`` that a layer has."""
     return next((name for name in names if getattr(block, name, None) is not None), None)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.sizes import linear_weights, linear_weights_outside
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFl
     Every linear map of a layer is taken to run on every token of it, but for experts. Of layers without queries and
     keys (recurrent ones below the depth) the linear maps alone are counted.
     """
-    linear, attention, projections = 2 * decoder.linear_weights_below * tokens, 0, 0
+    linear, attention, projections = 2 * linear_weights_outside(decoder) * tokens, 0, 0
     context = max(0, tokens - plan.boundary)
     for layer in range(decoder.num_layers):
         first = context if layer >= plan.depth else 0
-        linear += 2 * decoder.linear_weights(layer) * (tokens - first)
+        linear += 2 * linear_weights(decoder, layer) * (tokens - first)
         if (parts := decoder.parts.get(layer)) is not None:
             attention += 4 * parts.queries.count * visible_pairs(first, tokens, parts.window, parts.chunked)
         if first:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.layer_parts import of_tokens
+from pop_lightning.models.masks import layer_mask, tail_mask
 from pop_lightning.pruning.prefill import cache_context
 from pop_lightning.pruning.projections import KVProjections
 
@@ -21,7 +22,7 @@ def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False
     ``masks`` records the model's own masks whatever the rows hold, so that whole layers can be run again.
     """
     # Where images see ahead, a boundary that holds one is rerun under the model's own masks.
-    masks = masks or (decoder.images_see_ahead and bool(batch.get("vision")))
+    masks = masks or (decoder.vision.see_ahead and bool(batch.get("vision")))
     with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
         decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
     return trace
@@ -94,9 +95,9 @@ def student_hidden(
             kv = projections(layer, source[:, visible], normed[:, visible])
             cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
         if (whole := trace.masks.get(layer)) is not None:
-            seen = decoder.tail_mask(layer, whole, hidden, context, cache, behind=1)
+            seen = tail_mask(decoder, layer, whole, hidden, context, cache, behind=1)
         else:
-            seen = decoder.mask(layer, hidden, mask, cache)
+            seen = layer_mask(decoder, layer, hidden, mask, cache)
         return decoder.run_layer(
             layer,
             hidden,

@@ -17,6 +17,8 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import Tables, cut, of_tokens
+from pop_lightning.models.masks import append, tail_mask
+from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.projections import KVProjections, Stack
 
 
@@ -56,7 +58,7 @@ class ContextProjector:
     def _share(self, stacks: tuple[Stack, ...]) -> dict[tuple[int, ...], int]:
         """How many layers of each stack may wait at once: all, or an even share of the bound, smallest need first."""
         each = {stack.layers: stack.height * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
-        left, counts = 2 * self.decoder.mlp_dim * self.length, {}
+        left, counts = 2 * mlp_dim(self.decoder.config) * self.length, {}
         for layers in sorted(each, key=lambda layers: each[layers] * len(layers)):
             share = left // (len(each) - len(counts))
             counts[layers] = min(len(layers), max(1, share // max(1, each[layers])))
@@ -85,7 +87,7 @@ def cache_context(
     """
     skipped = context - kv.shape[1]
     keys, values = decoder.to_cache(layer, kv, cut(position_embeddings, slice(skipped, context), device=kv.device))
-    decoder.append(cache, layer, keys, values, skipped)
+    append(cache, layer, keys, values, skipped)
 
 
 class StageAwarePrefill:
@@ -192,7 +194,7 @@ class _Run:
         kwargs = of_tokens(kwargs, slice(-rows, None))
         if self.keep:
             mask = kwargs.get("attention_mask")
-            kwargs["attention_mask"] = self.decoder.tail_mask(layer, mask, hidden, self.seen - rows, cache)
+            kwargs["attention_mask"] = tail_mask(self.decoder, layer, mask, hidden, self.seen - rows, cache)
         else:
             # The placeholder sees itself alone and leaves no key behind: its projected one is in the cache already.
             kwargs["attention_mask"] = kwargs["past_key_values"] = None

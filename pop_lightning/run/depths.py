@@ -74,7 +74,7 @@ def check_images(
 
 def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int) -> Row | None:
     """The first row that has an image in which the boundary begins, where that cannot be."""
-    return next((row for row in rows if decoder.splits_image(row.prompt_ids, boundary)), None)
+    return next((row for row in rows if decoder.vision.split_by(row.prompt_ids, boundary)), None)
 
 
 def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Decoder) -> list[int]:

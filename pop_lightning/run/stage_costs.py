@@ -21,7 +21,8 @@ from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.fitting.closed_form import ClosedFormFit, ValueRefit
 from pop_lightning.fitting.fits import Distillation, closed_form
 from pop_lightning.fitting.importance import ImportanceScoring
-from pop_lightning.models.decoder import Decoder, position_ids
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.positions import position_ids
 from pop_lightning.pruning.passes import teacher_pass
 from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.run.depths import closed_form_passes

@@ -508,7 +508,7 @@ def test_the_model_class_follows_from_the_config(tmp_path):
         assert type(model) is type(build(family))
         decoder = Decoder(model)
         assert decoder.body is model.model.language_model
-        assert decoder.image_token == IMAGE
+        assert decoder.vision.image == IMAGE
         text = build(family).model.language_model
         assert decoder.num_layers == len(text.layers)
 

@@ -9,7 +9,8 @@ from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.fitting.gates import gated
 from pop_lightning.fitting.importance import ImportanceScoring
-from pop_lightning.models.decoder import Decoder, position_ids
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.positions import position_ids
 from pop_lightning.pruning.passes import student_logits, teacher_pass
 from pop_lightning.pruning.projections import KVProjections
 

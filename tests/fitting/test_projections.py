@@ -33,8 +33,10 @@ from pop_lightning.fitting.closed_form import (
 )
 from pop_lightning.fitting.fits import Distillation, closed_form
 from pop_lightning.fitting.training import JointTraining, KVProjectionTraining, chunked_kl, make_trainable
-from pop_lightning.models.decoder import Decoder, position_ids
+from pop_lightning.models.attention import attention_weights
+from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import cut
+from pop_lightning.models.positions import position_ids
 from pop_lightning.pruning.passes import student_logits, teacher_pass
 from pop_lightning.pruning.projections import KVProjections
 
@@ -141,8 +143,8 @@ def test_recomputed_attention_is_what_the_model_pays(family):
         tables, hidden = trace.kwargs[layer]["position_embeddings"], trace.hidden[layer]
         keys, _ = fast.to_cache(layer, fast.own_kv(layer, hidden), tables)
         start = int(columns[0, 0])
-        ours = fast.attention_weights(
-            layer, hidden[:, start:], cut(tables, slice(start, None)), columns, keys, mask
+        ours = attention_weights(
+            fast, layer, hidden[:, start:], cut(tables, slice(start, None)), columns, keys, mask
         ).flatten(1, 2)
         real = mask[:, start:].bool()
         torch.testing.assert_close(

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.masks import tail_mask
 from pop_lightning.pruning.projections import KVProjections
 
 from tests.helpers.families import (
@@ -606,7 +607,7 @@ def test_a_block_mask_is_cut_to_its_last_rows(family):
 
         whole = create_block_mask(block, len(ids), None, LONG, LONG, device="cpu")
         held = cache.get_mask_sizes(4, layer)[0]
-        cut = decoder.tail_mask(layer, whole, torch.empty(2, 4, 1), LONG - 4, cache)
+        cut = tail_mask(decoder, layer, whole, torch.empty(2, 4, 1), LONG - 4, cache)
         assert cut.seq_lengths == (4, held)
         rows, columns = torch.meshgrid(torch.arange(4), torch.arange(held), indexing="ij")
         for row in range(len(ids)):
@@ -614,7 +615,7 @@ def test_a_block_mask_is_cut_to_its_last_rows(family):
                 cut.mask_mod(torch.tensor(row), torch.tensor(0), rows, columns), dense[row, 0, -4:, -held:]
             )
     with pytest.raises(InputError, match="cannot be cut"):
-        decoder.tail_mask(0, "a mask of some other kind", torch.empty(2, 4, 1), LONG - 4, cache)
+        tail_mask(decoder, 0, "a mask of some other kind", torch.empty(2, 4, 1), LONG - 4, cache)
 
 
 def test_flex_attention_with_chunked_prefill_is_refused():

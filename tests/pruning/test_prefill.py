@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
-from pop_lightning.models.decoder import Decoder, position_ids
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.positions import position_ids
+from pop_lightning.pruning import prefill
 from pop_lightning.pruning.passes import student_logits
 from pop_lightning.pruning.projections import KVProjections
 
@@ -456,7 +458,7 @@ def test_the_bound_on_waiting_products_is_what_keeps_the_peak_low(monkeypatch):
     model = wide(8)
     ids = torch.randint(3, 97, (2, 512), generator=torch.Generator().manual_seed(0))
     generator = StageAwareGenerator(model, PruningPlan(1))
-    monkeypatch.setattr(Decoder, "mlp_dim", 1 << 30)
+    monkeypatch.setattr(prefill, "mlp_dim", lambda config: 1 << 30)
     assert peak(generator, ids) > peak(generator, ids, pruned=False)
 
 

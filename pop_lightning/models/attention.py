@@ -1,0 +1,49 @@
+"""How one layer spreads its attention, recomputed from its queries and cached keys, whatever kernel the model uses."""
+
+import torch
+from torch import Tensor
+
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.layer_parts import Tables
+
+
+def attention_weights(
+    decoder: Decoder,
+    layer: int,
+    hidden: Tensor,
+    position_embeddings: Tables | None,
+    columns: Tensor,
+    keys: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """The attention weights of some rows of a layer.
+
+    Args:
+        hidden: the layer's input at the asking tokens, ``[batch, rows, hidden]``.
+        position_embeddings: their rotary tables, ``[batch, rows, head_dim]`` each.
+        columns: their places in the sequence, ``[batch, rows]``: they see that far, and a window back.
+        keys: of the whole sequence, as cached, ``[batch, kv_heads, tokens, head_dim]``.
+        attention_mask: ``[batch, tokens]`` of 1 (token) and 0 (padding).
+
+    Returns:
+        ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32.
+    """
+    attention, parts = decoder.attention(layer), decoder.parts[layer]
+    queries = parts.queries(parts.norm(hidden)).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
+    queries = parts.place(queries, parts.q_norm, position_embeddings)
+    if parts.query_scale is not None:
+        queries = (queries * parts.query_scale(columns)[:, None, :, None]).to(queries.dtype)
+    queries = queries.unflatten(1, (keys.shape[1], -1))
+    scores = torch.einsum("bghqd,bgtd->bghqt", queries, keys).float()
+    scores = scores * getattr(attention, "scaling", parts.head_dim**-0.5)
+    if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    tokens = torch.arange(keys.shape[2], device=columns.device)
+    seen = (tokens <= columns[..., None]) & attention_mask[:, None].bool()
+    if parts.chunked:
+        first = (attention_mask.cumsum(-1) == 0).sum(-1)  # chunks are counted from a row's first token
+        chunk, own = (tokens - first[:, None]) // parts.window, (columns - first[:, None]) // parts.window
+        seen &= chunk[:, None] == own[..., None]
+    elif parts.window is not None:
+        seen &= tokens > columns[..., None] - parts.window
+    return scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
