@@ -1,33 +1,85 @@
 """Files that appear whole or not at all; everything that writes for the user or for a resumed run goes through here."""
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+# What a disk reports whatever file it is asked for; any other errno needs the file's name to be put down to writing.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+# torch.save and safetensors report the errors of a disk in words alone.
+_TORCH = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist|cannot be opened")
+_SAFETENSORS = re.compile(r"I/O error|os error")
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file under a temporary name beside ``path``, then rename it.
+    """Let ``write`` make a file under a temporary name next to ``path``, then rename it.
 
-    The temporary name ends as ``path`` does, because writers of plots look at the ending.
+    It is on the disk before it has its name, so that a power cut leaves no damaged file, and has the mode of the umask,
+    whatever its writer gave it. The temporary name ends as ``path`` does, because writers of plots look at the ending.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind, and what stood at ``path`` stays.
+        OSError: the file cannot be written; nothing is left behind, and an older file at ``path`` stays.
     """
     temporary = _temporary(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
+        _sync(temporary)
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone, which the error on its way says already
+            temporary.unlink(missing_ok=True)
+
+
+def write_problem(error: BaseException, folder: Path) -> str | None:
+    """The reason in words where ``error`` comes from a disk, or from a file in ``folder``; None for other errors."""
+    for each in _chain(error):
+        text = str(each)
+        if isinstance(each, OSError) and (each.errno in _DISK or _inside(each.filename, folder)):
+            return each.strerror or text
+        if isinstance(each, SafetensorError) and _SAFETENSORS.search(text):
+            return text.rpartition("error: ")[2]
+        if isinstance(each, RuntimeError) and _TORCH.search(text):
+            return "the file could not be written in full"  # torch.save does not say why
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _inside(name: Any, folder: Path) -> bool:
+    return isinstance(name, (str, os.PathLike)) and Path(os.path.abspath(name)).is_relative_to(os.path.abspath(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some file systems do not have it for folders
+        _sync(folder)
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of ``path`` and try :func:`write_whole`'s temporary file there; what stands at ``path`` stays.
+    """Make the folder of ``path`` and try :func:`write_whole`'s temporary file there; a file at ``path`` stays.
 
     Raises:
         OSError: the file could not be written.
@@ -63,10 +115,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Rename the complete ``partial`` to ``folder``; what stands there steps aside, and comes back on failure.
+    """Rename the complete ``partial`` to ``folder``; an older folder is put aside, and comes back on failure.
 
-    A process killed between the two renames leaves it aside: :func:`restore_folder` brings it back.
+    As with :func:`write_whole` all of it is on the disk first, and its files have the mode of the umask. A process
+    killed between the two renames leaves the older folder aside: :func:`restore_folder` brings it back.
     """
+    mode = partial.stat().st_mode & 0o666
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+            _sync(path)
+    _sync_folder(partial)
     replaced = _aside(folder)
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -77,6 +136,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
         with suppress(OSError):
             os.rename(replaced, folder)
         raise
+    _sync_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
