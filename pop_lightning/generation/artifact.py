@@ -1,8 +1,14 @@
-"""The artifact: what ``pop-fit`` exports, how it is checked on the way back in, and which base it belongs to.
+"""The artifact: what ``pop-fit`` exports, how it is checked when it is read, and which base it belongs to.
 
 An ``artifact/`` folder holds ``pop_config.json``, ``kv_projections.safetensors`` and a model card; base weights are
-never copied. The export callback writes it, :meth:`StageAwareGenerator.from_artifact` reads it. Only JSON and
-safetensors are read, so that an artifact from elsewhere can hold wrong figures but no code.
+never copied. The export callback and :meth:`StageAwareGenerator.save_pretrained` write it,
+:meth:`StageAwareGenerator.from_artifact` reads it. Only JSON and safetensors are read, so that an artifact from
+elsewhere can hold wrong figures but no code.
+
+Format 2 binds both files to each other: a SHA-256 over everything that ``pop_config.json`` says (plan, kind, stored
+layers and tensors, base, recipe, measured figures) is in that file and in the metadata of the tensor file, whose own
+SHA-256 ``pop_config.json`` states. A change to either file, or a file of another artifact, is refused. The model card
+is not bound: it may be edited. Format 1 had no such checksum and is refused.
 """
 
 import hashlib
@@ -16,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,8 +34,10 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.generation.base_identity import check_base
 from pop_lightning.generation.model_card import model_card
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, TENSORS, CARD = "pop_config.json", "kv_projections.safetensors", "README.md"
+_BOUND = "pop_config"  # key of the config's digest in the tensor file's metadata
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,14 @@ class Artifact:
         check_base(self.config["base"], model, self.folder)
 
 
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a config's canonical JSON: all of it but the two checksums themselves."""
+    content = {key: value for key, value in config.items() if key != "integrity"}
+    if isinstance(content.get("projection"), dict):
+        content["projection"] = {key: value for key, value in content["projection"].items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -64,11 +81,10 @@ def write_artifact(
     kind: str,
     state: Mapping[str, Tensor],
     base: dict[str, Any],
-    recipe: dict[str, Any],
-    measured: dict[str, Any],
-    card: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    measured: dict[str, Any] | None = None,
 ) -> None:
-    """Write an artifact, whole or not at all; one that stands there already stays until the new one is complete.
+    """Write an artifact, whole or not at all; an artifact that is already there stays until the new one is complete.
 
     Args:
         folder: becomes the artifact.
@@ -76,46 +92,65 @@ def write_artifact(
         base: :func:`base_identity` of the model it was fitted on.
         recipe: the resolved recipe, as plain data.
         measured: figures for the config and the card, as plain data.
-        card: text of the model card; :func:`model_card` unless given.
 
     Raises:
-        InputError: ``folder`` holds something that is no artifact, or cannot be written.
+        InputError: ``folder`` holds something other than an artifact, or cannot be written; or a tensor has values
+            that are not finite.
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name to put a sibling beside
+    folder = Path(os.path.abspath(folder))  # "." has no name for the temporary folder to be derived from
+    recipe, measured = recipe or {}, measured or {}
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} holds something that is no artifact; name another folder.")
+        raise InputError(f"{folder} holds something other than an artifact; name another folder.")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if problem := _senseless(tensor):
+            raise InputError(f"the projections cannot be exported to {folder}: {name} {problem}.")
+    config = {
+        "format": FORMAT,
+        "pop_lightning": version("pop-lightning"),
+        "plan": {"depth": plan.depth, "boundary": plan.boundary},
+        "projection": {
+            "kind": kind,
+            "layers": sorted({int(name.split(".")[1]) for name in tensors}),
+            "tensors": {name: _stated(tensor) for name, tensor in tensors.items()},
+        },
+        "base": base,
+        "recipe": recipe,
+        "measured": measured,
+    }
+    config = json.loads(json.dumps(config))  # as it will be read: the digest is taken of that
+    digest = config_digest(config)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        safetensors.torch.save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        config = {
-            "format": FORMAT,
-            "pop_lightning": version("pop-lightning"),
-            "plan": {"depth": plan.depth, "boundary": plan.boundary},
-            "projection": {
-                "kind": kind,
-                "tensors": {name: _stated(tensor) for name, tensor in tensors.items()},
-                "sha256": _digest(partial / TENSORS),
-            },
-            "base": base,
-            "recipe": recipe,
-            "measured": measured,
-        }
-        (partial / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-        (partial / CARD).write_text(
-            model_card(plan, kind, base, measured, recipe) if card is None else card, encoding="utf-8"
-        )
+        # The card first: safetensors makes files that only their owner can read, and takes over this one's mode.
+        card = model_card(plan, kind, config["base"], config["measured"], config["recipe"])
+        (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
+        safetensors.torch.save_file(tensors, partial / TENSORS, metadata={"format": "pt", _BOUND: digest})
+        shutil.copymode(partial / CARD, partial / TENSORS)
+        config["projection"]["sha256"] = _digest(partial / TENSORS)
+        config["integrity"] = {"sha256": digest}
+        (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         replace_folder(partial, folder)
-    except OSError as error:
-        raise InputError(f"the artifact cannot be written to {folder}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"the artifact cannot be written to {folder}: {reason}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stated(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _senseless(tensor: Tensor) -> str | None:
+    """What makes a tensor unusable as a weight or bias, as the rest of a sentence; None for a usable one."""
+    if tensor.dtype not in _DTYPES:
+        return f"has the dtype {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}"
+    if not tensor.isfinite().all():
+        return "has values that are not finite (NaN or infinity)"
+    return None
 
 
 def _digest(path: Path) -> str:
@@ -127,14 +162,17 @@ def _digest(path: Path) -> str:
 
 
 def read_artifact(folder: str | Path) -> Artifact:
-    """Read an artifact and check all of it; keys that this version does not know are kept.
+    """Read an artifact and check all of it.
+
+    Keys that this version does not know are kept; the checksum covers them.
 
     Raises:
-        InputError: a file is missing, damaged or does not hold what ``pop_config.json`` states.
+        InputError: a file is missing, damaged, changed after the export, of another format, or does not hold what
+            ``pop_config.json`` states.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: expected the artifact/ folder that pop-fit wrote (--artifact).")
+        raise InputError(f"{folder} is not a folder: expected the artifact/ folder that pop-fit wrote (--artifact).")
     path = folder / CONFIG
     config = _read_config(path)
     try:
@@ -142,21 +180,27 @@ def read_artifact(folder: str | Path) -> Artifact:
     except InputError as error:
         if str(path) in str(error):
             raise
-        raise InputError(f"{path} holds no valid plan: {error}") from error
+        raise InputError(f"{path} has no valid plan: {error}") from error
     kind = _need(config, "projection.kind", str, path)
     if kind not in KINDS:
         raise InputError(f"{path} has projection.kind {kind!r}: expected one of {', '.join(KINDS)}.")
-    _need(config, "base.id", str, path)
-    _need(config, "base.class", str, path)
-    _need(config, "base.config_hash", str, path)
+    for key in ("base.id", "base.class", "base.config_hash"):
+        _need(config, key, str, path)
+    layers = _need(config, "projection.layers", list, path)
     stated = _need(config, "projection.tensors", dict, path)
-    digest = _need(config, "projection.sha256", str, path)
-    return Artifact(plan, kind, _read_tensors(folder / TENSORS, stated, digest), config, folder)
+    expected = {f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    if set(stated) != expected:
+        odd = sorted(set(stated) ^ expected)[0]
+        raise InputError(f"{path} lists projections of the layers {layers}, and {odd} is missing or left over.")
+    if layers and kind == "reuse":
+        raise InputError(f"{path} has projection.kind 'reuse' and stores the layers {layers}: expected none.")
+    return Artifact(plan, kind, _read_tensors(folder / TENSORS, config, stated), config, folder)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        found = config_digest(config) if isinstance(config, dict) else None
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: expected the artifact/ folder that pop-fit wrote.") from error
     except OSError as error:
@@ -168,24 +212,38 @@ def _read_config(path: Path) -> dict[str, Any]:
     number = _need(config, "format", int, path)
     if number > FORMAT:
         raise InputError(
-            f"{path} has format {number}, this pop-lightning reads up to {FORMAT}: a newer version is needed."
+            f"{path} has format {number}, this pop-lightning reads format {FORMAT}: a newer version is needed."
         )
-    if number < 1:
+    if number == 1:
+        raise InputError(
+            f"{path} has format 1, which has no checksum over its plan and its promise: export it again with this "
+            "version of pop-fit."
+        )
+    if number < FORMAT:
         raise InputError(f"{path} has format {number}: expected {FORMAT}.")
+    stated = _need(config, "integrity.sha256", str, path)
+    if stated != found:
+        raise InputError(
+            f"{path} does not match its own checksum (integrity.sha256 is {stated[:12]!r}, its content gives "
+            f"{found[:12]!r}): it was changed or damaged after the export; export it again."
+        )
     return config
 
 
-def _read_tensors(path: Path, stated: dict[str, Any], digest: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, config: dict[str, Any], stated: dict[str, Any]) -> dict[str, Tensor]:
+    digest = _need(config, "projection.sha256", str, path.parent / CONFIG)
     if not path.is_file():
         raise InputError(f"{path} is missing: the artifact is incomplete.")
     try:
         state = safetensors.torch.load_file(path)
+        with safe_open(path, "pt") as file:
+            bound = (file.metadata() or {}).get(_BOUND)
         found = _digest(path)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or cut short: {str(error).rstrip('.')}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    # What is stated comes first: its message says which tensor.
+    # The comparison with what is stated comes first: its message names the tensor.
     for name in sorted(stated.keys() | state.keys()):
         if name not in state:
             raise InputError(f"{path} lacks the tensor {name} that {CONFIG} states.")
@@ -194,11 +252,15 @@ def _read_tensors(path: Path, stated: dict[str, Any], digest: str) -> dict[str, 
         there, here = stated[name], _stated(state[name])
         if not isinstance(there, dict) or any(there.get(key) != value for key, value in here.items()):
             raise InputError(f"{path} has {name} as {here}, {CONFIG} states {there}.")
+        if problem := _senseless(state[name]):
+            raise InputError(f"{path} is unusable: {name} {problem}.")
     if found != digest:
         raise InputError(
             f"{path} has another SHA-256 than {CONFIG} states ({found[:12]}, expected {digest[:12]}): it was changed "
             "or damaged after the export."
         )
+    if bound != config["integrity"]["sha256"]:
+        raise InputError(f"{path} was not exported together with {CONFIG}: the files of two artifacts were mixed.")
     return state
 
 
@@ -211,6 +273,3 @@ def _need(config: dict[str, Any], key: str, kind: type, path: Path) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InputError(f"{path} has {key} as {value!r}: expected {kind.__name__}.")
     return value
-
-
-# --- the card -------------------------------------------------------------------------------------------------------

@@ -1,21 +1,23 @@
-"""Which base model an artifact was fitted on, and whether a model at hand is that one: config and sampled weights."""
+"""Which base model an artifact was fitted on, and whether a given model is that one: config and sampled weights."""
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 
-SAMPLES = 8  # per matrix; with 7 matrices a layer, 32 layers stay below 100 kB of JSON
-MATRICES = 7  # per layer: what a Llama layer has; of a mixture of experts the rest is left out
+# With 7 matrices and 2 vectors a layer (Llama), 32 layers stay below 100 kB of JSON.
+SAMPLES, VECTOR_SAMPLES = 8, 4
+MATRICES, VECTORS = 7, 8  # per layer; of a mixture of experts the rest is left out
 
 # How a model is loaded and run, or which words the tokenizer reserves: none of it changes what the weights compute.
 _VOLATILE = re.compile(
@@ -31,14 +33,20 @@ _BOTH_HALF = {"bfloat16", "float16"}
 
 
 def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """What tells this base from others, as plain data; reads a few hundred numbers of the weights, never all.
+    """What identifies this base, as plain data; reads a few hundred numbers of the weights, never all.
 
-    A hub model is named by the commit that was loaded, which a branch or tag would not stay at; a folder by its full
-    path.
+    A hub model is named by the commit that was loaded, because a branch or tag moves; a folder by its full path.
 
-    The fingerprint holds ``SAMPLES`` elements of each layer's matrices at places drawn from the matrix's name. It
-    survives a load in another dtype and notices a merged fine-tune, which moves nearly every element it touches.
+    The fingerprint holds ``SAMPLES`` elements of each layer's matrices and ``VECTOR_SAMPLES`` of its vectors (norms,
+    biases), at places drawn from the tensor's name. It survives a load in another dtype and detects a merged
+    fine-tune, which moves nearly every element it touches.
+
+    Raises:
+        InputError: the model carries a PEFT adapter that is not merged: its weights alone do not say what it computes.
     """
+    adapter = find_adapter(model)
+    if adapter is not None:
+        raise InputError(f"the base {name_or_path} has an adapter on {adapter} that is not merged{_MERGE}.")
     config = _stable_config(model)
     return {
         "id": str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
@@ -52,15 +60,34 @@ def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | Non
     }
 
 
+_MERGE = ": merge it (merge_and_unload) and fit on the result, or remove it"
+
+
+def find_adapter(model: nn.Module) -> str | None:
+    """The name of the first module that a PEFT adapter wraps, or None. An inactive adapter counts as well."""
+    if "peft" not in sys.modules:  # nothing can have been injected, and importing it takes seconds
+        return None
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(model, PeftModel):
+        return type(model).__name__
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
+
+
 def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) -> None:
     """Refuse a base that an artifact was not made for.
 
+    Weights that hold no plain numbers (quantised, offloaded) cannot be compared; all others are.
+
     Args:
         base: its :func:`base_identity`, as the artifact holds it.
-        folder: of the artifact, for the sentence.
+        folder: of the artifact, for the error message.
 
     Raises:
-        InputError: class, config or sampled weights differ; the sentence names the first thing that does.
+        InputError: class, config or sampled weights differ, or an adapter is not merged; names the first difference.
     """
     given = _stable_config(model)
     name = getattr(model, "name_or_path", "") or "the loaded model"
@@ -69,6 +96,9 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
         f"layers), the given base {name} ({type(model).__name__}, {given.get('num_hidden_layers')} layers) "
     )
     advice = "; give the base it was made for (--base)."
+    adapter = find_adapter(model)
+    if adapter is not None:
+        raise InputError(f"{intro}has an adapter on {adapter} that is not merged{_MERGE}.")
     if type(model).__name__ != base.get("class"):
         raise InputError(f"{intro}is of another class{advice}")
     if _hash(given) != base.get("config_hash"):
@@ -81,14 +111,25 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
     samples = stored.get("samples") if isinstance(stored, dict) else None
     if not isinstance(samples, dict) or not samples:
         return
-    names = {key for key, _ in model.named_parameters()}
-    if not names & set(samples):
-        raise InputError(f"{intro}names its weights otherwise: {next(iter(samples))} was expected{advice}")
+    names = {name for name, _ in _tensors(model)}
+    missing = [name for name in samples if name not in names]
+    # A quantisation may store a weight under other names (packed values, scales).
+    if missing and getattr(model.config, "quantization_config", None) is None:
+        raise InputError(f"{intro}names its weights otherwise: {missing[0]} was expected{advice}")
     mine = _fingerprint(model, samples)["samples"]
     for tensor, there in samples.items():
         here = mine.get(tensor)
         if here is not None and not _same(there, here):
             raise InputError(f"{intro}has other weights in {tensor}, as after a merged fine-tune{advice}")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, tied ones once, and the buffers that a checkpoint holds."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
 def _stable_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -114,19 +155,13 @@ def _difference(there: Any, here: Any, key: str = "") -> str | None:
 
 def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """``{"samples": {tensor: {"shape", "dtype", "values"}}}``; tensors that hold no plain numbers are left out."""
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()  # names tied weights once
-        if len(distributed.whole_shape(parameter)) >= 2
-        and (parameter.numel() or distributed.is_sharded(parameter))
-        and parameter.device.type != "meta"
-        and parameter.dtype in _PLAIN.values()
-    }
+    readable = {name: tensor for name, tensor in _tensors(model) if _is_readable(tensor)}
     samples = {}
-    for name in _chosen(parameters) if wanted is None else [name for name in wanted if name in parameters]:
-        with distributed.gathered([parameters[name]]):
-            tensor = parameters[name].detach()
-            places = [_place(name, index, tensor.numel()) for index in range(SAMPLES)]
+    for name in _chosen(readable) if wanted is None else [name for name in wanted if name in readable]:
+        with distributed.gathered([readable[name]]):
+            tensor = readable[name].detach()
+            count = SAMPLES if tensor.dim() > 1 else VECTOR_SAMPLES
+            places = [_place(name, index, tensor.numel()) for index in range(count)]
             where = torch.unravel_index(torch.tensor(places, device=tensor.device), tensor.shape)
             values = tensor[where].float().tolist()
         samples[name] = {
@@ -137,16 +172,29 @@ def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None
     return {"samples": samples}
 
 
-def _chosen(names: Mapping[str, Tensor]) -> list[str]:
-    """All matrices outside the layers, and at most ``MATRICES`` of each layer, experts last."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the elements are plain numbers at hand; a quantised weight can claim a dtype that it only computes in."""
+    return (
+        len(distributed.whole_shape(tensor)) >= 1
+        and (tensor.numel() > 0 or distributed.is_sharded(tensor))
+        and type(tensor) in (nn.Parameter, nn.Buffer, Tensor)
+        and tensor.device.type != "meta"
+        and tensor.dtype in _PLAIN.values()
+    )
+
+
+def _chosen(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Everything outside the layers, and at most ``MATRICES`` and ``VECTORS`` of each layer, experts last."""
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
         layer = re.match(r".*?\.\d+\.", name)
-        groups.setdefault(layer[0] if layer else "", []).append(name)
-    for layer, members in groups.items():
-        if layer and len(members) > MATRICES:
+        vector = len(distributed.whole_shape(tensor)) == 1
+        groups.setdefault((layer[0] if layer else "", vector), []).append(name)
+    for (layer, vector), members in groups.items():
+        most = VECTORS if vector else MATRICES
+        if layer and len(members) > most:
             members.sort(key=lambda name: ("expert" in name, hashlib.sha256(name.encode()).digest()))
-            del members[MATRICES:]
+            del members[most:]
     return [name for members in groups.values() for name in members]
 
 

@@ -1,83 +1,79 @@
 """The model card of an artifact: what is pruned, what it was measured to cost, how to load it."""
 
-import json
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from pop_lightning.core.plan import PruningPlan
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_COLUMNS = ("depth", "projection", "kl", "agreement", "nll_increase", "exact_match")
+_PROMISE = ("metric", "value", "bound", "confidence", "rows", "prompts", "max_drop")  # what the template reads
+_FILES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 
 
 def model_card(
     plan: PruningPlan, kind: str, base: dict[str, Any], measured: dict[str, Any], recipe: dict[str, Any]
 ) -> str:
-    """The model card: what is pruned, what it was measured to cost, and how to load it. Markdown."""
-    layers = base.get("layers")
-    of = f" of {layers}" if layers else ""
-    revision = f" at revision `{base['revision']}`" if base.get("revision") else ""
-    head = [
-        "---",
-        "library_name: pop-lightning",
-        f"base_model: {json.dumps(base['id'], ensure_ascii=False)}",
-        "tags: [prefill-only-pruning]",
-        "---",
-        f"# Prefill-Only Pruning of {base['id']}",
-        "",
-        f"Context tokens run through the first **{plan.depth}{of} layers** only; decoding runs all of them "
-        "([POP, arXiv 2602.03295](https://arxiv.org/abs/2602.03295)). The pruned layers' keys and values of the "
-        f"context come from `{kind}` projections, and the last {plan.boundary} prompt token(s) run in full.",
-        "",
-        f"- Base: `{base['id']}`{revision} (`{base['class']}`). **Its weights are not in here**: they are loaded from "
-        "where the base is, and a base with other weights is refused.",
-    ]
-    data = recipe.get("data", {}).get("calibration") if isinstance(recipe.get("data"), dict) else None
-    if data:
-        sources = [data] if isinstance(data, str) else data
-        head.append(f"- Calibration data: {', '.join(f'`{source}`' for source in sources)}")
-    if speedup := measured.get("speedup"):
-        head.append(
-            f"- Wanted was a prefill speedup of {_figure(speedup['wanted'])}: counted in operations it is "
-            f"{_figure(speedup['counted'])} at {speedup['prompt_tokens']} prompt tokens."
-        )
-    load = [
-        "",
-        "## Load",
-        "```python",
-        "from pop_lightning import StageAwareGenerator",
-        "generator = StageAwareGenerator.from_artifact(path)  # this folder; base=... for a base that lies elsewhere",
-        "output = generator.generate(**inputs, max_new_tokens=64)",
-        "```",
-        "",
-    ]
-    return "\n".join([*head, *_verified(measured.get("verified")), *_curve(measured.get("curve"), plan, kind), *load])
+    """The model card, Markdown with the Hub's metadata: base model, data sets, and the verified figure as a result."""
+    data = recipe.get("data") if isinstance(recipe.get("data"), dict) else {}
+    sources = data.get("calibration") or []
+    sources = [sources] if isinstance(sources, str) else [str(source) for source in sources]
+    verified, curve = measured.get("verified"), measured.get("curve") or []
+    title = f"Prefill-Only Pruning of {base['id']}"
+    on_hub = _is_hub_id(base["id"])
+    card_data = ModelCardData(
+        library_name="pop-lightning",
+        base_model=base["id"] if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        pipeline_tag="text-generation",
+        tags=["prefill-only-pruning"],
+        datasets=[source for source in sources if _is_hub_id(source)] or None,
+        model_name=title if verified else None,
+        eval_results=[_result(verified, sources, data.get("split"))] if verified else None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(_TEMPLATE),
+        title=title,
+        plan=plan,
+        kind=kind,
+        base=base,
+        sources=sources,
+        speedup=measured.get("speedup"),
+        verified=dict.fromkeys(_PROMISE) | verified if verified else None,
+        curve=curve,
+        columns=[key for key in _COLUMNS if any(key in row for row in curve)],
+        figure=_figure,
+    )
+    return str(card)
 
 
-def _verified(verified: dict[str, Any] | None) -> list[str]:
-    if not verified:
-        return []
-    text = f"`{verified.get('metric')}`: measured {_figure(verified.get('value'))}"
-    if verified.get("bound") is not None:
-        text += f", loss at most {_figure(verified['bound'])} with {_figure(verified.get('confidence'))} confidence"
-    prompts = verified.get("prompts")
-    of = f" of {prompts} prompts" if prompts not in (None, verified.get("rows")) else ""
-    text += f" on {verified.get('rows')} rows{of} that nothing was fitted or chosen on"
-    if verified.get("max_drop") is not None:
-        text += f" (budget: {_figure(verified['max_drop'])})"
-    return ["", "## Verified", "", f"{text}."]
+def _result(verified: dict[str, Any], sources: list[str], split: str | None) -> EvalResult:
+    """The verified figure in the Hub's own fields; the bound and what it rests on are arguments of the metric."""
+    name = ", ".join(source if _is_hub_id(source) else Path(source).name for source in sources) or "calibration rows"
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=sources[0] if len(sources) == 1 and _is_hub_id(sources[0]) else "calibration",
+        dataset_name=f"{name} (held-out verify split)",
+        dataset_split=split,
+        metric_type=str(verified.get("metric")),
+        metric_name=f"{verified.get('metric')} against the unpruned model",
+        metric_value=verified.get("value"),
+        metric_args={key: value for key, value in verified.items() if key not in _PROMISE[:2] and value is not None},
+    )
 
 
-def _curve(curve: list[dict[str, Any]] | None, plan: PruningPlan, kind: str) -> list[str]:
-    if not curve:
-        return []
-    columns = [
-        key
-        for key in ("depth", "projection", "kl", "agreement", "nll_increase", "exact_match")
-        if any(key in row for row in curve)
-    ]
-    lines = ["", "## Measured depths", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for row in curve:
-        mark = "**" if row.get("depth") == plan.depth and row.get("projection") == kind else ""
-        cells = " | ".join(f"{mark}{_figure(row.get(key, ''))}{mark}" for key in columns)
-        lines.append(f"| {cells} |")
-    return lines
+def _is_hub_id(name: str) -> bool:
+    if name.endswith(_FILES):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _figure(value: Any) -> str:

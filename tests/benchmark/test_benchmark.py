@@ -205,7 +205,7 @@ def test_points_measured_before_memory_ran_out_are_saved(base, tmp_path, monkeyp
         (["--shape", "tiny", "--full"], "--full does not go with --benchmark"),
         (["--shape", "tiny", "--output", "/dev/null/x"], "--output /dev/null/x cannot be written"),
         (["--base", "/nowhere"], "/nowhere"),
-        (["--artifact", "/nowhere"], "/nowhere is no folder"),
+        (["--artifact", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
 def test_bad_flags_end_in_one_sentence_and_exit_code_2(flags, words, tiny_shape, capsys):

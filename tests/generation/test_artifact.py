@@ -1,17 +1,22 @@
 """The artifact on disk: whole or not there, checked when read, and tied to the base it was fitted on."""
 
 import copy
+import hashlib
 import json
 import os
+import random
+import stat
 
 import pytest
 import safetensors.torch
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
-from pop_lightning.generation.artifact import read_artifact, write_artifact
+from pop_lightning.generation.artifact import config_digest, read_artifact, write_artifact
 from pop_lightning.generation.base_identity import base_identity
 from pop_lightning.generation.model_card import model_card
 
@@ -71,10 +76,17 @@ def folder(tmp_path):
     return write(tmp_path / "artifact")
 
 
-def edit(folder, change):
-    path = folder / "pop_config.json"
+def edit(folder, change, tensors=None):
+    """Change the config, and the tensors where given, and redo every checksum as someone with this code could."""
+    path, file = folder / "pop_config.json", folder / "kv_projections.safetensors"
     config = json.loads(path.read_text())
     change(config)
+    digest = config_digest(config)
+    tensors = safetensors.torch.load_file(file) if tensors is None else tensors
+    safetensors.torch.save_file(tensors, file, {"format": "pt", "pop_config": digest})
+    if isinstance(config.get("projection"), dict):
+        config["projection"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    config["integrity"] = {"sha256": digest}
     path.write_text(json.dumps(config))
 
 
@@ -85,7 +97,8 @@ def test_what_is_written_is_read_back(folder):
     for name, tensor in state().items():
         assert artifact.state[name].dtype == tensor.dtype
         assert torch.equal(artifact.state[name], tensor)
-    assert artifact.config["format"] == 1
+    assert artifact.config["format"] == 2
+    assert artifact.config["projection"]["layers"] == [2]
     assert artifact.config["measured"] == MEASURED
     assert sorted(os.listdir(folder)) == ["README.md", "kv_projections.safetensors", "pop_config.json"]
     artifact.check_base(model())
@@ -162,6 +175,69 @@ def test_a_merged_fine_tune_is_refused_by_the_name_of_the_tensor(folder, dtype, 
         read_artifact(folder).check_base(base.to(dtype))
 
 
+def adapted(wrap):
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    base = model()
+    if wrap:
+        return get_peft_model(base, config)
+    base.add_adapter(config)
+    return base
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_an_adapter_that_is_not_merged_is_refused_like_the_merged_one(folder, wrap):
+    artifact = read_artifact(folder)
+    with pytest.raises(InputError, match=r"has an adapter on \S+ that is not merged"):
+        artifact.check_base(adapted(wrap))
+    with pytest.raises(InputError, match=r"has an adapter on \S+ that is not merged"):
+        base_identity(adapted(wrap), "some/base")
+    with pytest.raises(InputError, match="other weights in"):
+        artifact.check_base(adapted(True).merge_and_unload())
+    artifact.check_base(adapted(True).unload())
+
+
+@pytest.mark.parametrize("change", ["norms", "one norm", "biases", "buffers"])
+def test_changed_vectors_are_refused(tmp_path, change):
+    def base():
+        made = model(attention_bias=True)
+        for layer in made.model.layers:
+            layer.self_attn.k_proj.bias.fill_(0.5)
+            layer.register_buffer("scale", torch.ones(3))
+        return made
+
+    torch.manual_seed(5)
+    folder, other = write(tmp_path / "artifact", base()), base()
+    layers = other.model.layers
+    for tensor in {
+        "norms": [each.weight for layer in layers for each in (layer.input_layernorm, layer.post_attention_layernorm)],
+        "one norm": [other.model.norm.weight],
+        "biases": [layer.self_attn.k_proj.bias for layer in layers],
+        "buffers": [layer.scale for layer in layers],
+    }[change]:
+        tensor += 0.5 * torch.randn_like(tensor)
+    read_artifact(folder).check_base(base())
+    with pytest.raises(InputError, match="has other weights in"):
+        read_artifact(folder).check_base(other)
+
+
+def test_a_base_that_lacks_a_sampled_weight_is_refused(folder):
+    base = model()
+    base.model.layers[1].mlp.up_proj = torch.nn.Sequential(base.model.layers[1].mlp.up_proj)
+    with pytest.raises(InputError, match=r"names its weights otherwise: model\.layers\.1\.mlp\.up_proj\.weight"):
+        read_artifact(folder).check_base(base)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_base_quantised_is_accepted_and_another_one_is_not(tmp_path, weights):
+    for seed in (0, 1):
+        model(seed).save_pretrained(tmp_path / f"{seed}")
+    artifact = read_artifact(write(tmp_path / "artifact"))
+    settings = {"quantization_config": QuantoConfig(weights=weights), "device_map": "cpu"}
+    artifact.check_base(AutoModelForCausalLM.from_pretrained(tmp_path / "0", **settings))
+    with pytest.raises(InputError, match="has other weights in"):
+        artifact.check_base(AutoModelForCausalLM.from_pretrained(tmp_path / "1", **settings))
+
+
 def test_config_keys_of_another_transformers_version_are_tolerated(folder):
     def newer(config):
         config["base"]["config"]["brand_new"] = 1
@@ -201,6 +277,112 @@ def test_one_flipped_byte_is_noticed(folder):
         read_artifact(folder)
 
 
+def test_the_files_of_two_artifacts_are_refused_together(folder, tmp_path):
+    other = write(tmp_path / "other", measured={})
+    os.replace(other / "kv_projections.safetensors", folder / "kv_projections.safetensors")
+    edit_one = json.loads((folder / "pop_config.json").read_text())
+    edit_one["projection"]["sha256"] = json.loads((other / "pop_config.json").read_text())["projection"]["sha256"]
+    (folder / "pop_config.json").write_text(json.dumps(edit_one))
+    with pytest.raises(InputError, match="the files of two artifacts were mixed"):
+        read_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.full((32,), torch.nan), "layers.2.bias has values that are not finite"),
+        (torch.full((32,), torch.inf).bfloat16(), "layers.2.bias has values that are not finite"),
+        (torch.ones(32, dtype=torch.int64), "layers.2.bias has the dtype torch.int64"),
+    ],
+)
+def test_senseless_tensors_are_refused_even_with_every_checksum_redone(folder, tmp_path, value, words):
+    tensors = state() | {"layers.2.bias": value}
+    stated = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    edit(folder, lambda config: config["projection"]["tensors"].update({"layers.2.bias": stated}), tensors)
+    with pytest.raises(InputError, match=words):
+        read_artifact(folder)
+    with pytest.raises(InputError, match=words):
+        write(tmp_path / "artifact of it", state=tensors)
+
+
+def mutated(content, rng):
+    """A bit flipped, a byte replaced, removed, doubled, or two bytes swapped, at a random place."""
+    content, place = bytearray(content), rng.randrange(len(content) - 1)
+    kind = rng.choice(["bit", "bit", "byte", "remove", "double", "swap"])
+    if kind == "bit":
+        content[place] ^= 1 << rng.randrange(8)
+    elif kind == "byte":
+        content[place] = rng.randrange(256)
+    elif kind == "remove":
+        del content[place]
+    elif kind == "double":
+        content.insert(place, content[place])
+    else:
+        content[place], content[place + 1] = content[place + 1], content[place]
+    return bytes(content)
+
+
+def survivors(folder, name, contents):
+    """How many of ``contents`` in place of a file are read as something other than what was written."""
+    path, whole = folder / name, (folder / name).read_bytes()
+    right = read_artifact(folder)
+    count = 0
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            found = read_artifact(folder)
+        except InputError:
+            continue
+        same = (found.plan, found.kind, found.config) == (right.plan, right.kind, right.config)
+        count += not (same and found.state.keys() == right.state.keys())
+        count += any(not torch.equal(found.state[key], right.state[key]) for key in right.state)
+    path.write_bytes(whole)
+    return count
+
+
+@pytest.mark.parametrize("name", ["pop_config.json", "kv_projections.safetensors"])
+def test_random_damage_is_refused_or_without_effect(folder, name):
+    rng, whole = random.Random(0), (folder / name).read_bytes()
+    assert survivors(folder, name, (mutated(whole, rng) for _ in range(200))) == 0
+
+
+@pytest.mark.full
+def test_every_single_bit_of_the_config_is_bound(folder):
+    whole = (folder / "pop_config.json").read_bytes()
+    flips = (whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in range(8))
+    assert survivors(folder, "pop_config.json", flips) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["pop_config.json", "kv_projections.safetensors"])
+def test_ten_thousand_random_damages_are_refused_or_without_effect(folder, name):
+    rng, whole = random.Random(1), (folder / name).read_bytes()
+    assert survivors(folder, name, (mutated(whole, rng) for _ in range(10_000))) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["plan"].update(depth=2),
+        lambda config: config["plan"].update(boundary=9),
+        lambda config: config["measured"]["verified"].update(bound=0.0),
+        lambda config: config["projection"].update(layers=[], tensors={}),
+        lambda config: config["base"].update(id="other/base"),
+        lambda config: config["recipe"].update(seed=1),
+        lambda config: config.update(future=1),
+        lambda config: config.pop("integrity"),
+        lambda config: config["integrity"].update(sha256="0" * 64),
+    ],
+)
+def test_a_change_to_what_the_config_says_is_noticed(folder, change):
+    path = folder / "pop_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"pop_config\.json.*integrity\.sha256"):
+        read_artifact(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -220,14 +402,18 @@ def test_tensors_that_are_not_the_stated_ones_are_named(folder, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda config: config.update(format=2), "format 2"),
-        (lambda config: config.update(format="1"), "format as '1'"),
+        (lambda config: config.update(format=3), "format 3"),
+        (lambda config: config.update(format=1), "format 1, which has no checksum"),
+        (lambda config: config.update(format="2"), "format as '2'"),
         (lambda config: config.pop("plan"), "lacks the key plan.depth"),
         (lambda config: config["plan"].update(depth=0), "depth must be at least 1"),
         (lambda config: config["plan"].update(depth="x"), "plan.depth as 'x'"),
         (lambda config: config.update(plan=3), "lacks the key plan.depth"),
         (lambda config: config["projection"].update(kind="magic"), "projection.kind 'magic'"),
         (lambda config: config["projection"].update(tensors=[]), "projection.tensors as"),
+        (lambda config: config["projection"].update(layers=[1, 2]), "layers.1.bias is missing or left over"),
+        (lambda config: config["projection"].pop("layers"), "lacks the key projection.layers"),
+        (lambda config: config["projection"].update(kind="reuse"), "expected none"),
         (lambda config: config["base"].pop("id"), "lacks the key base.id"),
     ],
 )
@@ -241,7 +427,7 @@ def test_a_config_that_does_not_fit_is_one_sentence_with_the_file(folder, change
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         read_artifact(tmp_path / "nowhere")
 
 
@@ -263,8 +449,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, there_befor
 
     target = {
         "tensors": "safetensors.torch.save_file",
-        "card": "pop_lightning.generation.model_card.model_card",
-        "rename": "pop_lightning.generation.artifact.os.rename",
+        "card": "pop_lightning.generation.artifact.model_card",
+        "rename": "pop_lightning.core.files.os.rename",
     }[broken]
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)
@@ -284,7 +470,7 @@ def test_an_artifact_is_replaced_and_leftovers_of_a_killed_run_go(folder):
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(InputError, match="is no artifact"):
+    with pytest.raises(InputError, match="other than an artifact"):
         write(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -295,12 +481,41 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
         write(tmp_path / "file" / "artifact")
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        folder = write(tmp_path / "artifact")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_recipe_with_a_path_that_is_not_unicode_is_written(tmp_path):
+    odd = os.fsdecode(b"rows-\xff.jsonl")
+    folder = write(tmp_path / "artifact", recipe={"data": {"calibration": odd}})
+    assert read_artifact(folder).config["recipe"]["data"]["calibration"] == odd
+
+
+def test_the_card_is_the_hubs(folder, tmp_path):
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("pop-lightning", "some/base", "adapter")
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("agreement", 0.9987)
+    assert result.metric_args == {"bound": 0.0042, "rows": 600, "confidence": 0.95, "max_drop": 0.01}
+    local = write(tmp_path / "local", base=None, recipe={"data": {"calibration": ["org/set", "x.txt"]}}, measured={})
+    edited = model_card(PLAN, "reuse", base_identity(model(), str(tmp_path)), {}, {})
+    assert ModelCard.load(local / "README.md").data.datasets == ["org/set"]
+    assert ModelCard(edited).data.base_model is None
+    assert "Nothing: these projections were saved without a verification." in edited
+
+
 def test_the_card_says_what_was_measured_and_how_to_load(folder):
     card = (folder / "README.md").read_text()
     for words in (
         "from pop_lightning import StageAwareGenerator",
-        "StageAwareGenerator.from_artifact(path)",
-        "Its weights are not in here",
+        "StageAwareGenerator.from_artifact(",
+        "Its weights are not included",
         "1 of 3 layers",
         "0.9987",
         "0.0042",
