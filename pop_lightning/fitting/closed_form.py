@@ -441,7 +441,7 @@ class _Asked:
         weights = weights + torch.einsum("bghqt,bghq->bgt", squared, output.square().sum(-1))
         if self.parts.k_norm is not None:
             keys = kv[:, : self.context].float().unflatten(-1, (2, weights.shape[1], -1))[:, :, 0]
-            weights = weights / keys.square().mean(-1).clamp(min=1e-6).transpose(1, 2)
+            weights = weights / self.parts.key_lengths(keys).squeeze(-1).clamp(min=1e-6).transpose(1, 2)
         return weights.sum(1).clamp(min=0)
 
 

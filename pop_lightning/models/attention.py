@@ -26,7 +26,7 @@ def attention_weights(
         attention_mask: ``[batch, tokens]`` of 1 (token) and 0 (padding).
 
     Returns:
-        ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32.
+        ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32; they sum to 1 except beside attention sinks.
     """
     attention, parts = decoder.attention(layer), decoder.parts[layer]
     queries = parts.queries(parts.norm(hidden)).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
@@ -46,4 +46,9 @@ def attention_weights(
         seen &= chunk[:, None] == own[..., None]
     elif parts.window is not None:
         seen &= tokens > columns[..., None] - parts.window
-    return scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
+    scores = scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
+    if (sinks := getattr(attention, "sinks", None)) is None:
+        return scores.softmax(-1)
+    # A score per head that belongs to no token: what it draws is read from nothing (gpt-oss).
+    sinks = sinks.float().view(1, keys.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]

@@ -163,10 +163,11 @@ class Decoder:
 
     def placement(self, layer: int) -> tuple[torch.device, torch.dtype]:
         """Where a layer computes, and in what dtype; its weights may wait elsewhere (offloading)."""
-        norm, linear = self.parts[layer].norm, self.parts[layer].keys.linear
-        weight = linear.weight if _is_plain(linear) else norm.weight  # a quantised weight may have no such dtype
-        device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None)
-        return torch.device(norm.weight.device if device is None else device), weight.dtype
+        linear = self.parts[layer].keys.linear
+        anchor = self.parts[layer].norm.module or linear
+        device = getattr(getattr(anchor, "_hf_hook", None), "execution_device", None)
+        dtype = linear.weight.dtype if _is_plain(linear) else self.model.dtype  # a quantised weight has another one
+        return torch.device(anchor.weight.device if device is None else device), dtype
 
     @property
     def kv_dim(self) -> int:
@@ -176,7 +177,7 @@ class Decoder:
     def branches(self, layer: int) -> tuple[nn.Module, ...]:
         """The modules whose outputs meet the residual stream: attention branch, feed-forward branch, and any other.
 
-        Families with post-norms (Gemma, GLM-4) add a branch after its post-norm, which is the branch's end there.
+        Families with post-norms (Gemma, GLM-4, OLMo 2) add a branch after its post-norm, which is the branch's end.
 
         Raises:
             InputError: a layer is built otherwise.
@@ -199,51 +200,31 @@ class Decoder:
         return found
 
     def normalise(self, hidden: Tensor) -> Tensor:
-        """The unweighted normalised hidden state n(h), ``[..., hidden]`` in the dtype of ``hidden``.
+        """The unweighted normalised hidden state n(h), ``[..., hidden]``: all layers normalise alike but for weights.
 
-        Root-mean-square norm, or centred where the family uses LayerNorm; statistics in float32, as the models do.
+        Post-norm families project h itself, so that n(h) is h there.
         """
-        norm = self._any_norm
-        x = hidden.float()
-        if isinstance(norm, nn.LayerNorm):
-            x = x - x.mean(-1, keepdim=True)
-        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._norm_eps)).to(hidden.dtype)
-
-    @property
-    def _any_norm(self) -> nn.Module:
-        """All layers normalise alike but for the weights."""
-        return self.parts[self.num_layers - 1].norm
-
-    @property
-    def _norm_eps(self) -> float:
-        return getattr(self._any_norm, "variance_epsilon", None) or self._any_norm.eps
+        return self.parts[self.num_layers - 1].norm.unweighted(hidden)
 
     @torch.no_grad()
     def reuse_map(self, layer: int) -> AffineMap | None:
-        """The layer's own keys and values as one map of n(h): W diag(w_LN), or None where weights are no plain tensors.
+        """The layer's own keys and values as one map of n(h): W diag(w_LN).
 
-        The norm's weight is read by running the norm on a vector it only scales, so whether a family stores w or 1 + w
-        makes no difference here.
+        None where the weights cannot be read as numbers (quantised, offloaded).
         """
-        parts, norm = self.parts[layer], self.parts[layer].norm
+        parts = self.parts[layer]
         rows = (parts.keys, parts.values)
         if not all(_is_plain(each.linear) for each in rows):
             return None
-        centred = isinstance(norm, nn.LayerNorm)
-        if not centred:
-            ones = torch.ones(self.config.hidden_size, device=norm.weight.device)
-            scale, shift = norm(ones).float() * (1.0 + self._norm_eps) ** 0.5, None
-        modules = (parts.keys.linear, parts.values.linear, norm)
+        modules = [parts.keys.linear, parts.values.linear, *([parts.norm.module] if parts.norm.module else [])]
         with distributed.gathered(parameter for module in modules for parameter in module.parameters()):
-            if centred:
-                scale, shift = norm.weight.float(), None if norm.bias is None else norm.bias.float()
             weight = torch.cat([each.linear.weight[each.span] for each in rows]).float()
             bias = None
             if parts.keys.linear.bias is not None:
                 bias = torch.cat([each.linear.bias[each.span] for each in rows]).float()
-            if shift is not None:
+            if (shift := parts.norm.shift()) is not None:
                 bias = weight @ shift + (0.0 if bias is None else bias)
-            return AffineMap(weight * scale, bias)
+            return AffineMap(weight * parts.norm.scale(), bias)
 
     def own_kv(self, layer: int, hidden: Tensor) -> Tensor:
         """``[k|v]`` of a layer before its norms and RoPE, through its own modules: ``[batch, tokens, 2 kv_dim]``."""
@@ -276,10 +257,12 @@ class Decoder:
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm, head and what the family does to logits behind it: ``[..., hidden]`` to ``[..., vocabulary]``."""
+        """Final norm, head and what the family does to logits after it: ``[..., hidden]`` to ``[..., vocabulary]``."""
         logits = self.head(self.norm(hidden))
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / scaling
+        if (scale := getattr(self.config, "logit_scale", None)) is not None:
+            logits = logits * scale
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits

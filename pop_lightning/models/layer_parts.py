@@ -1,14 +1,19 @@
 """What one decoder layer is made of: the one file to change for a new family.
 
-:func:`layer_parts` reads a layer by its structure into a :class:`LayerParts`; nothing here asks for a family by name,
-and the attach check (``pruning/attach_check.py``) tries what was read on the model itself."""
+:func:`layer_parts` reads a layer by its structure into a :class:`LayerParts`; a family's name is asked for only where
+its modules do not show what they do. The attach check (``pruning/attach_check.py``) tries what was read on the model
+itself.
+"""
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from pop_lightning.core import distributed
 
 # Rotary tables as a layer gets them: cos and sin ``[batch, tokens, rotary dim]``, or one complex tensor (Llama 4).
 Tables = tuple[Tensor, Tensor] | Tensor
@@ -27,7 +32,11 @@ RECURRENT_KINDS = ("linear_attention", "mamba", "mamba2", "conv", "hybrid", "hyb
 FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe")
 
 
-# What a layer is told of each of its tokens, and along which dimension of it the tokens lie.
+# Families whose layers rotate only where they slide, which no attribute of their attention shows.
+ROTATED_WHERE_SLIDING = ("cohere2",)
+
+
+# What a layer is given for each of its tokens, and along which dimension of it the tokens lie.
 PER_TOKEN = {"position_embeddings": 1, "position_ids": -1, "per_layer_input": 1}
 
 
@@ -48,14 +57,71 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class InputNorm:
+    """What stands between a layer's input h and its keys and values: ``scale * n(h) + shift``, or nothing.
+
+    Attributes:
+        module: the norm, or None where a layer projects h itself (post-norm families: OLMo 2, EXAONE 4); n(h) is h.
+        eps: what is added to the mean square.
+        centred: whether n(h) has its mean subtracted (LayerNorm).
+        offset: the scale minus the stored weight: 1 in families that store the scale's distance from 1 (Gemma).
+    """
+
+    module: nn.Module | None = None
+    eps: float = 0.0
+    centred: bool = False
+    offset: float = 0.0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "InputNorm":
+        """Read what a norm does from its forward, run on the CPU with weights of one and biases of zero."""
+        plain = copy.copy(module)
+        plain._parameters = {
+            name: None if each is None else nn.Parameter(torch.full((4,), 0.0 if name == "bias" else 1.0))
+            for name, each in module._parameters.items()
+        }
+        if isinstance(plain, nn.LayerNorm):
+            plain.normalized_shape = (4,)
+        forward = type(module).forward  # without the hooks of the module, and of offloading and sharding libraries
+        with torch.no_grad(), torch.device("cpu"):
+            scale = forward(plain, torch.tensor([1.0, -1.0, 1.0, -1.0]))[0].item()
+            mean = forward(plain, torch.ones(4)).mean().item()
+        eps = getattr(module, "variance_epsilon", None) or module.eps
+        return cls(module, eps, centred=abs(mean) < 0.5, offset=float(round(scale - 1.0)))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The input of the linear maps, through the layer's own norm."""
+        return hidden if self.module is None else self.module(hidden)
+
+    def unweighted(self, hidden: Tensor) -> Tensor:
+        """n(h), ``[..., hidden]`` in the dtype of ``hidden``; statistics in float32, as the models have them."""
+        if self.module is None:
+            return hidden
+        x = hidden.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
+
+    def scale(self) -> Tensor | float:
+        """What n(h) is multiplied with, ``[hidden]`` in float32."""
+        return 1.0 if self.module is None else self.module.weight.float() + self.offset
+
+    def shift(self) -> Tensor | None:
+        """What is added to it, ``[hidden]`` in float32, or None."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.float()
+
+
+@dataclass(frozen=True)
 class LayerParts:
     """How one layer makes queries, keys and values out of its input; the order of the fields is that of the steps.
 
     Attributes:
-        norm: the input norm.
+        norm: what is applied to the layer's input first.
         queries, keys, values: rows of the linear maps that follow it; keys and values may be the same rows.
         head_dim: width of one head.
         q_norm, k_norm, v_norm: what normalises each head, or None.
+        norms_join_heads: whether q_norm and k_norm normalise all heads together, as one vector (OLMo 2).
         rotate: RoPE, ``([batch, heads, tokens, head_dim], Tables)`` to the same shape, or None (NoPE).
         norms_after_rotation: whether q_norm and k_norm follow RoPE.
         window: how many tokens back a token sees, itself included, or None for all.
@@ -63,7 +129,7 @@ class LayerParts:
         query_scale: the factor on a query by its position, ``[...]`` to ``[...]``, or None.
     """
 
-    norm: nn.Module
+    norm: InputNorm
     queries: Rows
     keys: Rows
     values: Rows
@@ -71,6 +137,7 @@ class LayerParts:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     v_norm: nn.Module | None = None
+    norms_join_heads: bool = False
     rotate: Callable[[Tensor, Tables], Tensor] | None = None
     norms_after_rotation: bool = False
     window: int | None = None
@@ -93,14 +160,24 @@ class LayerParts:
     def place(self, x: Tensor, norm: nn.Module | None, tables: Tables | None) -> Tensor:
         """Queries or keys ``[batch, heads, tokens, head_dim]`` normalised and rotated, in the family's order."""
         if norm is not None and not self.norms_after_rotation:
-            x = norm(x)
+            x = self._normalise(x, norm)
         if self.rotate is not None and tables is not None:
             x = self.rotate(x, tables)
         return norm(x) if norm is not None and self.norms_after_rotation else x
 
+    def key_lengths(self, keys: Tensor) -> Tensor:
+        """The mean square that k_norm divides a key by, ``[..., heads, 1]`` of keys ``[..., heads, head_dim]``."""
+        squares = keys.square().mean(-1, keepdim=True)
+        return squares.mean(-2, keepdim=True).expand_as(squares) if self.norms_join_heads else squares
+
+    def _normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+        if not self.norms_join_heads:
+            return norm(x)
+        return norm(x.transpose(1, 2).flatten(2)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
 
 def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> LayerParts | str:
-    """Read one decoder layer, or say why it has no keys and values that a linear map of its input gives.
+    """Read one decoder layer, or say why its keys and values are not a linear map of its normalised input.
 
     This is where a family is added: a part that has another name or another place is found here and put into the
     field of :class:`LayerParts` that says what it does.
@@ -111,11 +188,16 @@ def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> Layer
     """
     if (reason := _refusal(block, kind)) is not None:
         return reason
+    try:
+        norm = InputNorm() if _projects_its_input(block) else InputNorm.of(block.input_layernorm)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return f"its input_layernorm ({type(block.input_layernorm).__name__}) could not be read"
     attention = block.self_attn
     queries, keys, values = _query_key_value_rows(attention)
-    after = getattr(attention, "qk_norm", None)  # one norm for both, behind RoPE (Llama 4)
+    after = getattr(attention, "qk_norm", None)  # one norm for both, after RoPE (Llama 4)
+    widths = [_width(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
     return LayerParts(
-        norm=block.input_layernorm,
+        norm=norm,
         queries=queries,
         keys=keys,
         values=values,
@@ -123,7 +205,8 @@ def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> Layer
         q_norm=after or getattr(attention, "q_norm", None),
         k_norm=after or getattr(attention, "k_norm", None),
         v_norm=getattr(attention, "v_norm", None),
-        rotate=_rotation(attention) if getattr(attention, "use_rope", True) else None,
+        norms_join_heads=max(widths) > attention.head_dim,
+        rotate=_rotation(attention) if _rotates(attention) else None,
         norms_after_rotation=after is not None,
         window=window,
         chunked=kind == "chunked_attention",
@@ -144,19 +227,44 @@ def _refusal(block: nn.Module, kind: str | None) -> str | None:
         return "it carries several residual streams (AltUp), of which no single one gives its keys and values"
     if kind is not None and kind not in KINDS:
         return f"its kind is {kind}, of which only {', '.join(KINDS)} are known"
-    missing = [name for name in ("input_layernorm", "self_attn") if getattr(block, name, None) is None]
+    normed = not _projects_its_input(block)
+    names = ("input_layernorm", "self_attn") if normed else ("self_attn",)
+    missing = [name for name in names if getattr(block, name, None) is None]
     missing += [] if part_name(block, FEED_FORWARD) else ["mlp"]
     if not missing:
-        missing += [] if hasattr(block.input_layernorm, "weight") else ["weight in its input_layernorm"]
+        missing += [] if not normed or hasattr(block.input_layernorm, "weight") else ["weight in its input_layernorm"]
         missing += [] if hasattr(attention, "head_dim") else ["self_attn.head_dim"]
     if not missing and _query_key_value_rows(attention) is None:
         missing = ["self_attn.k_proj", "self_attn.v_proj"]
     if missing:
         return f"it has no {', '.join(missing)}"
-    width = getattr(getattr(attention, "k_norm", None), "weight", torch.empty(0)).numel()  # 0 where it is sharded
-    if width not in (0, attention.head_dim):
-        return "it normalises the keys of all heads together, not each head"
+    weight = getattr(getattr(attention, "k_norm", None), "weight", None)
+    if weight is not None and len(shape := distributed.whole_shape(weight)) != 1:
+        return f"its k_norm has a weight for each head ({' x '.join(map(str, shape))})"
+    if getattr(getattr(attention, "config", None), "clip_qkv", None) is not None:
+        return "it clips its keys and values (clip_qkv), which no linear map does"
     return None
+
+
+def _projects_its_input(block: nn.Module) -> bool:
+    """Whether keys and values are made of the residual stream itself, norms following the branches (OLMo 2)."""
+    return not hasattr(block, "input_layernorm") and hasattr(block, "post_attention_layernorm")
+
+
+def _width(norm: nn.Module | None) -> int:
+    weight = getattr(norm, "weight", None)
+    return 0 if weight is None else distributed.whole_shape(weight).numel()
+
+
+def _rotates(attention: nn.Module) -> bool:
+    """Whether a layer has RoPE; the global layers of some families have none (NoPE)."""
+    if not getattr(attention, "use_rope", True):
+        return False
+    window = getattr(attention, "sliding_window", None)
+    if getattr(getattr(attention, "config", None), "model_type", None) in ROTATED_WHERE_SLIDING:
+        return window is not None
+    # A global layer that names a window is one of a hybrid (EXAONE 4); in other families its window is None.
+    return window is None or getattr(attention, "is_sliding", True)
 
 
 def _query_key_value_rows(attention: nn.Module) -> tuple[Rows, Rows, Rows] | None:
@@ -187,7 +295,7 @@ def _rotation(attention: nn.Module) -> Callable[[Tensor, Tables], Tensor]:
     if not hasattr(module, "apply_rotary_pos_emb"):
         return _rotate_pairs if hasattr(module, "apply_rotary_emb") else _rotate_halves
     half = getattr(module, "rotate_half", None)
-    if half is None or half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]:
+    if half is not None and half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]:
         return _rotate_halves
     return lambda x, tables: module.apply_rotary_pos_emb(x, x, *tables)[0]
 
@@ -198,7 +306,7 @@ def part_name(block: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def of_tokens(kwargs: dict, span: slice) -> dict:
-    """A layer's keyword arguments with everything that tells something of each token cut to ``span`` of the tokens."""
+    """A layer's keyword arguments with everything that has a value for each token cut to ``span`` of the tokens."""
     return kwargs | {name: cut(kwargs[name], span, dim) for name, dim in PER_TOKEN.items() if name in kwargs}
 
 
@@ -222,6 +330,7 @@ def _rotate_halves(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     rotated = turned * cos
     rotated[..., :half].addcmul_(turned[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(turned[..., :half], sin[..., half:])
+    rotated = rotated.to(x.dtype)  # the tables may be wider (OLMo 2)
     return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)
 
 

@@ -24,7 +24,7 @@ def linear_weights(decoder: Decoder, layer: int) -> int:
         stacked = [shape[1:].numel() for shape in shapes if len(shape) == 3]
         if stacked and hasattr(module, "num_experts"):
             # Experts whose forward is not given each token's choice run on all tokens (Llama 4).
-            routed = "top_k_index" in inspect.signature(module.forward).parameters
+            routed = {"top_k_index", "router_indices"} & inspect.signature(module.forward).parameters.keys()
             total += sum(stacked) * (_active_experts(decoder.config) if routed else module.num_experts)
         else:
             total += sum(shape.numel() for shape in shapes if len(shape) == 2)

@@ -181,7 +181,9 @@ class _Run:
         if not self.keep or self.plan.boundary == 0:
             self.last = context[:, -1:].clone()
         # Attention cannot be run on no rows: where every token is context, the last one goes on as a placeholder.
-        return self.follow(layer, (hidden[:, rows - max(self.keep, 1) :],), kwargs)
+        # A copy, because linear maps of a view would become one product per row where no norm comes first.
+        tail = hidden[:, rows - max(self.keep, 1) :].clone(memory_format=torch.contiguous_format)
+        return self.follow(layer, (tail,), kwargs)
 
     def follow(self, layer: int, args: tuple, kwargs: dict):
         """At every pruned layer: fill the layer's cache with the context, cut the arguments to the boundary tokens."""

@@ -6,18 +6,32 @@ from contextlib import contextmanager
 import pytest
 import torch
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -44,6 +58,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+HEADLESS = {key: value for key, value in COMMON.items() if key != "head_dim"}  # these derive the width of a head
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -83,6 +98,22 @@ FAMILIES = {
             interleave_moe_layer_step=2, num_local_experts=3,
         )
     ),
+    # Attention sinks, biases everywhere, and rotary tables of half a head's width.
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**COMMON, sliding_window=WINDOW, layer_types=SLIDING, num_experts_per_tok=2, num_local_experts=4)
+    ),
+    # Norms after the branches alone, so that keys are made of the residual stream itself, and one norm over all heads.
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**HEADLESS)),
+    "olmo3": lambda: Olmo3ForCausalLM(Olmo3Config(**HEADLESS, sliding_window=WINDOW, layer_types=SLIDING)),
+    # The same with a norm for each head; the global layers have no RoPE.
+    "exaone4": lambda: Exaone4ForCausalLM(Exaone4Config(**COMMON, sliding_window=WINDOW, layer_types=SLIDING)),
+    # Attention and feed-forward branch of one centred norm, pairwise RoPE in sliding layers only, scaled logits.
+    "cohere2": lambda: Cohere2ForCausalLM(
+        Cohere2Config(**COMMON, sliding_window=WINDOW, layer_types=SLIDING, logit_scale=0.25)
+    ),
+    "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**COMMON, rope_parameters=PARTIAL)),
+    # An input norm, and one norm over the keys of all heads.
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**HEADLESS, num_experts=4, num_experts_per_tok=2)),
 }  # fmt: skip
 # `make test` runs these through everything; of the others it runs the exactness matrix's pairs and a few more.
 QUICK = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
@@ -94,10 +125,11 @@ def marked(families, quick=QUICK):
 
 
 EVERY = marked(FAMILIES)
+POST_NORM = ("olmo2", "olmo3", "exaone4")
 
 
-# Soft-capped scores are nothing that sdpa computes; Transformers refuses it for Gemma 2.
-ATTENTIONS = {family: ("eager",) if family == "gemma2" else ("sdpa", "eager") for family in FAMILIES}
+# Transformers refuses sdpa where it cannot compute the scores: soft-capped (Gemma 2), with sinks (gpt-oss).
+ATTENTIONS = {family: ("eager",) if family in ("gemma2", "gpt_oss") else ("sdpa", "eager") for family in FAMILIES}
 MATRIX = [(family, attention) for family in FAMILIES for attention in ATTENTIONS[family]]
 
 
@@ -105,7 +137,7 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
     """A random model whose norms and biases are not at their neutral start, so that a forgotten one shows."""
     torch.manual_seed(seed)
     model = FAMILIES[family]()
-    neutral = 0.0 if family in ("gemma2", "gemma3") else 1.0  # these add one to the weight of a norm
+    neutral = 0.0 if family in ("gemma2", "gemma3", "nemotron") else 1.0  # these add one to a norm's weight
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, 0.0 if "bias" in name else neutral, 0.2)
@@ -118,7 +150,7 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
             buffer.fill_(0.8)
     model.generation_config.pad_token_id = 0
     model.set_attn_implementation(attention or ATTENTIONS[family][0])
-    if family in ("qwen3_moe", "gemma4_moe") and (attention == "eager" or dtype == torch.float64):
+    if family in ("qwen3_moe", "gemma4_moe", "gpt_oss", "olmoe") and (attention == "eager" or dtype == torch.float64):
         model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
     return model.to(dtype).eval().requires_grad_(False)
 
@@ -146,7 +178,8 @@ def ragged(lengths, seed=0):
 def own_kv(model, layer, hidden, position_ids):
     """A layer's keys and values for its input ``hidden``, written as the model's own forward writes them."""
     block = model.model.layers[layer]
-    attention, normed = block.self_attn, block.input_layernorm(hidden)
+    attention = block.self_attn
+    normed = hidden if model.config.model_type in POST_NORM else block.input_layernorm(hidden)
     if model.config.model_type == "phi3":
         qkv = attention.qkv_proj(normed)
         kv_dim = model.config.num_key_value_heads * attention.head_dim
@@ -163,24 +196,29 @@ def to_heads(model, layer, keys, values, position_ids):
     attention, kind = model.model.layers[layer].self_attn, model.config.model_type
     module, rotary = importlib.import_module(type(model).__module__), model.model.rotary_emb
     shape = (*keys.shape[:-1], -1, attention.head_dim)
+    heads_together = kind in ("olmo2", "olmo3", "olmoe")
+    if heads_together:
+        keys = attention.k_norm(keys)
     keys, values = keys.reshape(shape), values.reshape(shape)
     if kind == "llama4_text":
         if model.config.no_rope_layers[layer]:
             _, keys = module.apply_rotary_emb(keys, keys, rotary(keys, position_ids))
             keys = attention.qk_norm(keys)
         return keys.transpose(1, 2), values.transpose(1, 2)
-    if hasattr(attention, "k_norm"):
+    if hasattr(attention, "k_norm") and not heads_together:
         keys = attention.k_norm(keys)
     if hasattr(attention, "v_norm"):
         values = attention.v_norm(values)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if kind in ("gemma3_text", "gemma4_text"):
+    if kind in ("gemma3_text", "gemma4_text", "olmo3"):
         cos, sin = rotary(keys, position_ids, model.config.layer_types[layer])
     else:
         cos, sin = rotary(keys, position_ids)
     if kind == "gemma4_text":
         return module.apply_rotary_pos_emb(keys, cos, sin), values
     if kind == "smollm3" and not model.config.no_rope_layers[layer]:
+        return keys, values
+    if kind in ("exaone4", "cohere2") and model.config.layer_types[layer] == "full_attention":
         return keys, values
     return module.apply_rotary_pos_emb(keys, keys, cos, sin)[1], values
 
@@ -200,6 +238,12 @@ def random_maps(depth, seed=0, model=None):
     }
 
 
+def norm_eps(model):
+    return next(
+        eps for name in ("rms_norm_eps", "layer_norm_eps", "norm_eps") if (eps := getattr(model.config, name, 0))
+    )
+
+
 def mapped_kv(model, maps):
     """``project`` for :func:`two_pass`: fitted layers through their map of n(h), the others through their own."""
 
@@ -207,8 +251,11 @@ def mapped_kv(model, maps):
         if layer not in maps:
             return own_kv(model, layer, hidden, position_ids)
         weight, bias = (tensor.to(hidden) for tensor in maps[layer])
-        h = hidden.float()
-        normed = h / (h.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        kind, normed = model.config.model_type, hidden.float()
+        if kind in ("cohere2", "nemotron"):
+            normed = torch.nn.functional.layer_norm(normed, normed.shape[-1:], eps=norm_eps(model))
+        elif kind not in POST_NORM:
+            normed = normed / (normed.pow(2).mean(-1, keepdim=True) + norm_eps(model)).sqrt()
         kv = normed.to(hidden.dtype) @ weight.T + bias
         keys, values = kv.chunk(2, dim=-1)
         return to_heads(model, layer, keys, values, position_ids)
@@ -258,6 +305,7 @@ def two_pass(model, ids, mask, depth, boundary, project=None):
     hidden, cache = context_pass(model, ids, mask, depth, context, project)
     if boundary == 0:
         logits = model.lm_head(model.model.norm(hidden[:, -1:]))
+        logits = logits * getattr(model.config, "logit_scale", 1.0)
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap), cache
     second = model(

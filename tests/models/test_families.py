@@ -6,6 +6,8 @@ import torch
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -22,10 +24,10 @@ from transformers import (
     JambaForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
+    OlmoConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
+    OlmoForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     T5Config,
@@ -40,10 +42,20 @@ from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.projections import KVProjections
 
 from tests.fitting.test_importance import rows, score
-from tests.helpers.families import COMMON, FAMILIES, SLIDING, build, greedy, mapped_kv, marked, ragged, two_pass
+from tests.helpers.families import (
+    COMMON,
+    FAMILIES,
+    HEADLESS,
+    SLIDING,
+    build,
+    greedy,
+    mapped_kv,
+    marked,
+    ragged,
+    two_pass,
+)
 
 LAYERS = COMMON["num_hidden_layers"]
-HEADLESS = {key: value for key, value in COMMON.items() if key != "head_dim"}  # these derive the width of a head
 PER_LAYER = {"vocab_size_per_layer_input": COMMON["vocab_size"], "hidden_size_per_layer_input": 4}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
           "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
@@ -99,10 +111,17 @@ REFUSED = {
         ),
         "T5ForConditionalGeneration is an encoder-decoder",
     ),
-    "no input norm": (lambda: Olmo2ForCausalLM(Olmo2Config(**HEADLESS)), "Olmo2ForCausalLM.*no input_layernorm"),
-    "a norm over all heads": (
-        lambda: OlmoeForCausalLM(OlmoeConfig(**HEADLESS, num_experts=4, num_experts_per_tok=2)),
-        "OlmoeForCausalLM.*keys of all heads together",
+    "an input norm without weights": (
+        lambda: OlmoForCausalLM(OlmoConfig(**HEADLESS)),
+        "OlmoForCausalLM.*no weight in its input_layernorm",
+    ),
+    "clipped keys": (
+        lambda: OlmoeForCausalLM(OlmoeConfig(**HEADLESS, num_experts=4, num_experts_per_tok=2, clip_qkv=8.0)),
+        r"OlmoeForCausalLM.*clips its keys and values \(clip_qkv\)",
+    ),
+    "a key norm with weights for each head": (
+        lambda: CohereForCausalLM(CohereConfig(**HEADLESS, use_qk_norm=True)),
+        r"CohereForCausalLM.*k_norm has a weight for each head \(2 x 8\)",
     ),
     "another build altogether": (
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)),

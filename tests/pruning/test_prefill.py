@@ -160,6 +160,20 @@ PAIRWISE = [
     ("llama4", "sdpa", "replaced", 1, 4, "ragged", 25),
     ("llama4", "eager", "reuse", 2, 1, "one", 16),
     ("llama4", "sdpa", "reuse", 1, 32, "ragged", 33),
+    ("gpt_oss", "eager", "replaced", 1, 4, "ragged", 25),
+    ("gpt_oss", "eager", "reuse", 2, 0, "one", 9),
+    ("olmo2", "sdpa", "replaced", 1, 1, "ragged", 25),
+    ("olmo2", "eager", "reuse", 2, 4, "one", 9),
+    ("olmo3", "sdpa", "reuse", 1, 4, "ragged", 25),
+    ("olmo3", "eager", "replaced", 2, 1, "one", 8),
+    ("exaone4", "sdpa", "replaced", 1, 4, "ragged", 25),
+    ("exaone4", "eager", "reuse", 2, 1, "one", 9),
+    ("cohere2", "sdpa", "replaced", 1, 4, "ragged", 25),
+    ("cohere2", "eager", "reuse", 2, 0, "one", 9),
+    ("nemotron", "sdpa", "replaced", 1, 1, "ragged", 25),
+    ("nemotron", "eager", "reuse", 2, 4, "one", 9),
+    ("olmoe", "sdpa", "replaced", 1, 4, "ragged", 25),
+    ("olmoe", "eager", "reuse", 2, 1, "one", 9),
 ]
 
 
