@@ -3,15 +3,23 @@
 import sys
 
 from pop_lightning.cli import importing, run
+from pop_lightning.core.errors import Key, as_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``pop-fit`` with ``argv`` (the process's own unless given); returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+
+    def spell(key: Key) -> str:
+        """A key as the user gave it: as a flag, or in a recipe file."""
+        flag = f"--{key.name}"
+        return as_recipe(key) if flag not in flags else flag if key.value is None else f"{flag} {key.value}"
 
     def body() -> int:
         with importing():
             from pop_lightning.run.recipe import parse
-        invocation = parse(argv)
+        invocation = parse(words)
         if invocation.check:
             with importing():
                 from pop_lightning.run import preflight
@@ -21,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return pipeline.fit(invocation.recipe, resume=invocation.resume, overwrite=invocation.overwrite)
 
-    return run("pop-fit", body)
+    return run("pop-fit", body, spell)
 
 
 def entry() -> None:

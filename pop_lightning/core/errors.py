@@ -42,7 +42,8 @@ class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence on what to change.
 
     With fields it reads ``KEY PROBLEM: expected EXPECTED, found FOUND; ADVICE.``, without those that are not given.
-    ``InputError("a whole sentence.")`` is rendered as it is.
+    ``InputError("a whole sentence.")`` is rendered as it is; without a problem it reads ``KEY must be EXPECTED, found
+    FOUND; ADVICE.``
 
     Args:
         problem: what is wrong; without a key a whole sentence.
@@ -58,7 +59,7 @@ class InputError(ValueError):
 
     def __init__(
         self,
-        problem: Text,
+        problem: Text = "",
         *,
         key: str | None = None,
         found: Any = None,
@@ -74,14 +75,14 @@ class InputError(ValueError):
         fields = (self.key, self.found, self.expected, self.advice)
         if all(field is None for field in fields):
             return problem
+        expected = None if self.expected is None else _join(self.expected, spelling)
+        if not problem:
+            problem, expected = f"must be {expected}", None
         sentence = problem if self.key is None else f"{_join(Key(self.key), spelling)} {problem}"
-        found = (
-            None if self.found is None else f"found {self.found if isinstance(self.found, str) else show(self.found)}"
-        )
-        expected = None if self.expected is None else f"expected {_join(self.expected, spelling)}"
-        details = ", ".join(part for part in (expected, found) if part)
-        if details:
-            sentence += f"{', ' if expected is None else ': '}{details}"
+        if expected is not None:
+            sentence += f": expected {expected}"
+        if self.found is not None:
+            sentence += f", found {self.found if isinstance(self.found, str) else show(self.found)}"
         if self.advice is not None and all(spelling(key) for key in _keys(self.advice)):
             sentence += f"; {_join(self.advice, spelling)}"
         return f"{sentence.removesuffix('.')}."
@@ -115,7 +116,10 @@ def raise_all(errors: Sequence[InputError], what: str) -> None:
 
 def show(value: Any) -> str:
     """A value inside a sentence: its ``repr`` on one line, cut to 80 characters; ``null`` for None."""
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "a number of more than 4300 digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

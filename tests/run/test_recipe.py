@@ -1,5 +1,10 @@
 """The recipe: what is read, what is printed, and a sentence for everything that is wrong with it."""
 
+import inspect
+import json
+import sys
+
+import lightning
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -101,13 +106,13 @@ def test_numbers_with_an_exponent_are_numbers(write):
     assert (recipe.projection.learning_rate, recipe.projection.ridge) == (1e-3, [1e-2, 1.0])
 
 
-def test_resume_and_overwrite_are_told_apart(write):
+def test_resume_overwrite_and_check_are_read_and_exclude_each_other(write):
     path = write(MINIMAL)
     assert parse(["--recipe", path])[1:] == (False, False, False)
     assert parse(["--recipe", path, "--resume"])[1:] == (True, False, False)
     assert parse(["--overwrite", "--recipe", path])[1:] == (False, True, False)
     assert parse(["--recipe", path, "--check"])[1:] == (False, False, True)
-    assert "at most one" in refusal("--recipe", path, "--overwrite", "--resume")
+    assert "not allowed with argument" in refusal("--recipe", path, "--overwrite", "--resume")
 
 
 @pytest.mark.parametrize("name", ["lightning.pytorch.loggers.CSVLogger", "CSVLogger"])
@@ -160,53 +165,65 @@ def test_recipes_that_are_none(write, tmp_path):
     assert "neither a file nor a bundled recipe" in refusal("--recipe", "nowhere.yaml")
     assert "did you mean tiny?" in refusal("--recipe", "tinny")
     assert "neither a file" in refusal("--recipe", str(tmp_path))
-    assert "needs a value" in refusal("--recipe")
+    assert "expected one argument" in refusal("--recipe")
     for empty in ("", "# a comment only\n", "---\n"):
         assert "is empty" in refusal("--recipe", write(empty))
-    assert "is not YAML at line 2" in refusal("--recipe", write("seed: 1\nmodel: x: y\n"))
+    assert "is not valid YAML at line 2" in refusal("--recipe", write("seed: 1\nmodel: x: y\n"))
     assert "must hold keys" in refusal("--recipe", write("- model\n- data\n"))
-    assert "stands there twice" in refusal("--recipe", write("seed: 1\nseed: 2\n"))
+    assert "duplicate key: seed" in refusal("--recipe", write("seed: 1\nseed: 2\n"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80" * 9)
-    assert "is not YAML" in refusal("--recipe", str(tmp_path / "binary.yaml"))
+    assert "is not valid YAML" in refusal("--recipe", str(tmp_path / "binary.yaml"))
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"data": {"calibraton": "x"}}, "data.calibraton is no recipe key (did you mean data.calibration?)"),
-        ({"max_drop": 0.1}, "max_drop is no recipe key (did you mean budget.max_drop?)"),
-        ({"bugdet": {"max_drop": 0.1}}, "bugdet is no recipe key (did you mean budget?)"),
-        ({"modle": {"base": "x"}}, "modle is no recipe key (did you mean model?)"),
-        ({"trainer": {"acelerator": "cpu"}}, "trainer.acelerator is no recipe key (did you mean trainer.accelerator?)"),
-        ({"budget": {"max_drop": "much"}}, "budget.max_drop must be a number, found 'much'"),
-        ({"data": {"batch_size": 1.5}}, "data.batch_size must be a whole number, found 1.5"),
-        ({"data": {"batch_size": None}}, "data.batch_size must be a whole number, found null"),
+        ({"data": {"calibraton": "x"}}, "unknown recipe key: data.calibraton (did you mean data.calibration?)"),
+        ({"max_drop": 0.1}, "unknown recipe key: max_drop (did you mean budget.max_drop?)"),
+        ({"bugdet": {"max_drop": 0.1}}, "unknown recipe key: bugdet (did you mean budget?)"),
+        ({"modle": {"base": "x"}}, "unknown recipe key: modle (did you mean model?)"),
+        (
+            {"trainer": {"acelerator": "cpu"}},
+            "unknown recipe key: trainer.acelerator (did you mean trainer.accelerator?)",
+        ),
+        ({"budget": {"max_drop": "much"}}, "budget.max_drop must be a number of at least 0, found 'much'"),
+        ({"data": {"batch_size": 1.5}}, "data.batch_size must be a whole number of at least 1, found 1.5"),
+        ({"data": {"batch_size": None}}, "data.batch_size must be a whole number of at least 1, found null"),
         ({"projection": {"kind": "m"}}, "projection.kind must be one of reuse, closed_form, lora, full, found 'm'"),
         ({"trainer": {"max_steps": "lots"}}, "trainer.max_steps must be a whole number, found 'lots'"),
         ({"data": {"splits": [1]}}, "data.splits must be a section with keys such as fit, tune, search, verify"),
         ({"model": "x"}, "model must be a section with keys such as base"),
-        ({"model": {"base": " "}}, "model.base is required"),
+        ({"model": {"base": " "}}, "model.base must be non-empty text, found ' '"),
         ({"data": {"splits": {"fit": 0.5}}}, "data.splits must sum to 1 (fit + tune + search + verify), found 1.2"),
-        ({"data": {"splits": {"fit": -0.1, "tune": 0.5}}}, "data.splits.fit must be above 0, found -0.1"),
-        ({"budget": {"max_drop": -0.1}}, "budget.max_drop must be at least 0, found -0.1"),
-        ({"budget": {"speedup": 1.0}}, "budget.speedup must be a ratio above 1, or null, found 1.0"),
-        ({"budget": {"extensions": -1}}, "budget.extensions must be at least 0, found -1"),
-        ({"budget": {"boundaries": [1, -4]}}, "budget.boundaries[1] must be at least 0, found -4"),
+        (
+            {"data": {"splits": {"fit": -0.1, "tune": 0.5}}},
+            "data.splits.fit must be a number above 0 and below 1, found -0.1",
+        ),
+        ({"budget": {"max_drop": -0.1}}, "budget.max_drop must be a number of at least 0, found -0.1"),
+        ({"budget": {"speedup": 1.0}}, "budget.speedup must be a number above 1 or null, found 1.0"),
+        ({"budget": {"extensions": -1}}, "budget.extensions must be a whole number of at least 0, found -1"),
+        ({"budget": {"boundaries": [1, -4]}}, "budget.boundaries[1] must be a whole number of at least 0, found -4"),
         ({"boundary": "auto", "budget": {"boundaries": []}}, "budget.boundaries must name what boundary: auto"),
-        ({"boundary": -1}, "boundary must be at least 0, found -1"),
-        ({"boundary": "most"}, "boundary must be a whole number or auto, found 'most'"),
+        ({"boundary": -1}, "boundary must be a whole number of at least 0 or auto, found -1"),
+        ({"boundary": "most"}, "boundary must be a whole number of at least 0 or auto, found 'most'"),
         ({"budget": {"max_drop": 1.5}}, "budget.max_drop is an absolute fraction, at most 1 for agreement, found 1.5"),
-        ({"budget": {"confidence": 0.5}}, "budget.confidence must lie between 0.5 and 1, found 0.5"),
-        ({"budget": {"confidence": float("nan")}}, "budget.confidence must lie between 0.5 and 1, found nan"),
-        ({"budget": {"candidates": []}}, "budget.candidates must name at least one depth"),
-        ({"budget": {"candidates": [0, 3]}}, "budget.candidates must hold depths of at least 1, found 0"),
-        ({"budget": {"candidates": "some"}}, "budget.candidates must be a whole number or a list of whole numbers or"),
-        ({"data": {"batch_size": 0}}, "data.batch_size must be at least 1, found 0"),
-        ({"projection": {"ridge": []}}, "projection.ridge must name at least one strength"),
-        ({"projection": {"ridge": [0.1, 0.0]}}, "projection.ridge[1] must be above 0, found 0.0"),
-        ({"projection": {"warmup": 2}}, "projection.warmup must be a share of the steps in 0..1, found 2"),
-        ({"seed": 2**32}, "seed must be below 2**32"),
-        ({1: 2}, "1 is no recipe key"),
+        ({"budget": {"confidence": 0.5}}, "budget.confidence must be a number above 0.5 and below 1, found 0.5"),
+        (
+            {"budget": {"confidence": float("nan")}},
+            "budget.confidence must be a number above 0.5 and below 1, found nan",
+        ),
+        ({"budget": {"candidates": []}}, "budget.candidates must be a whole number of at least 1, a non-empty list"),
+        ({"budget": {"candidates": [0, 3]}}, "budget.candidates[0] must be a whole number of at least 1, found 0"),
+        (
+            {"budget": {"candidates": "some"}},
+            "budget.candidates must be a whole number of at least 1, a non-empty list (each",
+        ),
+        ({"data": {"batch_size": 0}}, "data.batch_size must be a whole number of at least 1, found 0"),
+        ({"projection": {"ridge": []}}, "projection.ridge must be a non-empty list (each a number above 0), found []"),
+        ({"projection": {"ridge": [0.1, 0.0]}}, "projection.ridge[1] must be a number above 0, found 0.0"),
+        ({"projection": {"warmup": 2}}, "projection.warmup must be a number of at least 0 and at most 1, found 2"),
+        ({"seed": 2**32}, "seed must be a whole number of at least 0 and below 4294967296, found 4294967296"),
+        ({1: 2}, "unknown recipe key: 1"),
     ],
 )
 def test_a_key_or_value_that_does_not_fit_is_named(write, content, sentence):
@@ -220,21 +237,15 @@ def test_a_key_or_value_that_does_not_fit_is_named(write, content, sentence):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--data.calibraton", "x"], "--data.calibraton is no recipe key (did you mean --data.calibration?)"),
-        (["--seedd=3"], "--seedd is no recipe key (did you mean --seed?)"),
+        (["--data.calibraton", "x"], "unknown recipe key: --data.calibraton (did you mean --data.calibration?)"),
+        (["--seedd=3"], "unknown recipe key: --seedd (did you mean --seed?)"),
         (["--budget", "3"], "--budget is a section: set one of its keys, such as --budget.metric"),
         (["--budget.max_drop"], "--budget.max_drop needs a value, found none"),
         (["--budget.max_drop", "--resume"], "--budget.max_drop needs a value, found none"),
-        (["--budget.max_drop", "x"], "budget.max_drop must be a number, found 'x'"),
-        (["--data.batch_size", "true"], "data.batch_size must be a whole number, found 'true'"),
-        (["--resume=yes"], "--resume takes no value"),
-        (["tiny"], "found 'tiny' on the command line"),
-        (["--trainer.logger", "NoLogger"], "trainer.logger must be a Logger"),
-        (
-            ["--trainer.logger", "CSVLogger", "--trainer.logger.nam", "x"],
-            "trainer.logger: lightning.pytorch.loggers.CSV",
-        ),
-        (["--trainer.logger.help", "CSVLogger"], "--trainer.logger.help is no recipe key"),
+        (["--budget.max_drop", "x"], "budget.max_drop must be a number of at least 0, found 'x'"),
+        (["--data.batch_size", "true"], "data.batch_size must be a whole number of at least 1, found True"),
+        (["--resume=yes"], "argument --resume: ignored explicit argument 'yes'"),
+        (["tiny"], "unexpected 'tiny': expected --recipe"),
     ],
 )
 def test_a_command_line_that_does_not_fit_is_named(argv, sentence):
@@ -244,16 +255,16 @@ def test_a_command_line_that_does_not_fit_is_named(argv, sentence):
 def test_several_errors_are_told_at_once(write):
     content = "model: {base: x, dtyp: float32}\ndata: {calibration: y, batch_size: two, splits: {fit: a}}\n"
     text = refusal("--recipe", write(content), "--seedd", "3", "--budget.max_drop", "z")
-    assert text.startswith("the recipe has 5 errors: (1) --seedd is no recipe key")
-    for key in ("model.dtyp is", "data.batch_size must", "data.splits.fit must", "budget.max_drop must"):
+    assert text.startswith("the recipe has 5 errors: (1) unknown recipe key: --seedd")
+    for key in (
+        "unknown recipe key: model.dtyp (did you mean model.dtype?)",
+        "data.batch_size must",
+        "data.splits.fit must",
+        "budget.max_drop must",
+    ):
         assert key in text
     ranges = refusal("--recipe", write({"data": {"batch_size": 0}, "budget": {"confidence": 2}}))
     assert "the recipe has 4 errors" in ranges  # and the two required keys
-
-
-def test_a_value_that_the_command_line_replaces_is_still_typed(write):
-    path = write(MINIMAL | {"seed": "x"})
-    assert refusal("--recipe", path, "--seed", "1").startswith("seed must be a whole number, found")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -263,7 +274,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert main(["--recipe", "tiny", "--data.calibraton", "x"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("pop-fit: error: --data.calibraton is no recipe key")
+    assert err.startswith("pop-fit: error: unknown recipe key: --data.calibraton")
     assert err.count("\n") == 1
 
 
@@ -302,3 +313,164 @@ def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):
     assert capsys.readouterr().err == "pop-fit: interrupted\n"
     with pytest.raises(RuntimeError, match="a defect"):
         run("pop-fit", break_)
+
+
+# --- what a hostile or broken file holds ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 2026-13-45x: y",
+        "seed: !!int x",
+        "seed: !!timestamp x",
+        "seed: !!python/object:os.system x",
+        "seed: " + "9" * 5000,
+        "? [1, 2]\n: 3",
+        "? {a: b}\n: 3",
+        "trainer: {callbacks: &a [*a]}",
+        "trainer: " + "[" * 1000 + "]" * 1000,
+        "trainer: " + "{a: " * 1000 + "1" + "}" * 1000,
+        '{"model": ' * 1000 + "1" + "}" * 1000,
+        'output: "\\ud83d"',
+        'model: {base: x}\n"\\ud83d": 1',
+        "seed: \x07",
+        "<<: 3",
+    ],
+)
+def test_yaml_that_cannot_be_read_is_one_sentence(write, text):
+    sentence = refusal("--recipe", write(text))
+    assert len(sentence) < 300 or sentence.startswith("the recipe has")
+
+
+def test_a_number_of_thousands_of_digits_is_one_sentence(write):
+    assert "seed must be a whole number" in refusal("--recipe", write(MINIMAL), "--seed", "0x" + "f" * 5000)
+
+
+def test_a_date_is_text(write):
+    path = write("model: {base: x, revision: 2026-01-31}\ndata: {calibration: y}\n")
+    assert parse(["--recipe", path]).recipe.model.revision == "2026-01-31"
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--model.revision", "1e3"], "1e3"),
+        (["--model.revision", "null"], None),
+        (["--model.revision", "'null'"], "null"),
+        (["--model.revision", "a: b # c"], "a: b # c"),
+        (["--model.revision", "[x"], "[x"),
+    ],
+)
+def test_an_override_of_text_is_the_text_unless_yaml_has_another_kind_that_fits(write, argv, value):
+    assert parse(["--recipe", write(MINIMAL), *argv]).recipe.model.revision == value
+
+
+def test_an_override_that_is_not_yaml_is_named(write):
+    sentence = refusal("--recipe", write(MINIMAL), "--budget.candidates", "[1, 2")
+    assert sentence.startswith("--budget.candidates is not valid YAML")
+
+
+def test_an_override_replaces_a_value_of_the_file_that_does_not_fit(write):
+    assert parse(["--recipe", write(MINIMAL | {"seed": "x"}), "--seed", "1"]).recipe.seed == 1
+
+
+def test_empty_sections_are_defaults_and_missing_keys_are_named_once(write):
+    assert parse(["--recipe", write("model: {base: x}\ndata: {calibration: y, splits: }\nbudget:\n")]).recipe
+    assert refusal("--recipe", write("model:\n")).startswith("the recipe has 2 errors: (1) model.base is required")
+    assert refusal("--recipe", write({"modle": {"base": "x"}, "data": MINIMAL["data"]})) == (
+        "unknown recipe key: modle (did you mean model?)."
+    )
+
+
+# --- depth ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_depth_is_fixed_by_its_own_key(write):
+    assert parse(["--recipe", write(MINIMAL)]).recipe.depth is None
+    assert parse(["--recipe", write(MINIMAL | {"depth": 8})]).recipe.depth == 8
+    assert parse(["--recipe", write(MINIMAL), "--depth", "3"]).recipe.depth == 3
+    assert "depth must be a whole number of at least 1 or null" in refusal("--recipe", write(MINIMAL | {"depth": 0}))
+    both = MINIMAL | {"depth": 8, "budget": {"speedup": 1.5}}
+    assert refusal("--recipe", write(both)).startswith("depth already fixes what budget.speedup would choose")
+
+
+# --- the trainer section ----------------------------------------------------------------------------------------------
+
+
+def test_the_arguments_read_from_lightnings_source_are_those_of_its_class():
+    named = [key.removeprefix("trainer.") for key in recipe_module._keys() if key.startswith("trainer.")]
+    assert named == list(inspect.signature(lightning.Trainer).parameters)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["--trainer.logger", "NoLogger"],
+            "trainer.logger is not accepted by lightning.Trainer: expected Union[Logger, ",
+        ),
+        (["--trainer.logger", "CSVLogger", "--trainer.logger.nam", "x"], "does not have the argument nam"),
+        (["--trainer.callbacks", "[{class_path: no.such.Callback}]"], "trainer.callbacks is not accepted"),
+    ],
+)
+def test_a_class_that_cannot_be_made_is_named_when_the_trainer_is(argv, sentence):
+    recipe = parse(["--recipe", "tiny", *argv]).recipe
+    with pytest.raises(InputError) as error:
+        recipe.trainer_arguments()
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_print_config_imports_nothing_that_a_recipe_names(tmp_path, monkeypatch, capsys, write):
+    (tmp_path / "strangers.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write(MINIMAL | {"trainer": {"logger": {"class_path": "strangers.Logger"}, "callbacks": ["strangers.C"]}})
+    assert "strangers.Logger" in printed(capsys, "--recipe", path)
+    assert "strangers" not in sys.modules
+
+
+# --- for editors and for recipes of one's own -------------------------------------------------------------------------
+
+
+def test_the_schema_has_the_type_the_range_and_the_meaning_of_every_key(capsys, write):
+    assert main(["--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["model", "data"]
+    size = schema["$defs"]["Data"]["properties"]["batch_size"]
+    assert (size["type"], size["minimum"], size["default"]) == ("integer", 1, 8)
+    assert "memory" in size["description"]
+    assert "max_steps" in schema["$defs"]["Trainer"]["properties"]
+    text = recipe_module.read("example")
+    assert "# yaml-language-server: $schema=" in text
+
+
+def test_the_bundled_recipes_are_listed_with_what_they_are_for(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == bundled_recipes()
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_a_recipe_is_written_out_with_its_comments_or_with_what_was_changed(tmp_path, capsys):
+    out = tmp_path / "mine.yaml"
+    assert main(["--recipe", "tiny", "--recipe_out", str(out)]) == 0
+    assert out.read_text() == recipe_module.read("tiny")
+    assert main(["--recipe", "tiny", "--recipe_out", str(out)]) == 2
+    assert "cannot be written (File exists)" in capsys.readouterr().err
+    changed = ["--recipe", "tiny", "--seed", "5"]
+    assert main([*changed, "--recipe_out", str(tmp_path / "changed.yaml")]) == 0
+    assert parse(["--recipe", str(tmp_path / "changed.yaml")]).recipe == parse(changed).recipe
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("pop-fit 0.")
+
+
+def test_a_key_is_spelled_as_it_was_given(write, capsys):
+    assert main(["--recipe", write(MINIMAL | {"seed": -1}), "--budget.max_drop", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "(1) seed must be" in error
+    assert "(2) --budget.max_drop must be" in error
