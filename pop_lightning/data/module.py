@@ -10,13 +10,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, count, groupby, zip_longest
 from pathlib import Path
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -148,19 +148,89 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
     return splits
 
 
-class _TrainingSteps(IterableDataset):
-    """Lists of rows, one per step, from step ``start`` on and without end."""
+class _Batches(Dataset):
+    """Rows in batches of all processes together, by their number; :func:`collate` gives each process its share.
 
-    def __init__(self, rows: list[Row], batch_size: int, seed: int, start: int):
-        self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
+    Args:
+        batch_size: rows of one process.
+    """
 
-    def __iter__(self) -> Iterator[list[Row]]:
-        per_epoch = -(-len(self.rows) // self.batch_size)
-        for epoch in count(self.start // per_epoch):
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(hash63(self.seed, epoch)))
-            first = self.start % per_epoch if epoch == self.start // per_epoch else 0
-            for step in range(first, per_epoch):
-                yield [self.rows[index] for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
+    def __init__(self, rows: Sequence[Row], batch_size: int):
+        self.rows, self.batch_size = rows, batch_size
+
+    @property
+    def together(self) -> int:
+        # Asked for when a batch is read: a loader may be made before the processes have found each other.
+        return self.batch_size * distributed.size()
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.together)
+
+    def __getitem__(self, number: int) -> list[Row]:
+        return list(self.rows[number * self.together : (number + 1) * self.together])
+
+
+class _TrainingBatches(Dataset):
+    """The batches of a training by the number of its step, each epoch in an order of its own.
+
+    Args:
+        batch_size: rows of all processes together.
+    """
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._order = lru_cache(1)(self._order_of)
+
+    def __len__(self) -> int:
+        """Of one epoch."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, step: int) -> list[Row]:
+        epoch, number = divmod(step, len(self))
+        rows = self._order(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+        return [self.rows[index] for index in rows]
+
+    def _order_of(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(hash63(self.seed, epoch)))
+
+
+class _EveryBatch(DistributedSampler):
+    """Every process reads every batch, of which it takes its share. Lightning leaves a sampler of this type alone."""
+
+    def __init__(self, batches: _Batches):
+        super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+
+class _Epochs(_EveryBatch):
+    """The steps of one epoch at a time, from ``start`` on."""
+
+    def __init__(self, batches: _TrainingBatches, start: int):
+        super().__init__(batches)
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        first, self.start = self.start, (self.start // len(self) + 1) * len(self)
+        return iter(range(first, self.start))
+
+
+class _Steps(_EveryBatch):
+    """The steps from ``start`` on, without end."""
+
+    def __init__(self, batches: _TrainingBatches, start: int):
+        super().__init__(batches)
+        self.start = start
+
+    def __len__(self) -> int:
+        raise TypeError("a training's steps have no end")
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.start)
 
 
 class CalibrationData(lightning.LightningDataModule):
@@ -324,18 +394,35 @@ class CalibrationData(lightning.LightningDataModule):
             InputError: a row's response is still missing.
         """
         rows = sorted(self._complete(name)[:limit], key=lambda row: (-row.length, row.seed))
-        batch_size = (batch_size or self.batch_size) * distributed.size()
-        return DataLoader(rows, batch_size=batch_size, collate_fn=self._share)
+        batches = _Batches(rows, batch_size or self.batch_size)
+        return DataLoader(batches, batch_size=None, sampler=_EveryBatch(batches), collate_fn=self._share)
 
-    def train_dataloader(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
-        """Batches of ``fit`` without end, each epoch in an order of its own; step ``start`` comes first.
+    def val_dataloader(self) -> DataLoader:
+        """The split that the module of the running trainer names as its ``split``; ``search`` where it names none."""
+        return self.loader(getattr(getattr(self.trainer, "lightning_module", None), "split", "search"))
+
+    def test_dataloader(self) -> DataLoader:
+        """The ``verify`` split."""
+        return self.loader("verify")
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of ``fit``, an epoch at a time, each in an order of its own.
 
         ``batch_size`` rows are those of all processes together, so that their number changes nothing. Which rows a step
-        reads follows from the seed and the step's number alone, so that a resumed training goes on with the batches
+        reads follows from the seed and the step's number alone, so that a resumed training continues with the batches
         that it would have read.
         """
-        steps = _TrainingSteps(self._complete("fit"), batch_size or self.batch_size, self.seed, start)
-        return DataLoader(steps, batch_size=None, collate_fn=self._share)
+        # Lightning asks for this loader after a checkpoint was restored.
+        start = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        return self._training_loader(_Epochs, self.batch_size, start)
+
+    def training_steps(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
+        """The batches of :meth:`train_dataloader` from step ``start`` on, without end."""
+        return self._training_loader(_Steps, batch_size or self.batch_size, start)
+
+    def _training_loader(self, sampler: type[_Epochs | _Steps], batch_size: int, start: int) -> DataLoader:
+        batches = _TrainingBatches(self._complete("fit"), batch_size, self.seed)
+        return DataLoader(batches, batch_size=None, sampler=sampler(batches, start), collate_fn=self._share)
 
     def _complete(self, name: str) -> list[Row]:
         rows = self.rows_of(name)
@@ -355,16 +442,9 @@ class CalibrationData(lightning.LightningDataModule):
         """
         return collate(rows, self.pad_token_id, self.vision)
 
-    @property
-    def _share(self) -> Callable[[Sequence[Row]], dict]:
+    def _share(self, rows: Sequence[Row]) -> dict:
         """:func:`collate` for this process's share of a batch."""
-        return partial(
-            collate,
-            pad_token_id=self.pad_token_id,
-            vision=self.vision,
-            rank=distributed.rank(),
-            size=distributed.size(),
-        )
+        return collate(rows, self.pad_token_id, self.vision, rank=distributed.rank(), size=distributed.size())
 
     @property
     def digest(self) -> str:

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import lightning
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.data.module import real_rows
-from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, response_metrics
+from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, prompt_means, response_metrics
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.pruning.module import DecoderModule
 from pop_lightning.pruning.passes import student_logits, teacher_pass
 from pop_lightning.pruning.projections import KVProjections
 
@@ -22,12 +25,23 @@ class Variant:
     Attributes:
         context_visible: False is "no KV projection": the pruned layers see no context.
         remove_layers: True drops the pruned layers in both stages, as older pruning does.
+
+    Raises:
+        InputError: the plan prunes at another depth than the one that the projections were made for.
     """
 
     plan: PruningPlan
     projections: KVProjections
     context_visible: bool = True
     remove_layers: bool = False
+
+    def __post_init__(self):
+        # At depth L nothing is pruned, so projections of any depth do.
+        if self.plan.depth not in (self.projections.depth, self.projections.decoder.num_layers):
+            raise InputError(
+                f"the plan prunes at depth {self.plan.depth}, and its projections were made for depth "
+                f"{self.projections.depth}: give projections of the plan's depth."
+            )
 
 
 def groups(decoder: Decoder, choices: Sequence[Choice], memory: int) -> Iterator[list[Choice]]:
@@ -45,22 +59,44 @@ def groups(decoder: Decoder, choices: Sequence[Choice], memory: int) -> Iterator
         yield group
 
 
-class Evaluation(lightning.LightningModule):
-    """Measure variants over a loader with ``Trainer.validate``; then :meth:`rows` holds every row's metrics.
+class Evaluation(DecoderModule):
+    """Measure variants with ``Trainer.validate`` (the search split) or ``Trainer.test`` (the verify split).
+
+    Afterwards :meth:`rows` holds every row's metrics. The means over prompts are logged as ``kl/NAME``,
+    ``agreement/NAME``, ``nll_increase/NAME`` and ``exact_match/NAME``.
 
     Args:
-        variants: by a name of the caller's choice.
+        model: the base: a hub id or folder, a Transformers model, or a decoder.
+        variants: by a name of the caller's choice; or projections by their depth, which becomes the name.
+        boundary: of the plans that are made for projections by depth.
     """
 
-    def __init__(self, decoder: Decoder, variants: Mapping[str, Variant]):
-        super().__init__()
-        self.decoder, self.variants = decoder, dict(variants)
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | Decoder,
+        variants: Mapping[str, Variant] | Mapping[int, KVProjections],
+        boundary: int = 1,
+    ):
+        super().__init__(model)
+        self.variants = {
+            str(name): each if isinstance(each, Variant) else Variant(PruningPlan(int(name), boundary), each)
+            for name, each in variants.items()
+        }
+        if not self.variants:
+            raise InputError("an evaluation needs at least one variant, or projections of one depth.")
         self._names = list(self.variants)
         self.meters = torch.nn.ModuleList(RowMetrics(ROW_METRICS) for _ in self._names)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for variant in self.variants.values():
+            variant.projections.place()
 
     def on_validation_start(self) -> None:
         for meter in self.meters:
             meter.reset()
+
+    on_test_start = on_validation_start
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         mask, prompt = batch["attention_mask"], batch["prompt_length"]
@@ -73,9 +109,16 @@ class Evaluation(lightning.LightningModule):
             logits = self._logits(variant, trace, mask, prompt)
             meter.update(response_metrics(logits[rows], teacher[rows], targets, real), *seeds)
 
+    test_step = validation_step
+
     def on_validation_epoch_end(self) -> None:
-        for meter in self.meters:
-            meter.compute()  # gathers the processes' rows while their tensors lie where the process group reaches them
+        for name in self._names:
+            rows = self.rows(name)  # gathers them while their tensors lie where the process group reaches them
+            for metric in ("kl", "agreement", "nll_increase", "exact_match"):
+                mean = prompt_means(rows[metric], rows["prompt"]).mean().float()
+                self.log(f"{metric}/{name}", mean, sync_dist=True)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def _logits(self, variant: Variant, trace, mask: Tensor, prompt: int) -> Tensor:
         if variant.remove_layers:

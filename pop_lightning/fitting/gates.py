@@ -1,7 +1,7 @@
 """Virtual gates: one scalar per layer, stage and row over both branches of a layer (arXiv 2602.03295, section 3).
 
-:func:`gated` multiplies by gates of any value; :func:`probed` gives the gradients at one, where scoring needs them and
-where a gate multiplies nothing: dL/dg is the branch's output times its gradient, read off in the backward pass.
+Scoring needs their gradients at one, where a gate multiplies nothing: dL/dg is the branch's output times its gradient,
+read off in the backward pass.
 """
 
 from contextlib import contextmanager
@@ -10,60 +10,6 @@ import torch
 from torch import Tensor
 
 from pop_lightning.models.decoder import Decoder
-
-PREFILL, DECODE = 0, 1
-
-
-class _Gate(torch.autograd.Function):
-    """``x * g`` with one g per row and stage; the gate's gradient is summed in float32, whatever dtype x has."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, context: int) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        ctx.context = context
-        return x * _per_token(gate, context, x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, gate = ctx.saved_tensors
-        per_token = (grad.float() * x.float()).sum(-1)
-        split = [per_token[:, : ctx.context].sum(1), per_token[:, ctx.context :].sum(1)]
-        return grad * _per_token(gate, ctx.context, grad), torch.stack(split, dim=-1), None
-
-
-def _per_token(gate: Tensor, context: int, like: Tensor) -> Tensor:
-    """``[batch, 2]`` spread over ``[batch, tokens, 1]``: the first ``context`` tokens are prefill, the rest decode."""
-    tokens = like.shape[1]
-    spread = torch.cat([gate[:, :1].expand(-1, context), gate[:, 1:].expand(-1, tokens - context)], dim=1)
-    return spread.unsqueeze(-1).to(like.dtype)
-
-
-@contextmanager
-def gated(decoder: Decoder, gates: Tensor, context: int):
-    """Gate every branch of every layer while the model runs.
-
-    Args:
-        gates: ``[batch, L, 2]`` (prefill, decode), float32, a leaf where gradients are wanted.
-        context: how many tokens at the front are context; boundary and response tokens follow.
-    """
-    handles = []
-
-    def hook(layer: int):
-        def apply(module, args, output):
-            first = output[0] if isinstance(output, tuple) else output
-            first = _Gate.apply(_by_row(first, len(gates)), gates[:, layer], context).view_as(first)
-            return (first, *output[1:]) if isinstance(output, tuple) else first
-
-        return apply
-
-    try:
-        for layer in range(decoder.num_layers):
-            for branch in decoder.branches(layer):
-                handles.append(branch.register_forward_hook(hook(layer)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -91,7 +37,7 @@ def probed(decoder: Decoder, rows: int, context: int):
     def hook(layer: int):
         def apply(module, args, output):
             branch = output[0] if isinstance(output, tuple) else output
-            held = _by_row(branch.detach(), rows)
+            held = by_row(branch.detach(), rows)
             branch.register_hook(lambda grad: found.append((layer, _by_stage(held, grad.view_as(held), context))))
 
         return apply
@@ -115,7 +61,7 @@ def gate_gradients(found: list[tuple[int, Tensor]], layers: int) -> Tensor:
     return total
 
 
-def _by_row(output: Tensor, rows: int) -> Tensor:
+def by_row(output: Tensor, rows: int) -> Tensor:
     """A branch's output as ``[batch, tokens, hidden]``; some mixtures of experts give all tokens flat."""
     return output if output.dim() == 3 else output.unflatten(0, (rows, -1))
 

@@ -1,68 +1,118 @@
 """ImportanceScoring: how much each layer matters in prefill and in decode, from virtual gates.
 
 I_l = E[(dL/dg_l)^2] at g = 1 with targets drawn from the model (arXiv 2602.03295, section 3): one forward and one
-backward per batch give every layer and both stages. The pipeline orders depth candidates by it.
+backward per batch give every layer and both stages. Depth candidates are placed by it.
+
+A gradient is linear in the residuals e_y - p of its positions, so the expectation depends on their covariance only.
+Where the model is sure of itself nearly every drawn target is the most likely token, and the estimate rests on the few
+that are not. So what is drawn here is a residual that has the same mean and covariance, diag(p) - p p^T, and in which
+every token takes part (:func:`draw_residuals`).
 """
 
-import lightning
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
 from pop_lightning.data.module import real_rows
 from pop_lightning.fitting.gates import gate_gradients, probed
 from pop_lightning.models.decoder import Decoder, Trace
+from pop_lightning.pruning.module import DecoderModule, outside_inference, resting
 from pop_lightning.pruning.passes import teacher_trace
 
+_CHUNK = 2**24  # numbers of a residual that are made at a time
+_BITS = 32  # random bits, and so signs, of one drawn integer
 
-class ImportanceScoring(lightning.LightningModule):
-    """Score all layers for both stages; after ``validate``, :attr:`scores` holds ``[L, 2]``, float64.
 
-    Batches are those of ``collate``. Targets depend on (seed, row content) alone, so scores do
-    not depend on batch size, padding, order or the number of processes. Nothing is trained, so it is a ``validate``
-    pass, of a ``Trainer(inference_mode=False)``: gradients flow through the activations.
+class ImportanceScoring(DecoderModule):
+    """Score all layers for both stages; after ``Trainer.validate``, :attr:`scores` holds ``[L, 2]``, float64.
+
+    Batches are those of ``collate``; ``validate`` reads the rows of the ``fit`` split. What is drawn depends on (seed,
+    row content) only, so scores do not depend on batch size, padding, order or the number of processes. The scores are
+    logged as ``prefill_importance/LAYER`` and ``decode_importance/LAYER``.
 
     Args:
-        decoder: the base; its weights stay frozen.
+        model: the base: a hub id or folder, a Transformers model, or a decoder; its weights get no gradient.
         boundary: how many of the last prompt tokens count as decode.
-        seed: of the sampled targets.
-        gradient_checkpointing: keep each layer's input alone for the backward pass and run the layer again there: the
+        seed: of what is drawn.
+        gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again there: the
             activations of one layer live at a time, for half as many operations again.
+
+    Attributes:
+        rows: how many rows were scored.
     """
 
-    def __init__(self, decoder: Decoder, boundary: int = 1, seed: int = 0, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.decoder, self.boundary, self.seed = decoder, boundary, seed
+    split = "fit"
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | Decoder,
+        boundary: int = 1,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__(model)
+        self.save_hyperparameters(ignore=() if isinstance(model, str) else "model")
+        self.boundary, self.seed = boundary, seed
         self.gradient_checkpointing = gradient_checkpointing
-        self.register_buffer("sums", torch.zeros(decoder.num_layers, 2, dtype=torch.float64), persistent=False)
-        self.rows = 0
+        self.register_buffer("sums", torch.zeros(self.decoder.num_layers, 2, dtype=torch.float64))
+        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
 
     def on_validation_start(self) -> None:
         self.sums.zero_()
-        self.rows = 0
+        self.counted.zero_()
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         # The square is taken per row, before any sum over rows or processes.
         self.sums += self.gradients(batch).double().pow(2).sum(0)
-        self.rows += real_rows(batch)
+        self.counted += real_rows(batch)
 
     def on_validation_epoch_end(self) -> None:
         distributed.add_up(self.sums)
-        self.rows = sum(distributed.counts(self.rows, self.sums.device))
+        distributed.add_up(self.counted)
+        for stage, scores in zip(("prefill", "decode"), self.scores.T.float(), strict=True):
+            named = {f"{stage}_importance/{layer}": score for layer, score in enumerate(scores)}
+            self.log_dict(named, sync_dist=True)
+
+    @property
+    def rows(self) -> int:
+        return int(self.counted)
+
+    @property
+    def scores(self) -> Tensor:
+        return self.sums.cpu() / max(self.rows, 1)
+
+    def candidates(self, number: int, min_pruned: int = 2) -> list[int]:
+        """:func:`candidates` placed by the prefill scores of this model."""
+        prefill = self.scores[:, 0].tolist()
+        return candidates(prefill, number, smallest=self.decoder.smallest_depth, min_pruned=min_pruned)
 
     def gradients(self, batch: dict, targets: Tensor | None = None) -> Tensor:
-        """dL/dg of every row, layer and stage at g = 1, ``[batch, L, 2]`` (prefill, decode), float32."""
-        rows, context = len(batch["input_ids"]), max(0, batch["prompt_length"] - self.boundary)
-        trace = teacher_trace(self.decoder, batch, 0, masks=True) if self.gradient_checkpointing else None
-        with torch.enable_grad(), probed(self.decoder, rows, context) as found:
-            if trace is None:
-                self.loss(batch, targets).backward()
-            else:
-                self._backward_by_layer(trace, batch, targets)
-        return gate_gradients(found, self.decoder.num_layers)
+        """dL/dg of every row, layer and stage at g = 1, ``[batch, L, 2]`` (prefill, decode), float32.
+
+        Args:
+            targets: ``[batch, response]`` tokens for yhat; residuals are drawn unless given.
+        """
+        # Trainer.validate runs in inference mode by default, whose tensors autograd cannot save.
+        with torch.inference_mode(False), torch.enable_grad(), resting(self.decoder.model):
+            batch = outside_inference(batch)
+            rows, context = len(batch["input_ids"]), max(0, batch["prompt_length"] - self.boundary)
+            trace = teacher_trace(self.decoder, batch, 0, masks=True) if self.gradient_checkpointing else None
+            with probed(self.decoder, rows, context) as found:
+                if trace is None:
+                    self.loss(batch, targets).backward()
+                else:
+                    self._backward_by_layer(trace, batch, targets)
+            return gate_gradients(found, self.decoder.num_layers)
 
     def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
-        """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows; yhat is drawn unless given."""
+        """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows.
+
+        Unless ``targets`` are given its value means nothing, and its gradient is that of drawn residuals.
+        """
         return self._loss(self.decoder.response_logits(batch), batch, targets)
 
     def _backward_by_layer(self, trace: Trace, batch: dict, targets: Tensor | None) -> None:
@@ -82,37 +132,72 @@ class ImportanceScoring(lightning.LightningModule):
 
     def _loss(self, logits: Tensor, batch: dict, targets: Tensor | None) -> Tensor:
         real = batch["attention_mask"][:, batch["prompt_length"] :].bool()
-        if targets is None:
-            targets = sample(logits.detach(), real, batch["row_seed"], self.seed)
-        return torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="sum")
-
-    @property
-    def scores(self) -> Tensor:
-        return self.sums.cpu() / max(self.rows, 1)
+        if targets is not None:
+            return torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="sum")
+        residuals = draw_residuals(logits.detach()[real], real.sum(1), batch["row_seed"], self.seed)
+        return (logits[real] * residuals).sum()
 
 
-def sample(logits: Tensor, real: Tensor, row_seed: Tensor, seed: int) -> Tensor:
-    """Draw a token from each position's distribution by inverting its cumulative sum: one uniform number per position.
+def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int) -> Tensor:
+    """Random residuals with mean zero and the covariance of ``e_y - p``, y drawn from the model: diag(p) - p p^T.
 
     Args:
-        logits: ``[batch, response, vocabulary]``.
-        real: ``[batch, response]``, True where a token is to be drawn.
-        row_seed: ``[batch]``, a hash of each row's content.
+        logits: ``[positions, vocabulary]`` of all rows, one row after the other.
+        lengths: ``[rows]``, how many of the positions each row has.
+        row_seed: ``[rows]``, a hash of each row's content.
 
     Returns:
-        ``[batch, response]`` token ids that depend on (seed, row content, position) alone; 0 where not real.
+        ``[positions, vocabulary]`` in the dtype of ``logits``. The signs depend on (seed, row content, position) only.
     """
-    batch, positions, vocabulary = logits.shape
-    uniform = torch.empty(batch, positions, dtype=torch.float64)
-    for row in range(batch):
-        generator = torch.Generator().manual_seed((int(row_seed[row]) ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1))
-        uniform[row] = torch.rand(positions, generator=generator, dtype=torch.float64)
-    uniform = uniform.to(logits.device)
-    targets = torch.zeros_like(real, dtype=torch.long)
-    # A row at a time: float64 sums over a vocabulary are large.
-    for row in range(batch):
-        kept = real[row]
-        cumulative = logits[row][kept].float().softmax(-1).double().cumsum(-1)
-        wanted = uniform[row][kept, None] * cumulative[:, -1:]
-        targets[row, kept] = torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=vocabulary - 1)
-    return targets
+    residuals, vocabulary, start = torch.empty_like(logits), logits.shape[1], 0
+    bits = torch.arange(_BITS, device=logits.device)
+    for length, content in zip(lengths.tolist(), row_seed.tolist(), strict=True):
+        generator = torch.Generator().manual_seed((content ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1))
+        for positions in torch.arange(start, start + length).split(max(1, _CHUNK // vocabulary)):
+            # On the CPU, so that a device draws what another would: a word of random bits for many signs.
+            words = torch.randint(2**_BITS, (len(positions), -(-vocabulary // _BITS), 1), generator=generator)
+            signs = (words.to(logits.device) >> bits & 1).flatten(1)[:, :vocabulary] * 2 - 1
+            here = slice(int(positions[0]), int(positions[-1]) + 1)
+            residuals[here] = _residuals(logits[here].float(), signs)
+        start += length
+    return residuals
+
+
+def _residuals(logits: Tensor, signs: Tensor) -> Tensor:
+    """diag(sqrt(p)) H signs: H is the reflection that swaps sqrt(p) and the axis of the likeliest token, whose sign is 0.
+
+    diag(sqrt(p)) alone would have the covariance diag(p); pp^T is the direction that this leaves out. With two possible
+    tokens, as where the model is nearly sure, one sign is left, and the square of what it multiplies is exact.
+    """
+    p = logits.softmax(-1)
+    likeliest = p.argmax(-1, keepdim=True)
+    root = p.gather(-1, likeliest).sqrt()
+    p = p.scatter(-1, likeliest, 0.0)
+    drawn = p.sqrt() * signs
+    total = drawn.sum(-1, keepdim=True)
+    # (1 + sqrt(p_k)) / (1 - p_k) is 1 / (1 - sqrt(p_k)) without the difference of nearly equal numbers.
+    shrunk = drawn - p * total * (1 + root) / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    return shrunk.scatter(-1, likeliest, root * total)
+
+
+def candidates(importance: Sequence[float], number: int, *, smallest: int = 1, min_pruned: int = 2) -> list[int]:
+    """Depths to measure, shallowest pruning first, denser where the removed importance rises fast.
+
+    They lie at even steps of the logarithm of what is removed, the summed prefill importance of the pruned layers.
+
+    Args:
+        importance: prefill importance, one value per layer.
+        number: how many depths; all of them where there are fewer.
+        smallest: the smallest depth that the model allows.
+        min_pruned: the fewest pruned layers.
+    """
+    every = list(range(len(importance) - min_pruned, smallest - 1, -1))
+    if number >= len(every):
+        return every
+    removed = torch.tensor([sum(importance[depth:]) for depth in every], dtype=torch.float64)
+    # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
+    level = removed.clamp(min=1e-30).log()
+    level = (level - level[0]).clamp(min=0) / (level[-1] - level[0]).clamp(min=1e-12)
+    level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
+    chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, number).tolist()}
+    return [every[index] for index in sorted(chosen)]

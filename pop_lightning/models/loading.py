@@ -18,6 +18,7 @@ from transformers import (
 
 from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError, first_sentence
+from pop_lightning.models.decoder import Decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,6 +67,28 @@ def load_model(
             f"was expected): {first_sentence(error)}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def as_decoder(model: "str | Path | PreTrainedModel | Decoder", **options) -> Decoder:
+    """The base model in the form that every module works on.
+
+    Args:
+        model: a hub id, a folder or ``bundled:NAME``, which is loaded; a Transformers model; or a :class:`Decoder`,
+            which is returned as it is.
+        options: of :func:`load_model`, for a model that is loaded.
+
+    Raises:
+        InputError: it cannot be loaded, is something else, or has no decoder of a supported shape.
+    """
+    if isinstance(model, Decoder):
+        return model
+    if isinstance(model, (str, Path)):
+        model = load_model(str(model), **options)
+    if not hasattr(model, "get_decoder"):
+        raise InputError(
+            f"a base model must be a hub id, a folder, a Transformers model or a Decoder, found {type(model).__name__}."
+        )
+    return Decoder(model)
 
 
 def check_attention(what: str, attn_implementation: str | None, error: Exception) -> None:

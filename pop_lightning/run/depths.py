@@ -5,12 +5,11 @@ The pipeline asks here for what it will do, the preflight for what a run would d
 
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.rows import Row
 from pop_lightning.fitting.closed_form import Shape, passes
+from pop_lightning.fitting.importance import candidates as place_candidates
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import speedup
 from pop_lightning.run.recipe import Budget, Recipe
@@ -80,8 +79,7 @@ def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int) -> Row | Non
 def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Decoder) -> list[int]:
     """Depths to measure, shallowest pruning first.
 
-    A number picks depths at even steps of the logarithm of what is removed, the summed prefill importance of the
-    layers above: where importance rises fast, candidates are dense.
+    A number of them is placed by the importance (:func:`pop_lightning.fitting.importance.candidates`).
 
     Args:
         prefill_importance: one value per layer.
@@ -104,21 +102,12 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Dec
         except InputError as error:
             raise InputError(f"budget.candidates holds depth {min(wanted)}: {error}") from error
         return sorted({depth for depth in wanted if depth < layers}, reverse=True)
-    every = [depth for depth in every if layers - depth >= budget.min_pruned]
-    if not every:
+    if layers - budget.min_pruned < smallest:
         raise InputError(
             f"budget.min_pruned {budget.min_pruned} leaves no depth of a model of {layers} layers whose smallest is "
             f"{smallest}."
         )
-    if wanted >= len(every):
-        return every
-    removed = torch.tensor([sum(prefill_importance[depth:]) for depth in every], dtype=torch.float64)
-    # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
-    level = removed.clamp(min=1e-30).log()
-    level = (level - level[0]).clamp(min=0) / (level[-1] - level[0]).clamp(min=1e-12)
-    level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
-    chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, wanted).tolist()}
-    return [every[index] for index in sorted(chosen)]
+    return place_candidates(prefill_importance, wanted, smallest=smallest, min_pruned=budget.min_pruned)
 
 
 def reaching(budget: Budget, decoder: Decoder, boundaries: Sequence[int], tokens: int) -> dict[int, int]:

@@ -304,7 +304,7 @@ class _Run:
             self.trainers.train(
                 f"training depth {depth} for {steps} steps",
                 distillation.module,
-                lambda start: self.data.train_dataloader(settings.batch_size, start),
+                lambda start: self.data.training_steps(settings.batch_size, start),
                 steps=steps,
                 rounds=steps // settings.steps,
                 checkpoints=self.folder / "checkpoints" / f"{kind}-depth{depth}",

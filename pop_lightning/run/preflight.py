@@ -151,7 +151,7 @@ def pace(found: Estimate) -> dict[str, float] | str:
     sizes = list(dict.fromkeys((recipe.data.batch_size, recipe.importance.rows_at_a_time(recipe.data))))
     batches = [batch_of(size, *found.rows.usual) for size in sizes]
     if (data := found.rows.data) is not None and not found.rows.missing:
-        rows = data.loader("fit").dataset
+        rows = data.loader("fit").dataset.rows
         middle = len(rows) // 2 // sizes[0] * sizes[0]  # images are read for the batches that are timed alone
         batches = [data.batch(rows[middle : middle + size]) for size in sizes]
     responses = any(stage.rows == "responses" for stage in found.stages)

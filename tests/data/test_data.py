@@ -478,7 +478,7 @@ def test_a_loader_gives_every_row_once_longest_first(tmp_path):
 
 def test_training_batches_follow_from_the_seed_and_the_step_alone(tmp_path):
     def steps(seed, start, count):
-        loader = load(path, seed=seed).train_dataloader(batch_size=4, start=start)
+        loader = load(path, seed=seed).training_steps(batch_size=4, start=start)
         return [batch["row_seed"].tolist() for batch in itertools.islice(loader, count)]
 
     path = write(tmp_path / "a.jsonl", pairs(60))
