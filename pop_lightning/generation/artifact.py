@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.files import replace_folder
+from pop_lightning.core.files import replace_folder, write_problem
 from pop_lightning.core.kinds import KINDS
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.generation.base_identity import check_base
@@ -97,7 +97,9 @@ def write_artifact(
         InputError: ``folder`` holds something other than an artifact, or cannot be written; or a tensor has values
             that are not finite.
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name for the temporary folder to be derived from
+    folder = Path(
+        os.path.abspath(Path(folder).expanduser())
+    )  # "." has no name for the temporary folder to be derived from
     recipe, measured = recipe or {}, measured or {}
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} holds something other than an artifact; name another folder.")
@@ -124,18 +126,16 @@ def write_artifact(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
-        # The card first: safetensors makes files that only their owner can read, and takes over this one's mode.
         card = model_card(plan, kind, config["base"], config["measured"], config["recipe"])
         (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
         safetensors.torch.save_file(tensors, partial / TENSORS, metadata={"format": "pt", _BOUND: digest})
-        shutil.copymode(partial / CARD, partial / TENSORS)
         config["projection"]["sha256"] = _digest(partial / TENSORS)
         config["integrity"] = {"sha256": digest}
         (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise InputError(f"the artifact cannot be written to {folder}: {reason}.") from error
+        reason = write_problem(error, folder.parent) or str(error)
+        raise InputError(f"the artifact cannot be written to {folder}: {reason.rstrip('.')}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""StageAwareGenerator: a Transformers model whose prefill is pruned and whose everything else is as it was.
+"""StageAwareGenerator: a Transformers model whose prefill is pruned; everything else is unchanged.
 
 The last part of the flow: it holds a base, a plan and projections, and lets Transformers' own ``generate`` run. Hooks
 stand on the pruned layers until the prompt has been read (``prefill.py``); decode steps meet none. Works: sampling,
@@ -15,6 +15,11 @@ eager, flash and flex attention; several threads at once. Where pruning shows:
 - M-RoPE: a cache carries how many positions its images took, so a second turn starts where its own conversation
   stopped, whatever the model ran in between.
 - ``pixel_values``: where images attend to their own later tokens (Gemma), a boundary that begins inside one is refused.
+- A forward without a cache (``generator(input_ids)``) is refused: it does not say where its prompt ends. Of a filled
+  cache it is a decode step. So lm-eval's ``HFLM(generator)`` measures generation tasks and refuses log-likelihood ones;
+  ``HFLM(generator.model)`` and ``pipeline(..., model=generator.model)`` measure the unpruned model.
+- A base that changed after the projections were made (adapters, training): reused projections follow it, fitted ones
+  are refused.
 - ``guidance_scale``: the unconditional branch is prefilled by the plain model.
 - Refused by name before the first token: ``use_cache=False``, offloaded and paged caches, ``token_healing``, the model
   as its own assistant, ``assistant_early_exit``, ``use_mtp``, ``speculation_type="dflash"``, flex attention together
@@ -28,13 +33,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.processor import VisionProcessor
+from pop_lightning.generation.base_watch import BaseWatch
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import end_tokens
 from pop_lightning.pruning.attach_check import check_decoder
@@ -75,12 +82,31 @@ class StageAwareGenerator:
         self.model = model
         self.plan = plan
         self.tokenizer, self.vision = tokenizer, vision
-        self.decoder = decoder
-        self.projections = projections if projections is not None else KVProjections(decoder, plan.depth)
-        self.projections.stack()  # now, so that the first prefill pays neither its time nor its memory
-        self._prefill = StageAwarePrefill(self.projections, plan)
-        self._mark = f"{plan.fingerprint} {self.projections.fingerprint}"
+        self._use(projections if projections is not None else KVProjections(decoder, plan.depth))
         self._thread = threading.local()
+
+    def _use(self, projections: KVProjections) -> None:
+        self.decoder, self.projections = projections.decoder, projections
+        projections.stack()  # now, so that the first prefill pays neither its time nor its memory
+        self._prefill = StageAwarePrefill(projections, self.plan)
+        self._mark = f"{self.plan.fingerprint} {projections.fingerprint}"
+        self._watch = BaseWatch(self.decoder, self.plan.pruned(self.decoder.num_layers))
+
+    def _follow_base(self) -> None:
+        """Take over what happened to the base since the last call: it may have been moved, cast, adapted or trained.
+
+        Raises:
+            InputError: its keys and values changed, and the projections were fitted to what they were.
+        """
+        self.projections.place()
+        if not self._watch.changed():
+            return
+        if self.projections.replaced:
+            raise InputError(
+                "the base's keys and values changed (an adapter or new weights) after its projections were fitted: "
+                "make a new generator with projections that are fitted to the changed base, or restore the base."
+            )
+        self._use(KVProjections(Decoder(self.model), self.plan.depth))
 
     @classmethod
     def from_artifact(
@@ -104,12 +130,26 @@ class StageAwareGenerator:
         artifact = read_artifact(path)
         tokenizer = name = None
         if base is None or isinstance(base, (str, Path)):
-            name = artifact.config["base"]["id"] if base is None else str(base)
+            name = artifact.config["base"]["id"] if base is None else str(Path(base).expanduser())
+            if base is None and Path(name).is_absolute() and not Path(name).is_dir():
+                raise InputError(
+                    f"the base of the artifact {artifact.folder} is not at {name} any more; give the folder that it "
+                    "is in now, or its hub id (--base)."
+                )
             stored = artifact.config["base"].get("revision") if base is None else None
             revision = load.pop("revision", stored)
             trusted = load.get("trust_remote_code", False)
             tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted, required=False)
-            base = load_model(name, revision=revision, **load)
+            try:
+                loaded = load_model(name, revision=revision, **load)
+            except InputError as error:
+                if base is not None:
+                    raise
+                moved = (
+                    f"the base of the artifact {artifact.folder} cannot be loaded; if it is elsewhere, give --base ("
+                )
+                raise InputError((moved, error, ")")) from error
+            base = loaded
         artifact.check_base(base)
         decoder = Decoder(base)
         projections = KVProjections.from_state(decoder, artifact.plan.depth, artifact.kind, artifact.state)
@@ -123,6 +163,96 @@ class StageAwareGenerator:
         self.model.to(*args, **kwargs)
         self.projections.place().stack()
         return self
+
+    def save_pretrained(self, folder: str | Path, base: str | None = None) -> None:
+        """Write plan and projections as an artifact that :meth:`from_artifact` loads; base weights are not copied.
+
+        No measured figures are written: those of an artifact that was loaded hold for its own folder, in its dtype.
+
+        Args:
+            folder: becomes the artifact.
+            base: hub id or folder of the base; the name that the model was loaded under unless given.
+
+        Raises:
+            InputError: nothing names the base, it has an adapter that is not merged, or the folder cannot be written.
+        """
+        from pop_lightning.generation.artifact import write_artifact
+        from pop_lightning.generation.base_identity import base_identity
+
+        name = base or self.name_or_path
+        if not name:
+            raise InputError(
+                "an artifact names its base, and this model was not loaded from a hub id or a folder: save it "
+                "(model.save_pretrained) and give its folder as base."
+            )
+        self._follow_base()
+        write_artifact(
+            folder,
+            plan=self.plan,
+            kind=self.projections.kind,
+            state=self.projections.fitted_state(),
+            base=base_identity(self.model, str(name)),
+        )
+
+    # --- what a Transformers pipeline and lm-eval's HFLM read of a model ------------------------------------------
+
+    def __call__(self, input_ids: Tensor | None = None, **kwargs) -> CausalLMOutputWithPast:
+        """One forward of the model over tokens that follow a filled cache (decode steps run every layer).
+
+        Raises:
+            InputError: no cache is filled: such a forward does not say where its prompt ends, so that it can neither
+                be pruned nor pass for a measurement of the pruned model.
+        """
+        if self._pruning and not _held(kwargs.get("past_key_values")):
+            raise InputError(
+                "a forward without a filled cache does not say where its prompt ends, so it cannot be pruned "
+                "(log-likelihood tasks of lm-eval run such forwards): use generate or prefill, or full_model() for "
+                "the plain model."
+            )
+        return self.model(input_ids, **kwargs)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def eval(self) -> "StageAwareGenerator":
+        self.model.eval()
+        return self
+
+    def tie_weights(self) -> None:
+        self.model.tie_weights()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def name_or_path(self) -> str:
+        return self.model.name_or_path
+
+    @property
+    def hf_device_map(self) -> dict:
+        """Where accelerate placed the model; missing, as on the model, where it did not."""
+        return self.model.hf_device_map
+
+    @property
+    def input_modalities(self):
+        return self.model.input_modalities
+
+    @property
+    def output_modalities(self):
+        return self.model.output_modalities
 
     @contextmanager
     def full_model(self):
@@ -152,6 +282,7 @@ class StageAwareGenerator:
                 else None
             )
             return self._leave(self.model.generate(inputs, **kwargs), shift)
+        self._follow_base()
         self._refuse(lambda name: self._setting(kwargs, name))
         cache = kwargs.get("past_key_values")
         cached = self._claim(cache)
@@ -159,7 +290,6 @@ class StageAwareGenerator:
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
         self._check_boundary(ids, kwargs)
         shift = self._place_tokens(ids, kwargs, cached) if self.decoder.positions.mrope else None
-        self.projections.place()  # the model may have been moved since
         with self._prefill.attached(length, cached=cached, compiled=chunked):
             output = self.model.generate(inputs, **kwargs)
         if isinstance(getattr(output, "past_key_values", None), Cache):
@@ -200,6 +330,7 @@ class StageAwareGenerator:
             raise InputError("prefill needs at least one token: input_ids or inputs_embeds.")
         cache = past_key_values if past_key_values is not None else self.decoder.new_cache()
         if self._pruning:
+            self._follow_base()
             self._refuse((kwargs | {"past_key_values": cache}).get)
             if last:
                 self._check_boundary(input_ids, kwargs)
@@ -214,7 +345,6 @@ class StageAwareGenerator:
         if not self._pruning:
             output = self.model(**call, logits_to_keep=1)
         else:
-            self.projections.place()  # the model may have been moved since
             with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
                 output = self.model(**call, logits_to_keep=1)
             self._claim(cache)
@@ -266,6 +396,8 @@ class StageAwareGenerator:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is None:
             return 1  # generate starts from the BOS token alone
+        if not prompt.shape[1] and not cached:
+            raise InputError("the prompt is empty: generation needs at least one token, such as the BOS token.")
         mask = kwargs.get("attention_mask")
         # As in generate: a prompt as long as the mask is the whole sequence, a shorter one is what follows the cache.
         whole = mask is None or mask.shape[1] == prompt.shape[1] or not cached
@@ -341,6 +473,10 @@ class StageAwareGenerator:
                 "flex_attention needs torch.compile, which the pruned prefill sets aside where the model is compiled "
                 "or prefill_chunk_size is given; use attn_implementation='sdpa'."
             )
+
+
+# Transformers' table of classes for the text-generation pipeline, which logs an error for every other class.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("pop_lightning", StageAwareGenerator.__name__)
 
 
 def _held(cache: Cache | None) -> int:

@@ -1,0 +1,103 @@
+"""Detects that a base was changed after projections were made from it: an adapter injected, weights trained or merged.
+
+Reused projections hold the base's keys and values as maps of their own, so a base that changes under a generator would
+be prefilled with its old weights and decoded with its new ones.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pop_lightning.models.decoder import Decoder
+
+_SAMPLES = 64  # elements of each weight, at most
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class BaseWatch:
+    """Remembers what the keys and values of the pruned layers are computed from.
+
+    Modules are compared by identity. Of each weight a part of its diagonal is compared, which any update of the whole
+    weight changes, however it is written. A check precedes every prefill, so that it looks up and copies little.
+
+    Args:
+        decoder: the base, as the projections read it.
+        layers: the pruned layers.
+    """
+
+    def __init__(self, decoder: Decoder, layers: range):
+        self._model, self._layers = decoder.model, layers
+        self._parts = _parts(decoder, layers)
+        self._link(decoder)
+        self._remember()
+
+    def changed(self) -> bool:
+        """Whether keys and values are computed otherwise now. Weights that were moved or cast are the same ones."""
+        if any(parent._modules.get(name) is not child for parent, name, child in self._links):
+            decoder = Decoder(self._model)
+            now = _parts(decoder, self._layers)
+            if len(now) != len(self._parts) or any(a is not b for a, b in zip(now, self._parts, strict=True)):
+                return True
+            self._link(decoder)  # another module around the same ones, such as torch.compile's
+        if [_memory(module._parameters.get(name)) for module, name in self._weights] == self._memories:
+            return not all(map(torch.equal, map(torch.cat, self._views), self._joined))
+        before = self._samples
+        self._remember()
+        return not (len(before) == len(self._samples) and all(map(_same, before, self._samples)))
+
+    def _link(self, decoder: Decoder) -> None:
+        """Note every step of the way to each part: an adapter replaces a module and keeps the old one inside."""
+        wanted = {id(part) for part in self._parts}
+        links = {}
+        for layer in self._layers:
+            for path, module in decoder.layers[layer].named_modules(prefix=str(layer)):
+                parent = decoder.layers
+                for name in path.split(".") if id(module) in wanted else ():
+                    links[id(parent), name] = (parent, name, parent._modules[name])
+                    parent = parent._modules[name]
+        self._links = list(links.values())
+
+    def _remember(self) -> None:
+        modules = {id(part): part for part in self._parts}.values()
+        found = [
+            (module, name, weight.detach())
+            for module in modules
+            for name, weight in module.named_parameters(recurse=False)
+            if _is_readable(weight)
+        ]
+        self._weights = [(module, name) for module, name, _ in found]
+        self._memories = [_memory(weight) for _, _, weight in found]
+        # Views: they show what is written into the weights later, and keep their memory from being given to others.
+        views, groups = [_sample(weight) for _, _, weight in found], {}
+        for view in views:
+            groups.setdefault((view.device, view.dtype), []).append(view)
+        self._views = list(groups.values())
+        self._joined = [torch.cat(group) for group in self._views]
+        self._samples = [view.to("cpu", copy=True) for view in views]
+
+
+def _parts(decoder: Decoder, layers: range) -> list[nn.Module]:
+    """What the keys and values of the layers go through, in order."""
+    read = [decoder.parts[layer] for layer in layers if layer in decoder.parts]
+    used = [(it.norm.module, it.keys.linear, it.values.linear, it.k_norm, it.v_norm) for it in read]
+    return [part for parts in used for part in parts if part is not None]
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether these are plain numbers at hand: not quantised, in shards, or waiting to be loaded."""
+    plain = type(weight) is nn.Parameter and weight.dtype in _PLAIN and weight.dim() in (1, 2)
+    return plain and weight.numel() > 0 and not weight.is_meta
+
+
+def _memory(weight: Tensor | None) -> tuple | None:
+    return None if weight is None else (weight.data_ptr(), weight.device, weight.dtype)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    line = weight.diagonal() if weight.dim() == 2 else weight
+    return line[:: max(1, len(line) // _SAMPLES)]
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    """Whether both are one weight, each rounded to what the other's dtype can hold."""
+    first, second = before.to(after.dtype).to(before.dtype), after.to(before.dtype).to(after.dtype)
+    return len(before) == len(after) and torch.allclose(first.double(), second.double(), rtol=1e-6, equal_nan=True)
