@@ -7,24 +7,26 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from pop_lightning.core.errors import InputError, Spelling, as_recipe, on_process
+from pop_lightning.core.errors import LAUNCHED_BY, InputError, Spelling, Terminated, as_recipe, on_process
 
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended: 128 + 13
+GRACE = 10  # seconds until SIGTERM is raised again
 
 
 def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_recipe) -> int:
     """Run ``body`` and turn its outcome into an exit code.
 
-    0 or the body's own; 2 for bad input; 130 for Ctrl-C; 141 where the reader of standard output is gone, as in
+    0 or the body's own; 2 for bad input; 130 for Ctrl-C and 143 for SIGTERM, resumable both; 141 where the reader of standard output is gone, as in
     ``pop-generate ... | head``, of which nothing is printed. Errors name keys as ``spelling`` writes them.
 
     Of the processes that torchrun or SLURM started, one on each node reports an error, since another node may lack
     what the first one has; an error of all of them before they have joined is printed once per node.
     """
     try:
-        code = body() or 0
-        sys.stdout.flush()
-        return code
+        with _terminable():
+            code = body() or 0
+            sys.stdout.flush()
+            return code
     except InputError as error:
         number, reports = _process()
         if reports:
@@ -37,9 +39,12 @@ def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_re
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if LAUNCHED_BY not in os.environ and _process()[0] == 0:
+            advice = "; --resume continues the run" if program == "pop-fit" else ""
+            print(f"{program}: {word}{advice}", file=sys.stderr)
+        return code
     except SystemExit as stop:  # --help and --print_config
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
@@ -58,24 +63,39 @@ def _reader_is_gone() -> bool:
 def _process() -> tuple[int, bool]:
     """The number of this process and whether it reports errors, from the variables of whoever started it."""
     given = os.environ
-    if "RANK" in given:  # torchrun
-        return int(given["RANK"]), given.get("LOCAL_RANK", "0") == "0"
-    if "LOCAL_RANK" in given:  # pop-fit itself, which had found nothing wrong, so this process alone knows
-        return int(given["LOCAL_RANK"]), True
+    if "RANK" in given:  # torchrun, or pop-fit itself: it had found nothing wrong, so only this process knows
+        return int(given["RANK"]), given.get("LOCAL_RANK", "0") == "0" or LAUNCHED_BY in given
     return int(given.get("SLURM_PROCID", "0")), given.get("SLURM_LOCALID", "0") == "0"
 
 
-@contextmanager
 def importing():
-    """Around the seconds in which libraries load: Ctrl-C ends the process at once, as the system would.
+    """Around the seconds in which libraries load: Ctrl-C and SIGTERM end the process at once, as the system would.
 
     Nothing has begun that would have to be undone, and an import that is cut short can raise anything.
     """
+    return _handling({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
+
+
+def _terminable():
+    """Inside, SIGTERM raises :class:`Terminated` in the main thread, and SIGALRM as well: see :func:`_terminate`."""
+    return _handling({signal.SIGTERM: _terminate, signal.SIGALRM: _terminate})
+
+
+def _terminate(*_) -> None:
+    signal.alarm(GRACE)  # once more, in case that a destructor or a library swallows the exception
+    raise Terminated
+
+
+@contextmanager
+def _handling(handlers: dict):
+    """Inside, signals are handled by ``handlers``; in another thread than the main one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -37,6 +37,9 @@ def as_flags(flags: Mapping[str, str]) -> Spelling:
 
     return spell
 
+# The variable in which pop-fit names itself (its process id) to the processes that it starts.
+LAUNCHED_BY = "POP_LIGHTNING_LAUNCHED_BY"
+
 
 class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence on what to change.
@@ -140,6 +143,10 @@ def _join(text: Text, spelling: Spelling) -> str:
             part = part.render(spelling)
         written.append(str(part))
     return "".join(written)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: it ends a run as Ctrl-C does, with exit code 143 instead of 130."""
 
 
 def on_process(problem: str, number: int) -> str:

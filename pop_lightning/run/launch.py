@@ -1,13 +1,15 @@
 """The processes of one ``pop-fit`` run: started here unless torchrun or a cluster started them, joined, and ended.
 
 All run the same stages side by side; the first one alone opens the output folder, writes files and talks to the user.
-Where one process dies the others end as well, none waits forever: the first watches those that it started, they watch
-the first, and a collective that nobody answers runs into the process group's timeout.
+``pop-fit`` itself starts them through torch's elastic launcher, as torchrun does: it watches them, ends all where one
+fails, and never restarts. What the launcher lacks is here: exit codes and a sentence instead of its log, and the end of
+processes whose launcher was killed.
 """
 
 import contextlib
+import logging
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import threading
@@ -15,16 +17,18 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers.utils.logging import disable_progress_bar
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError, on_process
+from pop_lightning.core.errors import LAUNCHED_BY, InputError, Terminated, first_sentence, on_process
 from pop_lightning.run.recipe import Recipe
 
-GRACE = 10.0  # seconds that a process has to end by itself after another one ended badly
-_PARENT = "POP_LIGHTNING_PARENT"
+GRACE = 10  # seconds that a process has to end by itself after another one ended
 
 
 def check_number(strategy: Strategy) -> None:
@@ -41,62 +45,135 @@ def check_number(strategy: Strategy) -> None:
             return
     else:
         environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
-        if environment is None:
-            return
         devices = nodes = 1
+    if environment is None:
+        return
     started, named, problem = environment.world_size(), devices * nodes, None
+    slurm = isinstance(environment, SLURMEnvironment)
     if started != named:
         # A script without srun is one process, whatever number of tasks its job has.
-        said = f"SLURM names {started} tasks" if _is_slurm(environment) else f"{started} processes were started"
+        said = f"SLURM names {started} tasks" if slurm else f"{started} processes were started"
         problem = f"{said}, the recipe {named}"
-    elif started > 1:  # srun leaves the job's tasks per node standing where it starts one task alone
+    elif started > 1:  # srun leaves the job's tasks per node as they are where it starts only one task
         try:
             environment.validate_settings(num_devices=devices, num_nodes=nodes)
         except ValueError as error:
             problem = str(error).rstrip(".")
-    if problem is not None:
-        ways = [_start(environment, devices, nodes)]
-        if started > 1:
-            ways.append(
-                "set trainer.num_nodes to the number of nodes, trainer.devices to the processes on each, and "
-                "trainer.strategy to ddp or one of DeepSpeed's"
-            )
-        raise InputError(
-            f"trainer.devices {devices} and trainer.num_nodes {nodes} do not fit how this run was started ({problem}): "
-            f"{', or '.join(ways)}."
+    if problem is None:
+        return
+    if not slurm:
+        advice = f"start {devices} on each of {nodes} nodes (torchrun --nnodes {nodes} --nproc_per_node {devices})"
+    elif named == 1:
+        advice = "start it with srun --ntasks 1"
+    else:
+        advice = f"start it with srun, one task per process (#SBATCH --nodes {nodes} --ntasks-per-node {devices})"
+    if started > 1:
+        advice += (
+            ", or set trainer.num_nodes to the number of nodes, trainer.devices to the processes on each, and "
+            "trainer.strategy to ddp or one of DeepSpeed's"
         )
+    raise InputError(
+        f"trainer.devices {devices} and trainer.num_nodes {nodes} do not fit how this run was started ({problem}): "
+        f"{advice}."
+    )
 
 
-def _is_slurm(environment: ClusterEnvironment) -> bool:
-    return isinstance(environment, SLURMEnvironment)
+def starts_processes(strategy: Strategy) -> bool:
+    """Whether ``strategy`` names several processes that nobody has started yet."""
+    return (
+        isinstance(strategy, DDPStrategy)
+        and strategy.num_processes * strategy.num_nodes > 1
+        and not strategy.cluster_environment.creates_processes_externally
+    )
 
 
-def _start(environment: ClusterEnvironment, devices: int, nodes: int) -> str:
-    """How the processes that a recipe names are started there."""
-    if not _is_slurm(environment):
-        return f"start {devices} on each of {nodes} nodes (torchrun --nnodes {nodes} --nproc_per_node {devices})"
-    if devices * nodes == 1:
-        return "start it with srun --ntasks 1"
-    return f"start it with srun, one task per process (#SBATCH --nodes {nodes} --ntasks-per-node {devices})"
+def start(strategy: DDPStrategy, recipe: Recipe, *flags: str) -> int:
+    """Run ``pop-fit`` on a copy of ``recipe`` in all processes of this machine, and wait for them.
+
+    Several nodes, where this is called on each, meet by Lightning's variables MASTER_ADDR, MASTER_PORT and NODE_RANK.
+
+    Args:
+        flags: of the command line, such as ``--resume``.
+
+    Returns:
+        the exit code: 0 or 3 as of one process, 2 for bad input (which a process has printed), 1 where one failed.
+
+    Raises:
+        InputError: the nodes do not meet.
+        KeyboardInterrupt: Ctrl-C or, as :class:`Terminated`, SIGTERM; the processes have ended.
+    """
+    environment = strategy.cluster_environment
+    endpoint = f"{environment.main_address}:{environment.main_port}"
+    config = LaunchConfig(
+        min_nodes=strategy.num_nodes,
+        max_nodes=strategy.num_nodes,
+        nproc_per_node=strategy.num_processes,
+        run_id="pop-fit",
+        rdzv_backend="static",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"rank": environment.node_rank()},
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(os.devnull),  # no files: the processes write to this one's streams
+        signals_to_handle="SIGINT,SIGTERM",  # by default SIGHUP as well, which nohup has ignored
+        shutdown_timeout=GRACE,
+    )
+    with tempfile.TemporaryDirectory(prefix="pop-fit-") as folder, _unchanged_process():
+        copy = Path(folder) / "recipe.yaml"
+        recipe.save(copy)
+        os.environ[LAUNCHED_BY] = str(os.getpid())
+        try:
+            elastic_launch(config, sys.executable)("-m", "pop_lightning.cli.fit", "--recipe", str(copy), *flags)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode in (2, 3):
+                return failure.exitcode
+            how = failure.signal_name() if failure.exitcode < 0 else f"code {failure.exitcode}"
+            print(
+                f"pop-fit: error: process {rank} of the run ended with {how}, so the others were stopped; "
+                "--resume continues from what is finished.",
+                file=sys.stderr,
+            )
+            return 1
+        except SignalException as stop:
+            raise Terminated if stop.sigval == signal.SIGTERM else KeyboardInterrupt from stop
+        except dist.DistError as error:
+            raise InputError(
+                f"the nodes of the run do not meet at MASTER_ADDR:MASTER_PORT {endpoint} as NODE_RANK "
+                f"{environment.node_rank()} of trainer.num_nodes {strategy.num_nodes}: {first_sentence(error)}"
+            ) from error
+    return 0
 
 
 @contextlib.contextmanager
-def joined(strategy: DDPStrategy, recipe: Recipe):
-    """Inside, all processes that ``strategy`` names run, and its process group is there.
+def _unchanged_process():
+    """Restore what the elastic launcher changes here, variables and handlers of signals; its log is not printed."""
+    before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(before)
 
-    Processes on this machine are started as ``pop-fit`` on a copy of ``recipe``, so a run can begin in a script as
-    well. Standard output is the first process's alone.
+
+@contextlib.contextmanager
+def joined(strategy: DDPStrategy):
+    """Inside, the process group of the processes that ``strategy`` names is there.
+
+    Standard output is the first process's alone.
 
     Raises:
         InputError: on the first process; the others leave with exit code 2.
     """
-    before, children = dict(os.environ), _Children()
-    _end_with_parent()
+    before = dict(os.environ)
+    _end_with_launcher()
     try:
-        if not strategy.cluster_environment.creates_processes_externally:
-            children.start(strategy, recipe)
         strategy.setup_environment()
-        children.read_recipe()
         # DeepSpeed goes by torchrun's names, whoever started the processes.
         os.environ |= {
             "RANK": str(distributed.rank()),
@@ -109,102 +186,36 @@ def joined(strategy: DDPStrategy, recipe: Recipe):
                 disable_progress_bar()
             yield
         distributed.barrier()
-    except InputError as error:
-        if distributed.is_first():
+    except Exception as error:
+        first, bad_input = distributed.is_first(), isinstance(error, InputError)
+        if TorchElasticEnvironment.detect() and not (first and bad_input):
+            # The launcher's SIGTERM cuts this short where the error only follows from the end of another process, or
+            # where the first process has the same one and prints it.
+            time.sleep(1 if first else 5)
+        if first or not bad_input:
             raise
         if not isinstance(error, distributed.ToldByFirst):
             print(f"pop-fit: error: {on_process(str(error), distributed.rank())}", file=sys.stderr)
         raise SystemExit(2) from error
-    except KeyboardInterrupt as stop:
-        if distributed.is_first():
-            raise
-        raise SystemExit(130) from stop
     finally:
-        children.end()
         if dist.is_initialized():
             dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(before)
 
 
-class _Children:
-    """The processes that this one started, and a watch over them."""
+def _end_with_launcher() -> None:
+    """In a process that the elastic launcher started: end as soon as the launcher is gone.
 
-    def __init__(self):
-        self.processes: list[subprocess.Popen] = []
-        self.folder: tempfile.TemporaryDirectory | None = None
-        self.ended = threading.Event()
-
-    def start(self, strategy: DDPStrategy, recipe: Recipe) -> None:
-        environment = strategy.cluster_environment
-        environment.validate_settings(num_devices=strategy.num_processes, num_nodes=strategy.num_nodes)
-        self.folder = tempfile.TemporaryDirectory(prefix="pop-fit-")
-        copy = Path(self.folder.name) / "recipe.yaml"
-        recipe.save(copy)
-        # Lightning's own names; with LOCAL_RANK set no stage starts processes of its own.
-        os.environ |= {
-            "MASTER_ADDR": environment.main_address,
-            "MASTER_PORT": str(environment.main_port),
-            "NODE_RANK": str(environment.node_rank()),
-            "LOCAL_RANK": str(environment.local_rank()),
-            "WORLD_SIZE": str(strategy.num_processes * strategy.num_nodes),
-        }
-        command = [sys.executable, "-m", "pop_lightning.cli.fit", "--recipe", str(copy)]
-        for local_rank in range(1, strategy.num_processes):
-            own = os.environ | {"LOCAL_RANK": str(local_rank), _PARENT: str(os.getpid())}
-            self.processes.append(subprocess.Popen(command, env=own))
-        threading.Thread(target=self._watch, daemon=True, name="watch over processes").start()
-
-    def read_recipe(self) -> None:
-        """They have joined, so they have read the copy of the recipe: nothing of it stays if this one is killed."""
-        if self.folder is not None:
-            self.folder.cleanup()
-
-    def _watch(self) -> None:
-        while not self.ended.wait(0.5):
-            failed = next((process for process in self.processes if process.poll()), None)
-            if failed is None:
-                continue
-            if not self.ended.wait(GRACE):
-                print(
-                    f"pop-fit: error: process {self.processes.index(failed) + 1} of the run ended with code "
-                    f"{failed.returncode}, so the others were stopped; --resume goes on from what is finished.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                self._kill()
-                os._exit(1)  # the main thread may wait in a collective for good
-
-    def end(self) -> None:
-        self.ended.set()
-        for process in self.processes:
-            # Orderly ends come together; whoever is still busy waits for a process that is gone.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE if sys.exc_info()[0] is None else 1.0)
-        self._kill()
-        if self.folder is not None:
-            self.folder.cleanup()
-
-    def _kill(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
-def _end_with_parent() -> None:
-    """In a process that :class:`_Children` or torchrun started: end as soon as the one that started it is gone."""
-    if _PARENT in os.environ:
-        parent = int(os.environ[_PARENT])
-    elif TorchElasticEnvironment.detect():
-        parent = os.getppid()  # without its agent it would go on, beside the run that is resumed
-    else:
+    Without it the process would go on, at the same time as the run that is resumed.
+    """
+    if not TorchElasticEnvironment.detect():
         return
+    launcher = int(os.environ.get(LAUNCHED_BY) or os.getppid())
 
     def watch() -> None:
-        while True:
+        while os.getppid() == launcher:
             time.sleep(0.5)
-            if os.getppid() != parent:
-                os._exit(1)
+        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="watch over the first process").start()
+    threading.Thread(target=watch, daemon=True, name="watch over the launcher").start()

@@ -51,12 +51,17 @@ EXPORTED, NOTHING_QUALIFIES = 0, 3
 def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int:
     """Run every stage; returns the exit code (0 exported, 3 no depth keeps the budget).
 
+    Of a run that starts processes of its own also 2 (bad input, printed by the process that found it) and 1 (a process
+    failed).
+
     Raises:
         InputError: recipe, data, base or output folder do not fit.
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
     quiet_lightning()
     trainers = Trainers(recipe)
+    if trainers.starts_processes:
+        return trainers.start(*["--resume"] * resume, *["--overwrite"] * overwrite)
     with trainers.processes():
         folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
         with folder.undone_on_bad_input():

@@ -5,6 +5,8 @@ a trainer for a pass over rows, and one whole training with its checkpoints.
 """
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,13 +83,22 @@ class Trainers:
             check_placement(recipe)
         self._sharded = strategies.ShardedBase(self.strategy) if strategies.shards_base(self.strategy) else None
 
+    @property
+    def starts_processes(self) -> bool:
+        """Whether the run needs processes that nobody has started: :meth:`start` then runs all of it in them."""
+        return launch.starts_processes(self._ranked)
+
+    def start(self, *flags: str) -> int:
+        """See :func:`pop_lightning.run.launch.start`."""
+        return launch.start(self._ranked, self.recipe, *flags)
+
     @contextlib.contextmanager
     def processes(self):
         """Inside, every process of the run is there; see :func:`pop_lightning.run.launch.joined`."""
         if self._ranked is None:
             yield
             return
-        with launch.joined(self._ranked, self.recipe):
+        with launch.joined(self._ranked):
             try:
                 yield
             finally:
@@ -161,7 +172,7 @@ class Trainers:
     def _make(self, what: str, callbacks, **overrides) -> "Trainer":
         arguments = self.recipe.trainer_arguments()
         own = [*callbacks, self._sharded] if self._sharded is not None else callbacks
-        arguments["callbacks"] = [*own, *(arguments.get("callbacks") or [])]
+        arguments["callbacks"] = [_SameSigterm(), *own, *(arguments.get("callbacks") or [])]
         arguments |= {
             "enable_checkpointing": False,
             "enable_model_summary": False,
@@ -183,8 +194,25 @@ class _Checkpoints(ModelCheckpoint):
         trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
+class _SameSigterm(lightning.Callback):
+    """SIGTERM does inside a trainer what it does outside.
+
+    Lightning's own handler only sets a flag, which evaluation never reads, and of several processes it first broadcasts
+    it, in which a process that is in another collective at that moment never takes part.
+    """
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        self._outside = signal.getsignal(signal.SIGTERM)
+
+    def _restore(self, *_) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._outside)
+
+    on_train_start = on_validation_start = _restore
+
+
 class Trainer:
-    """A Lightning trainer whose interrupts stay interrupts: Lightning itself turns Ctrl-C into exit code 1."""
+    """A Lightning trainer whose interrupts stay interrupts: Lightning itself makes ``SystemExit(1)`` of them."""
 
     def __init__(self, trainer: lightning.Trainer):
         self._trainer = trainer
@@ -197,14 +225,11 @@ class Trainer:
 
     def _call(self, method, *args, **kwargs):
         try:
-            result = method(*args, **kwargs)
+            return method(*args, **kwargs)
         except SystemExit as stop:
-            if self._trainer.interrupted:
-                raise KeyboardInterrupt from stop
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise stop.__context__ from None
             raise
-        if self._trainer.interrupted:
-            raise KeyboardInterrupt
-        return result
 
 
 def _lightning_trainer(arguments: dict) -> lightning.Trainer:

@@ -1,5 +1,6 @@
 """Runs of one and of several real processes, for test_ranks.py, test_kills.py and test_nodes.py."""
 
+import contextlib
 import csv
 import json
 import os
@@ -7,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
 
 from pop_lightning.cli import fit
+from pop_lightning.core.errors import LAUNCHED_BY
 from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.models.decoder import Decoder
@@ -88,6 +91,17 @@ class Runs:
                 self.finish(self.start(self.command(output, strategy), strategy, program))
             self.done[strategy] = output
         return self.done[strategy]
+
+
+def workers(process) -> list[psutil.Process]:
+    """The processes that ``pop-fit`` has started so far, in the order of their ranks."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            variables = child.environ()
+            if LAUNCHED_BY in variables:
+                found[int(variables["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def read(run, name):

@@ -5,7 +5,9 @@ drawn from: where none met a run at work, they are drawn anew.
 """
 
 import contextlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -16,12 +18,16 @@ import time
 
 import psutil
 import pytest
+import torch
 
+from pop_lightning import cli
 from pop_lightning.cli import fit
 
-from tests.helpers.ranked import ODD, TENSORS, prepare, read
+from tests.helpers.ranked import ODD, TENSORS, prepare, read, workers
 from tests.helpers.workbench import arguments, save_rows
 
+GENERATING = {**ODD, "data__max_response_tokens": 4}
+LIMIT = 300  # seconds; a run takes a few
 SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**32))
 # A server that has everything imported forks the runs of one process, so that the moments fall into their work.
 FORK = multiprocessing.get_context("forkserver")
@@ -94,21 +100,97 @@ def forked(command, log):
     sys.exit(fit.main(command))
 
 
-def run_in_fork(command, log, kill_after=None):
-    """The exit code; ``-SIGKILL`` where the run was not over after so many seconds."""
+def run_in_fork(command, log, after=None, number=signal.SIGKILL):
+    """The exit code, of a run that gets the signal ``number`` if it is not over after so many seconds."""
     process = FORK.Process(target=forked, args=(command, str(log)))
     process.start()
-    process.join(kill_after)
-    process.kill()
-    process.join()
+    process.join(after)
+    if process.is_alive() and after is not None:
+        os.kill(process.pid, number)
+    process.join(LIMIT)
+    assert not process.is_alive()
     return process.exitcode
+
+
+# The first words of the line that a stage prints as it begins.
+STAGES = (
+    "scoring",
+    "closed form, pass",
+    "choosing",
+    "closed form, second",
+    "searching",
+    "training",
+    "verifying",
+    "comparing",
+)
+
+
+@contextlib.contextmanager
+def sigterm_in(stage):
+    """This process gets SIGTERM while a module runs in ``stage``, so inside one of Lightning's loops."""
+    left = math.inf
+
+    class Output(io.TextIOBase):
+        def write(self, text):
+            nonlocal left
+            if text.startswith(stage):
+                left = 20
+
+    def count(*_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        with contextlib.redirect_stdout(Output()):
+            yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("stages", [("closed form, pass", "training"), pytest.param(STAGES, marks=pytest.mark.full)])
+def test_sigterm_ends_every_stage_resumably(work, tmp_path, capsys, stages):
+    def command(name):
+        return arguments(work / "base", work / "rows.jsonl", tmp_path / name / "run", **ODD)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    assert fit.main(command("whole")) == 0
+    for stage in stages:
+        with sigterm_in(stage):
+            assert fit.main([*command("run"), "--resume"]) == 143, stage
+        assert capsys.readouterr().err.endswith("pop-fit: terminated; --resume continues the run\n")
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    assert fit.main([*command("run"), "--resume"]) == 0
+    assert_as_if_left_alone(tmp_path / "run/run", tmp_path / "whole/run")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_that_a_destructor_swallows_comes_again(monkeypatch, capsys):
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            sum(range(10))  # the signal is handled in here
+
+    def body():
+        swallows = Swallows()
+        del swallows
+        time.sleep(LIMIT)
+
+    monkeypatch.setattr(cli, "GRACE", 1)
+    assert cli.run("pop-generate", body) == 143
+    assert capsys.readouterr().err.endswith("pop-generate: terminated\n")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_one_process_killed_twice_at_random_moments_ends_with_the_same_bytes(work, tmp_path, kind):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_process_killed_twice_at_random_moments_ends_with_the_same_bytes(work, tmp_path, number, kind):
+    """Six times two moments for each kind and signal."""
+
     def command(name):
-        changes = {**ODD, "projection__kind": kind, "data__max_response_tokens": 4}
+        changes = {**GENERATING, "projection__kind": kind}
         return arguments(work / "base", work / "prompts.jsonl", tmp_path / name / "run", **changes)
 
     log = tmp_path / "log"
@@ -116,19 +198,21 @@ def test_one_process_killed_twice_at_random_moments_ends_with_the_same_bytes(wor
     start = time.monotonic()
     assert run_in_fork(command("whole"), log) == 0, log.read_text()
     duration = time.monotonic() - start
-    rng = draw(kind)
-    for number in range(6):
-        output = tmp_path / str(number) / "run"
+    rng = draw(kind, number.name)
+    for trial in map(str, range(6)):
+        output = tmp_path / trial / "run"
 
-        def run(resume, moment, number=number):
-            code = run_in_fork([*command(str(number)), *resume], log, kill_after=moment)
-            print(f"run {number}: {code} after {moment:.3f} of {duration:.3f} s")
-            assert code in (0, -signal.SIGKILL), log.read_text()[-4000:]
+        def run(resume, moment, trial=trial, output=output):
+            code = run_in_fork([*command(trial), *resume], log, after=moment, number=number)
+            print(f"run {trial}: {code} after {moment:.3f} of {duration:.3f} s")
+            # SIGTERM before there is anything to end, or after all is done, acts by default.
+            expected = (-number,) if number == signal.SIGKILL else (-number, 143)
+            assert code in (0, *expected), log.read_text()[-4000:]
             return code != 0
 
         killed_twice(run, output, rng, duration)
         before = Finished(output)
-        assert run_in_fork([*command(str(number)), "--resume"], log) == 0, log.read_text()[-4000:]
+        assert run_in_fork([*command(trial), "--resume"], log) == 0, log.read_text()[-4000:]
         before.assert_kept()
         assert_as_if_left_alone(output, tmp_path / "whole/run")
 
@@ -142,17 +226,16 @@ def wholes():
 
 
 def kill(process, victim):
-    """SIGKILL the first process, the one that it started (the first where there is none yet), or both."""
-    started = psutil.Process(process.pid).children(recursive=True)
-    victims = {"first": [process], "second": started or [process], "all": [process, *started]}[victim]
-    for each in victims:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(each.pid, signal.SIGKILL)
+    """SIGKILL the process of a rank (the launcher where there is none yet), or "launcher"; or send that a signal."""
+    started = workers(process)
+    each = started[victim] if victim in range(len(started)) else process
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended by itself
+        each.send_signal(victim if isinstance(victim, signal.Signals) else signal.SIGKILL)
     return started
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("victim", ["first", "second", "all"])
+@pytest.mark.parametrize("victim", [0, 1, "launcher", signal.SIGTERM])
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
 def test_two_processes_killed_twice_at_random_moments_end_with_the_same_bytes(
     runs, work, wholes, tmp_path, strategy, victim
@@ -179,7 +262,8 @@ def test_two_processes_killed_twice_at_random_moments_end_with_the_same_bytes(
         finally:
             process.kill()
         print(f"{victim}: {process.returncode} after {moment:.3f} of {duration:.3f} s")
-        assert killed or process.returncode == 0, (out[-2000:], err[-4000:])
+        expected = {0: (1, -9), 1: (1, -9), "launcher": (-9,), signal.SIGTERM: (143, -15)}[victim]
+        assert process.returncode in ((0, *expected) if killed else (0,)), (out[-2000:], err[-4000:])
         _, alive = psutil.wait_procs(started, timeout=60)
         assert not alive
         return killed

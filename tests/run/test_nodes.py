@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from pop_lightning import cli
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import LAUNCHED_BY, InputError
 
 from tests.helpers.ranked import TENSORS, assert_same_run
 
@@ -69,7 +69,22 @@ def finish(processes, codes):
     return said
 
 
-LAUNCHERS = {"torchrun": start_nodes, "SLURM": start_under_slurm}
+def start_on_each(runs, commands, strategy):
+    """``pop-fit`` on each node, with the variables by which Lightning's processes find each other."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, *FIT, *command],
+            env=runs.environment(strategy) | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": str(node)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node, command in enumerate(commands)
+    ]
+
+
+LAUNCHERS = {"torchrun": start_nodes, "SLURM": start_under_slurm, "pop-fit": start_on_each}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +106,13 @@ def wholes(runs, work):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
-    [("torchrun", "ddp"), ("torchrun", "deepspeed_stage_3"), ("SLURM", "ddp"), ("SLURM", "deepspeed_stage_3")],
+    [
+        ("torchrun", "ddp"),
+        ("torchrun", "deepspeed_stage_3"),
+        ("SLURM", "ddp"),
+        ("SLURM", "deepspeed_stage_3"),
+        ("pop-fit", "ddp"),
+    ],
 )
 def test_two_nodes_give_what_one_process_gives(runs, work, wholes, launcher, strategy):
     output, said = wholes(launcher, strategy)
@@ -197,7 +218,7 @@ def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(run
     ("started", "variables", "expected"),
     [
         ("by nobody else", {}, "pop-fit: error: Wrong.\n"),
-        ("by pop-fit", {"LOCAL_RANK": "3"}, "pop-fit: error: Wrong (on process 3).\n"),
+        ("by pop-fit", {"RANK": "3", "LOCAL_RANK": "3", LAUNCHED_BY: "47"}, "pop-fit: error: Wrong (on process 3).\n"),
         ("by torchrun", {"RANK": "0", "LOCAL_RANK": "0"}, "pop-fit: error: Wrong.\n"),
         ("by torchrun, beside another", {"RANK": "1", "LOCAL_RANK": "1"}, ""),
         ("by torchrun, on another node", {"RANK": "8", "LOCAL_RANK": "0"}, "pop-fit: error: Wrong (on process 8).\n"),
@@ -215,7 +236,7 @@ def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(run
     ],
 )
 def test_before_they_join_one_process_of_a_node_tells(monkeypatch, capsys, started, variables, expected):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", LAUNCHED_BY):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -23,7 +23,7 @@ from pop_lightning.run import pipeline, strategies
 from pop_lightning.run.recipe import parse
 from pop_lightning.run.trainers import Trainers
 
-from tests.helpers.ranked import TENSORS, assert_same_run, losses, read
+from tests.helpers.ranked import TENSORS, assert_same_run, losses, read, workers
 from tests.helpers.workbench import save_base, save_rows, snapshot
 
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -70,7 +70,11 @@ MOMENTS = {
 
 
 def kill_and_resume(runs, strategy, moment, victim, output):
-    """Start a run, SIGKILL it once the file of ``moment`` is there, check that nothing lives on, and resume it."""
+    """Start a run, kill it once the file of ``moment`` is there, check that nothing lives on, and resume it.
+
+    Args:
+        victim: the rank to SIGKILL, "launcher" or "all"; or a signal, which the launcher gets.
+    """
     command = runs.command(output, strategy)
     process = runs.start(command, strategy)
     try:
@@ -79,17 +83,27 @@ def kill_and_resume(runs, strategy, moment, victim, output):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < until
             time.sleep(0.002)
-        everyone = psutil.Process(process.pid).children(recursive=True)
-        for each in [process.pid] if victim == "first" else [child.pid for child in everyone]:
-            os.kill(each, signal.SIGKILL)
-        if victim == "all":
-            process.kill()
+        everyone = workers(process)
+        by_signal = isinstance(victim, signal.Signals)
+        killed = [each for rank, each in enumerate(everyone) if victim in (rank, "all")]
+        for each in [*killed, *([process] if victim in ("launcher", "all") or by_signal else [])]:
+            each.send_signal(victim if by_signal else signal.SIGKILL)
         _, err = process.communicate(timeout=60)
-        assert process.returncode != 0
         _, alive = psutil.wait_procs(everyone, timeout=30)
         assert not alive
-        if victim == "second":
-            assert "process 1" in err or "Traceback" in err
+        said = [line for line in err.splitlines() if line.startswith("pop-fit: ")]
+        if by_signal:
+            assert process.returncode == 128 + victim
+            word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[victim]
+            assert said == [f"pop-fit: {word}; --resume continues the run"]
+        elif victim in (0, 1):
+            assert process.returncode == 1
+            assert said == [
+                f"pop-fit: error: process {victim} of the run ended with SIGKILL, so the others were stopped; "
+                "--resume continues from what is finished."
+            ]
+        else:
+            assert process.returncode == -signal.SIGKILL
     finally:
         process.kill()
     assert not (output / "metrics.json").exists()
@@ -104,7 +118,7 @@ def kill_and_resume(runs, strategy, moment, victim, output):
 
 
 def test_a_run_of_two_processes_survives_the_death_of_one(runs, tmp_path):
-    kill_and_resume(runs, "ddp", "training", "second", tmp_path / "run")
+    kill_and_resume(runs, "ddp", "training", 1, tmp_path / "run")
 
 
 @pytest.mark.full
@@ -112,13 +126,14 @@ def test_a_run_of_two_processes_survives_the_death_of_one(runs, tmp_path):
     ("strategy", "moment", "victim"),
     [
         ("ddp", "scored", "all"),
-        ("ddp", "searched", "first"),
-        ("deepspeed_stage_2", "fitted", "first"),
-        ("deepspeed_stage_2", "training", "all"),
-        ("deepspeed_stage_2", "trained", "second"),
-        ("deepspeed_stage_3", "scored", "second"),
-        ("deepspeed_stage_3", "training", "first"),
-        ("deepspeed_stage_3", "searched", "all"),
+        ("ddp", "fitted", signal.SIGTERM),
+        ("ddp", "searched", 0),
+        ("deepspeed_stage_2", "fitted", "launcher"),
+        ("deepspeed_stage_2", "training", signal.SIGINT),
+        ("deepspeed_stage_2", "trained", 1),
+        ("deepspeed_stage_3", "scored", 1),
+        ("deepspeed_stage_3", "training", signal.SIGTERM),
+        ("deepspeed_stage_3", "searched", "launcher"),
     ],
 )
 def test_a_killed_run_of_two_processes_resumes_to_the_same_bytes(runs, tmp_path, strategy, moment, victim):
@@ -128,7 +143,7 @@ def test_a_killed_run_of_two_processes_resumes_to_the_same_bytes(runs, tmp_path,
 @pytest.mark.full
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_of_one_process_resumes_to_the_same_bytes(runs, tmp_path, moment):
-    kill_and_resume(runs, "one", moment, "first", tmp_path / "run")
+    kill_and_resume(runs, "one", moment, "launcher", tmp_path / "run")
 
 
 # --- other settings, other ends -------------------------------------------------------------------------------------
@@ -186,18 +201,28 @@ def test_one_process_alone_can_keep_its_base_in_the_cpus_memory(runs, tmp_path):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-3, atol=0)
 
 
+AGREEMENT = {"budget__metric": "agreement"}
+
+
 @pytest.mark.full
 def test_processes_stop_together_on_bad_input_and_without_a_depth(runs, tmp_path):
-    wrong = {"data__calibration": tmp_path / "nothing.jsonl"}
-    _, err = runs.finish(runs.start(runs.command(tmp_path / "bad", "ddp", **wrong)), code=2)
-    lines = [line for line in err.splitlines() if line.startswith("pop-fit: ")]
-    assert len(lines) == 1
-    assert "data.calibration" in lines[0]
-    assert "Traceback" not in err
-    assert not (tmp_path / "bad").exists()
-    strict = {"budget__metric": "agreement", "budget__max_drop": 0.1}
-    runs.finish(runs.start(runs.command(tmp_path / "none", "ddp", **strict)), code=3)
+    wrongs = {  # found by the first process for all, and by each process alike
+        "data.calibration": {"data__calibration": tmp_path / "nothing.jsonl"},
+        "budget.max_drop": {"budget__max_drop": 1e-6, **AGREEMENT},
+    }
+    for key, wrong in wrongs.items():
+        _, err = runs.finish(runs.start(runs.command(tmp_path / "bad", "ddp", **wrong)), code=2)
+        (line,) = [line for line in err.splitlines() if line.startswith("pop-fit: ")]
+        assert line.startswith(f"pop-fit: error: {key} ")
+        assert "on process" not in line
+        assert "Traceback" not in err
+        assert not (tmp_path / "bad").exists()
+    strict = runs.command(tmp_path / "none", "ddp", budget__max_drop=0.1, **AGREEMENT)
+    runs.finish(runs.start(strict), code=3)
     assert read(tmp_path / "none", "metrics.json")["depth"] is None
+    _, err = runs.finish(runs.start(strict), code=2)
+    assert "exists already; give --resume" in err
+    runs.finish(runs.start([*strict, "--resume"]), code=3)
 
 
 # --- the parts, in one process --------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):
         raise RuntimeError("a defect")
 
     assert run("pop-fit", stop) == 130
-    assert capsys.readouterr().err == "pop-fit: interrupted\n"
+    assert capsys.readouterr().err == "pop-fit: interrupted; --resume continues the run\n"
     with pytest.raises(RuntimeError, match="a defect"):
         run("pop-fit", break_)
 
