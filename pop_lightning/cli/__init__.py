@@ -16,8 +16,8 @@ GRACE = 10  # seconds until SIGTERM is raised again
 def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_recipe) -> int:
     """Run ``body`` and turn its outcome into an exit code.
 
-    0 or the body's own; 2 for bad input; 130 for Ctrl-C and 143 for SIGTERM, resumable both; 141 where the reader of standard output is gone, as in
-    ``pop-generate ... | head``, of which nothing is printed. Errors name keys as ``spelling`` writes them.
+    0 or the body's own; 2 for bad input; 130 for Ctrl-C, 143 for SIGTERM; 141 where the reader of standard output is
+    gone, as in ``pop-generate ... | head``, of which nothing is printed. Errors name keys as ``spelling`` writes them.
 
     Of the processes that torchrun or SLURM started, one on each node reports an error, since another node may lack
     what the first one has; an error of all of them before they have joined is printed once per node.

@@ -1,7 +1,7 @@
-"""What one process of a run must know of the others; with one process, all of it costs nothing.
+"""What one process of a run needs to know of the others; with one process, all of it costs nothing.
 
-Lowest in the flow: data, statistics, training and the pipeline ask here. Processes are started in ``launch.py``, what
-they shard is said in ``strategies.py``.
+Data, statistics, training and the pipeline ask here. ``run/launch.py`` starts the processes, ``run/strategies.py`` says
+what they shard.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ from pop_lightning.core.errors import InputError, on_process
 T = TypeVar("T")
 
 
-class ToldByFirst(InputError):
-    """An :class:`InputError` that the first process tells, raised on the others so that all stop together."""
+class ReportedByFirst(InputError):
+    """An :class:`InputError` that the first process reports, raised on the others so that all stop together."""
 
 
 def rank() -> int:
@@ -30,7 +30,7 @@ def size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and talks to the user."""
+    """Whether this process writes files and prints."""
     return rank() == 0
 
 
@@ -71,7 +71,7 @@ def counts(number: int, device: torch.device) -> list[int]:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """Run ``compute`` on the first process alone; every process returns its value, which must pickle.
+    """Run ``compute`` on the first process only; every process returns its value, which must pickle.
 
     Raises:
         InputError: on every process, where the first one raised it.
@@ -89,7 +89,7 @@ def from_first(compute: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise ToldByFirst(outcome[1])
+        raise ReportedByFirst(outcome[1])
     return outcome[0]
 
 
@@ -112,12 +112,12 @@ def first_then_others(compute: Callable[[], T]) -> T:
 
 
 def stop_together(problem: str | None) -> None:
-    """Raise :class:`InputError` on every process where one has a ``problem``; the first one tells the user."""
+    """Raise :class:`InputError` on every process where one has a ``problem``; the first one reports it."""
     problems = gather(problem)
     found = next((number for number, each in enumerate(problems) if each is not None), None)
     if found is not None:
         text = on_process(problems[found], found)
-        raise InputError(text) if is_first() else ToldByFirst(text)
+        raise InputError(text) if is_first() else ReportedByFirst(text)
 
 
 # --- parameters that DeepSpeed ZeRO-3 keeps in shards ---------------------------------------------------------------

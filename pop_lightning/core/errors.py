@@ -37,6 +37,7 @@ def as_flags(flags: Mapping[str, str]) -> Spelling:
 
     return spell
 
+
 # The variable in which pop-fit names itself (its process id) to the processes that it starts.
 LAUNCHED_BY = "POP_LIGHTNING_LAUNCHED_BY"
 

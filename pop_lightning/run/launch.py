@@ -1,6 +1,6 @@
 """The processes of one ``pop-fit`` run: started here unless torchrun or a cluster started them, joined, and ended.
 
-All run the same stages side by side; the first one alone opens the output folder, writes files and talks to the user.
+All run the same stages; only the first one opens the output folder, writes files and prints.
 ``pop-fit`` itself starts them through torch's elastic launcher, as torchrun does: it watches them, ends all where one
 fails, and never restarts. What the launcher lacks is here: exit codes and a sentence instead of its log, and the end of
 processes whose launcher was killed.
@@ -194,7 +194,7 @@ def joined(strategy: DDPStrategy):
             time.sleep(1 if first else 5)
         if first or not bad_input:
             raise
-        if not isinstance(error, distributed.ToldByFirst):
+        if not isinstance(error, distributed.ReportedByFirst):
             print(f"pop-fit: error: {on_process(str(error), distributed.rank())}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
