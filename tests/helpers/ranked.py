@@ -108,6 +108,11 @@ def read(run, name):
     return json.loads((run / name).read_text())
 
 
+def exported(run) -> list:
+    """The tensors of an artifact to the byte; its metadata name the recipe, and so the output folder."""
+    return sorted(safetensors.deserialize((run / TENSORS).read_bytes()), key=lambda entry: entry[0])
+
+
 def losses(run):
     """The training losses of a run, step by step."""
     files = sorted(run.rglob("metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))

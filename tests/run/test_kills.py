@@ -23,7 +23,7 @@ import torch
 from pop_lightning import cli
 from pop_lightning.cli import fit
 
-from tests.helpers.ranked import ODD, TENSORS, prepare, read, workers
+from tests.helpers.ranked import ODD, exported, prepare, read, workers
 from tests.helpers.workbench import arguments, save_rows
 
 GENERATING = {**ODD, "data__max_response_tokens": 4}
@@ -83,7 +83,7 @@ class Finished:
 
 
 def assert_as_if_left_alone(output, whole):
-    assert (output / TENSORS).read_bytes() == (whole / TENSORS).read_bytes()
+    assert exported(output) == exported(whole)
     for name in ("depth", "verified", "curve"):
         assert read(output, "metrics.json")[name] == read(whole, "metrics.json")[name]
     # Nothing that was on its way when a process was killed lies about, in the folder or beside it.
