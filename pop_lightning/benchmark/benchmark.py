@@ -1,6 +1,6 @@
 """What pruning buys in milliseconds: plain and pruned prefill side by side, and how far both are from the bounds.
 
-``pop-generate --benchmark`` calls :func:`load` and :func:`run`; the pipeline calls :func:`measure_ttft`. Every ratio
+``pop-generate bench`` calls :func:`load` and :func:`run`; the pipeline calls :func:`measure_ttft`. Every ratio
 comes from passes that alternate in one run after warm-up, on a synchronised device. Two bounds stand beside it: the
 *counted* one divides operations (``flops.py``), the *measured* one times what cannot be avoided (``bound.py``).
 ``benchmark_report.py`` shows the result to a person.
@@ -61,7 +61,7 @@ def load(
     if shape is not None and (artifact is not None or base is not None):
         raise InputError("--shape stands for a model with random weights; drop --artifact and --base, or --shape.")
     if shape is None and artifact is None and base is None:
-        raise InputError("--benchmark needs something to measure: --artifact DIR, --base MODEL or --shape NAME.")
+        raise InputError("nothing to measure was given: expected --artifact DIR, --base MODEL or --shape NAME.")
     check_dtype(dtype)
     place = choose_device(device)
     with memory_advice("choose a smaller model, a narrower --dtype or another --device"):

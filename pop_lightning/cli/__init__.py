@@ -1,6 +1,7 @@
 """The command line: thin, no logic of its own. Bad input becomes one sentence on stderr and exit code 2."""
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,15 +24,9 @@ def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_re
     what the first one has; an error of all of them before they have joined is printed once per node.
     """
     try:
-        with _terminable():
-            code = body() or 0
-            sys.stdout.flush()
-            return code
-    except InputError as error:
-        number, reports = _process()
-        if reports:
-            print(f"{program}: error: {on_process(error.render(spelling), number)}", file=sys.stderr)
-        return 2
+        code = _outcome(program, body, spelling)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -39,6 +34,17 @@ def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_re
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _outcome(program: str, body: Callable[[], int | None], spelling: Spelling) -> int:
+    try:
+        with _terminable():
+            return body() or 0
+    except InputError as error:
+        number, reports = _process()
+        if reports:
+            print(f"{program}: error: {on_process(error.render(spelling), number)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         if LAUNCHED_BY not in os.environ and _process()[0] == 0:
@@ -52,12 +58,13 @@ def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_re
 
 
 def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads: what could not be written is still buffered."""
+    """Whether standard output is a pipe that nobody reads any more."""
+    ends = select.poll()
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+        ends.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # not a file of this process, as in a notebook
+        return False
+    return bool(ends.poll(0))
 
 
 def _process() -> tuple[int, bool]:

@@ -1,26 +1,57 @@
-"""``pop-generate``: run an exported artifact on a prompt or a file, or measure what pruning buys."""
+"""``pop-generate``: run an exported artifact on a prompt or a file, or measure the speedup of pruning.
+
+A command of its own is a :class:`Command` in ``COMMANDS``: its flags, and what runs with them.
+"""
 
 import argparse
 import difflib
 import json
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from pop_lightning.cli import importing, run
 from pop_lightning.core.errors import InputError, as_flags
 
+# The recipe keys that the library names in its errors and that are flags here.
+FLAGS = as_flags({"data.calibration": "--data", "data.allow_urls": "--allow_urls", "model.base": "--base"})
+
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message + "; see pop-generate --help.")
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def check_names(self, words: list[str]) -> None:
-        """Name an option that does not exist, before what is missing without it is asked for."""
-        known = list(self._option_string_actions)
-        for word in words:
-            name = word.partition("=")[0]
-            if name.startswith("--") and name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise InputError(f"{name} is no option" + (f" (did you mean {near[0]}?)." if near else "; see --help."))
+    def error(self, message: str):
+        raise InputError(f"{message}; see {self.prog} --help.")
+
+    @property
+    def flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
+        return int(text)
+
+    return read
+
+
+def _number(least: float, most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            limits = f"of at least {least:g}" if most == float("inf") else f"in {least:g}..{most:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, found {text!r}")
+        return value
+
+    return read
 
 
 def _numbers(text: str) -> list[int]:
@@ -30,72 +61,181 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, found {text!r}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("pop-generate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--artifact", help="the artifact/ folder that pop-fit wrote")
-    parser.add_argument("--base", help="hub id or folder of the base model (default: the one the artifact names)")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="generate from this text, streaming, and print the TTFT")
-    what.add_argument("--data", help="generate for every row of a JSON Lines file")
-    what.add_argument("--benchmark", action="store_true", help="time plain and pruned prefill side by side")
-    parser.add_argument("--image", action="append", help="with --prompt: an image file to show first; may be repeated")
-    parser.add_argument("--video", action="append", help="with --prompt: a video file to show first; may be repeated")
-    parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
-    parser.add_argument("--output", help="with --data: the JSON Lines file to write; with --benchmark: a folder")
-    parser.add_argument("--compare", action="store_true", help="with --data: run the unpruned model as well")
-    parser.add_argument("--full", action="store_true", help="with --prompt: generate with the unpruned model")
-    parser.add_argument("--overwrite", action="store_true", help="with --data: replace the file --output names")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
-    parser.add_argument("--batch_size", type=int, default=8, help="with --data: rows per batch (default: 8)")
+def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--artifact", metavar="DIR", required=required, help="the artifact/ folder that pop-fit wrote")
+    parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the base (default: as the artifact says)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
-    bench = parser.add_argument_group("with --benchmark", argument_default=argparse.SUPPRESS)
-    bench.add_argument("--shape", help="measure a named shape with random weights, such as cpu_small or llama3_1_8b")
-    bench.add_argument("--lengths", type=_numbers, help="prompt lengths in tokens, as in 128,512,2048")
-    bench.add_argument("--batches", type=_numbers, help="prompts per batch, as in 1,8 (default: 1)")
-    bench.add_argument("--depths", type=_numbers, help="depths, as in 16,20,24 (default: a third pruned)")
-    bench.add_argument("--boundary", type=int, help="last prompt tokens that run in full (default: 1)")
-    bench.add_argument("--repeats", type=int, help="timed rounds per point (default: 9)")
-    bench.add_argument(
-        "--decode_tokens", type=int, help="decode steps timed per point; 0 leaves them out (default: 32)"
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max_new_tokens", type=_whole(1), default=64, metavar="N", help="longest answer, in tokens (default: 64)"
     )
-    return parser
+    parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
+    sampling = parser.add_argument_group("sampling (default: greedy)")
+    sampling.add_argument("--temperature", type=_number(0, float("inf")), metavar="T", help="0 is greedy (default: 1)")
+    sampling.add_argument("--top_p", type=_number(0, 1), metavar="P", help="from the most likely tokens of this mass")
+    sampling.add_argument("--top_k", type=_whole(1), metavar="K", help="from the K most likely tokens")
+    sampling.add_argument("--seed", type=_whole(0), metavar="N", help="the same seed draws the same tokens")
 
 
-# The recipe keys that the library names in its errors and that are flags here.
-FLAGS = as_flags({"data.calibration": "--data", "data.allow_urls": "--allow_urls", "model.base": "--base"})
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of ``generate`` that sample, with every other filter off; None for greedy decoding."""
+    temperature, top_p, top_k = arguments.temperature, arguments.top_p, arguments.top_k
+    if temperature == 0 or (temperature, top_p, top_k) == (None, None, None):
+        if arguments.seed is not None:
+            raise InputError("--seed has no effect on greedy decoding: add --temperature, --top_p or --top_k.")
+        return None
+    return {
+        "do_sample": True,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+        "top_k": top_k or 0,
+    }
+
+
+def _generator(arguments: argparse.Namespace, check: Callable[[], None]):
+    """The loaded artifact on its device; ``check`` comes first, before anything costs time."""
+    with importing():
+        from pop_lightning import StageAwareGenerator
+        from pop_lightning.core.memory import memory_advice
+        from pop_lightning.models.loading import check_dtype, choose_device
+
+    check_dtype(arguments.dtype)
+    device = choose_device(arguments.device)
+    check()
+    with memory_advice("choose a narrower --dtype or another --device"):
+        generator = StageAwareGenerator.from_artifact(
+            arguments.artifact,
+            arguments.base,
+            dtype=arguments.dtype or "auto",
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        return generator.to(device)
+
+
+def _seed(arguments: argparse.Namespace) -> None:
+    import torch
+
+    torch.seed() if arguments.seed is None else torch.manual_seed(arguments.seed)
+
+
+# --- prompt -----------------------------------------------------------------------------------------------------------
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", metavar="TEXT", default=argparse.SUPPRESS, help="the prompt")
+    parser.add_argument("--prompt", metavar="TEXT", default=argparse.SUPPRESS, help="the prompt, as a flag")
+    _add_model(parser, required=True)
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="show an image first; repeatable")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="show a video first; repeatable")
+    parser.add_argument("--full", action="store_true", help="generate with the unpruned model")
+    _add_generation(parser)
+
+
+def _prompt(arguments: argparse.Namespace) -> int:
+    if "prompt" not in arguments:
+        raise InputError("--prompt is required: expected the text to generate from.")
+    if arguments.allow_urls and not (arguments.image or arguments.video):
+        raise InputError("--allow_urls needs --image or --video; found neither.")
+    sampling = _sampling(arguments)
+    with importing():
+        from pop_lightning.core.memory import memory_advice
+        from pop_lightning.generation.batch import check_prompt, stream
+
+    generator = _generator(arguments, lambda: check_prompt(arguments.prompt))
+    _seed(arguments)
+    first = None
+    with memory_advice("give a shorter prompt, choose a narrower --dtype or another --device"):
+        pieces = stream(
+            generator,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            images=arguments.image,
+            videos=arguments.video,
+            allow_urls=arguments.allow_urls,
+            full=arguments.full,
+            sampling=sampling,
+        )
+        for piece, seconds in pieces:
+            first = seconds
+            print(piece, end="", flush=True)
+    print()
+    if first is None:
+        print("(an empty answer: the model ended it with its first token)", file=sys.stderr)
+    else:
+        print(f"TTFT: {1000 * first:.1f} ms", file=sys.stderr)
+    return 0
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="?", metavar="FILE", default=argparse.SUPPRESS, help="JSON Lines file of rows")
+    parser.add_argument("--data", metavar="FILE", default=argparse.SUPPRESS, help="the file of rows, as a flag")
+    parser.add_argument("--output", metavar="FILE", required=True, help="the JSON Lines file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    _add_model(parser, required=True)
+    parser.add_argument("--compare", action="store_true", help="run the unpruned model as well")
+    parser.add_argument("--limit", type=_whole(1), metavar="N", help="generate for the first N usable rows only")
+    parser.add_argument(
+        "--batch_size", type=_whole(1), default=8, metavar="N", help="rows per batch (default: 8); seeds depend on it"
+    )
+    _add_generation(parser)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    if "data" not in arguments:
+        raise InputError("--data is required: expected the JSON Lines file to generate for.")
+    sampling = _sampling(arguments)
+    if sampling and arguments.compare:
+        raise InputError("--compare compares greedy answers: leave --temperature, --top_p and --top_k out.")
+    with importing():
+        from pop_lightning.core.memory import memory_advice
+        from pop_lightning.generation.batch import check_files, generate_file
+
+    generator = _generator(
+        arguments, lambda: check_files(arguments.data, arguments.output, overwrite=arguments.overwrite)
+    )
+    _seed(arguments)
+    with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
+        summary = generate_file(
+            generator,
+            arguments.data,
+            arguments.output,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            compare=arguments.compare,
+            allow_urls=arguments.allow_urls,
+            limit=arguments.limit,
+            sampling=sampling,
+        )
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
 _MEASURE = ("lengths", "batches", "depths", "boundary", "repeats", "decode_tokens")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run ``pop-generate`` with ``argv`` (the process's own unless given); returns the exit code."""
-
-    def body() -> int:
-        parser, words = _parser(), sys.argv[1:] if argv is None else argv
-        parser.check_names(words)
-        arguments = parser.parse_args(words)
-        if arguments.benchmark:
-            return _benchmark(arguments)
-        for name in ("shape", *_MEASURE):
-            if name in arguments:
-                raise InputError(f"--{name} belongs to --benchmark, which was not given.")
-        if arguments.artifact is None:
-            raise InputError("--artifact is required: expected the artifact/ folder that pop-fit wrote.")
-        return _generate(arguments)
-
-    return run("pop-generate", body, FLAGS)
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, required=False)
+    parser.add_argument("--shape", help="measure a named shape with random weights, such as cpu_small or llama3_1_8b")
+    parser.add_argument("--output", metavar="DIR", help="folder for the results; its own files are replaced")
+    add = parser.add_argument_group("what is measured", argument_default=argparse.SUPPRESS).add_argument
+    add("--lengths", type=_numbers, help="prompt lengths in tokens, as in 128,512,2048")
+    add("--batches", type=_numbers, help="prompts per batch, as in 1,8 (default: 1)")
+    add("--depths", type=_numbers, help="depths, as in 16,20,24 (default: a third pruned)")
+    add("--boundary", type=int, help="number of last prompt tokens that run in full (default: 1)")
+    add("--repeats", type=int, help="timed rounds per point (default: 9)")
+    add("--decode_tokens", type=int, help="decode steps timed per point; 0: none (default: 32)")
 
 
-def _benchmark(arguments: argparse.Namespace) -> int:
-    for name in ("compare", "full"):
-        if getattr(arguments, name):
-            raise InputError(f"--{name} does not go with --benchmark, which always measures both.")
-    for name in ("image", "video", "allow_urls"):
-        if getattr(arguments, name):
-            raise InputError(f"--{name} does not go with --benchmark, which measures prompts of text.")
-    if arguments.overwrite:
-        raise InputError("--overwrite goes with --data; --benchmark replaces its own files in --output.")
+def _bench(arguments: argparse.Namespace) -> int:
     with importing():
         from pop_lightning.benchmark import benchmark
         from pop_lightning.benchmark import report as benchmark_report
@@ -106,14 +246,14 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     target = benchmark.load(
         artifact=arguments.artifact,
         base=arguments.base,
-        shape=given.get("shape"),
+        shape=arguments.shape,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
     result = benchmark.run(
         target,
-        name=given.get("shape") or arguments.artifact or arguments.base,
+        name=arguments.shape or arguments.artifact or arguments.base,
         progress=True,
         on_point=None if folder is None else lambda result: benchmark_report.write(result, folder),
         **{name: given[name] for name in _MEASURE if name in given},
@@ -124,83 +264,86 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    if arguments.prompt is not None and arguments.output is not None:
-        raise InputError("--output goes with --data; with --prompt, the answer is printed.")
-    if arguments.data is not None and arguments.output is None:
-        raise InputError("--data needs --output: the JSON Lines file to write.")
-    if arguments.prompt is not None and arguments.overwrite:
-        raise InputError("--overwrite goes with --data and --output; with --prompt, the answer is printed.")
-    if arguments.prompt is not None and arguments.allow_urls and not (arguments.image or arguments.video):
-        raise InputError("--allow_urls goes with --image, --video or --data; found none of them.")
-    if arguments.data is not None and arguments.full:
-        raise InputError("--full goes with --prompt; with --data, --compare runs the unpruned model as well.")
-    for name in ("image", "video"):
-        if arguments.data is not None and getattr(arguments, name):
-            raise InputError(f"--{name} goes with --prompt; with --data, rows name their {name}s themselves.")
-    if arguments.prompt is not None and arguments.compare:
-        raise InputError("--compare goes with --data; with --prompt, --full runs the unpruned model.")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} must be at least 1, found {getattr(arguments, name)}.")
-    with importing():
-        from pop_lightning.core.memory import memory_advice
-        from pop_lightning.generation.batch import check_files, check_prompt
-        from pop_lightning.models.loading import check_dtype, choose_device
-
-    check_dtype(arguments.dtype)
-    device = choose_device(arguments.device)
-    if arguments.prompt is not None:
-        check_prompt(arguments.prompt)
-    else:
-        check_files(arguments.data, arguments.output, overwrite=arguments.overwrite)
-    with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
-        return _answer(arguments, device)
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def _answer(arguments: argparse.Namespace, device) -> int:
-    from pop_lightning import StageAwareGenerator
-    from pop_lightning.generation.batch import generate_file, stream
+class Command(NamedTuple):
+    """One command of ``pop-generate``."""
 
-    generator = StageAwareGenerator.from_artifact(
-        arguments.artifact,
-        arguments.base,
-        dtype=arguments.dtype or "auto",
-        trust_remote_code=arguments.trust_remote_code,
-    ).to(device)
-    if arguments.prompt is not None:
-        first = None
-        pieces = stream(
-            generator,
-            arguments.prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            images=arguments.image or (),
-            videos=arguments.video or (),
-            allow_urls=arguments.allow_urls,
-            full=arguments.full,
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "prompt": Command("generate from a prompt, streaming, and print the TTFT", _add_prompt, _prompt),
+    "data": Command("generate for every row of a file, and compare with references", _add_data, _data),
+    "bench": Command("time plain and pruned prefill side by side", _add_bench, _bench),
+}
+# The flag that chose what to do before there were commands, which scripts still use.
+_CHOSEN_BY = {"--prompt": "prompt", "--data": "data", "--benchmark": "bench"}
+
+
+def _translated(words: list[str]) -> list[str]:
+    """``--artifact DIR --prompt TEXT`` as ``prompt --artifact DIR --prompt TEXT``; a command stays as it is."""
+    if not words or not words[0].startswith("-"):
+        return words
+    named = [name for name in (word.partition("=")[0] for word in words) if name in _CHOSEN_BY]
+    if not named:
+        return words
+    command = "bench" if "--benchmark" in named else _CHOSEN_BY[named[0]]
+    return [command, *(word for word in words if word != "--benchmark")]
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser("pop-generate", description="Run an exported artifact, or measure the speedup of pruning.")
+    parser.add_argument("--version", action="version", version=f"pop-generate {version('pop-lightning')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inside = {}
+    for name, command in COMMANDS.items():
+        inside[name] = commands.add_parser(
+            name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}."
         )
-        for piece, seconds in pieces:
-            first = seconds
-            print(piece, end="", flush=True)
-        print()
-        if first is None:
-            print("(an empty answer: the model ended it with its first token)", file=sys.stderr)
-        else:
-            print(f"TTFT: {1000 * first:.1f} ms", file=sys.stderr)
-        return 0
-    summary = generate_file(
-        generator,
-        arguments.data,
-        arguments.output,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        compare=arguments.compare,
-        allow_urls=arguments.allow_urls,
-    )
-    print(json.dumps(summary, indent=1))
-    return 0
+        command.add_flags(inside[name])
+    return parser, inside
+
+
+def _check_flags(words: list[str], parser: _Parser, commands: dict[str, _Parser]) -> None:
+    """Name a flag that does not exist, before whatever is missing without it.
+
+    Raises:
+        InputError: with the command that the flag belongs to, or the flag that may be meant.
+    """
+    every = {flag: each for each in commands.values() for flag in each.flags}
+    chosen = commands.get(words[0]) if words else None
+    known = [*parser.flags, *every] if chosen is None else chosen.flags
+    for word in takewhile(lambda word: word != "--", words):
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"belongs to {every[name].prog}" if name in every else f"did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown flag of {(chosen or parser).prog}: {name}{f' ({hint})' if hint else ''}.")
+    if chosen is None and words and words[0].partition("=")[0] in every and words[0] not in parser.flags:
+        raise InputError(f"no command was given: expected one of {', '.join(commands)}; see pop-generate --help.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``pop-generate`` with ``argv`` (the process's own unless given); returns the exit code."""
+
+    def body() -> int:
+        parser, commands = _parsers()
+        words = _translated(sys.argv[1:] if argv is None else list(argv))
+        _check_flags(words, parser, commands)
+        arguments = parser.parse_args(words)
+        return COMMANDS[arguments.command].run(arguments)
+
+    return run("pop-generate", body, FLAGS)
 
 
 def entry() -> None:
     """The console script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

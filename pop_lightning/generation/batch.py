@@ -3,11 +3,12 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,6 +24,8 @@ from pop_lightning.data.videos import RowVideo
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.loading import context_length, end_tokens
 
+_GREEDY = {"do_sample": False}
+
 
 def stream(
     generator: StageAwareGenerator,
@@ -33,14 +36,16 @@ def stream(
     videos: Sequence = (),
     allow_urls: bool = False,
     full: bool = False,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """Generate greedily from one prompt; yields pieces of text, each with the TTFT: seconds from call to first token.
+    """Generate from one prompt; yields pieces of text, each with the TTFT: seconds from call to first token.
 
     Args:
         images: shown before the prompt, in a user's turn of the base's chat template: paths, bytes, PIL images or, with
             ``allow_urls``, URLs. Without images and videos the prompt goes in as it is.
         videos: shown behind the images: paths, bytes, lists of frames, or URLs.
         full: generate with the unpruned model.
+        sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
 
     Raises:
         InputError: no tokenizer, an empty prompt, an image or a video that cannot be read or that the base cannot, or a
@@ -60,7 +65,7 @@ def stream(
                 generator.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
+                    **(sampling or _GREEDY),
                     streamer=streamer,
                     pad_token_id=tokenizer.pad_token_id,
                 )
@@ -146,6 +151,8 @@ def generate_file(
     batch_size: int = 8,
     compare: bool = False,
     allow_urls: bool = False,
+    limit: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> dict:
     """Generate for every row of a file and write them as JSON Lines; the file appears whole or not at all.
 
@@ -153,6 +160,8 @@ def generate_file(
         data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
         compare: run the unpruned model as well and say how often both agree.
         allow_urls: fetch images and videos that rows name by URL.
+        limit: generate for that many usable rows, the first ones.
+        sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
 
     Returns:
         ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
@@ -163,17 +172,17 @@ def generate_file(
     """
     tokenizer = _tokenizer(generator)
     rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls)
-    output = Path(output)
+    rows, output = rows[:limit], Path(output)
     results: dict[int, dict] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
     for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch"):
         places = order[start : start + batch_size]
         asked = [replace(rows[i], response_ids=()) for i in places]
         batch = collate(asked, tokenizer.pad_token_id, generator.vision)
-        ids = {"pruned": _generate(generator, tokenizer, batch, max_new_tokens)}
+        ids = {"pruned": _generate(generator, tokenizer, batch, max_new_tokens, sampling)}
         if compare:
             with generator.full_model():
-                ids["full"] = _generate(generator, tokenizer, batch, max_new_tokens)
+                ids["full"] = _generate(generator, tokenizer, batch, max_new_tokens, sampling)
         for line, place in enumerate(places):
             results[place] = _result(tokenizer, rows[place], {name: each[line] for name, each in ids.items()})
     records = [results[place] for place in range(len(rows))]
@@ -206,12 +215,12 @@ def _read_rows(generator, tokenizer, data: str, max_new_tokens: int, allow_urls:
     return reader.read_rows(keep_duplicates=True), reader.report
 
 
-def _generate(generator, tokenizer, batch: dict, max_new_tokens: int) -> list[list[int]]:
+def _generate(generator, tokenizer, batch: dict, max_new_tokens: int, sampling) -> list[list[int]]:
     with torch.no_grad():
         output = generator.generate(
             **generator.decoder.inputs(batch),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **(sampling or _GREEDY),
             pad_token_id=tokenizer.pad_token_id,
         )
     tokens = output[:, batch["prompt_length"] :].tolist()

@@ -202,7 +202,7 @@ def test_points_measured_before_memory_ran_out_are_saved(base, tmp_path, monkeyp
         (["--shape", "tiny", "--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
         (["--shape", "tiny", "--device", "cuda:99"], "--device cuda:99 was asked for"),
         (["--shape", "tiny", "--dtype", "int8"], "--dtype must be one of float32"),
-        (["--shape", "tiny", "--full"], "--full does not go with --benchmark"),
+        (["--shape", "tiny", "--full"], "unknown flag of pop-generate bench: --full (belongs to pop-generate prompt)"),
         (["--shape", "tiny", "--output", "/dev/null/x"], "--output /dev/null/x cannot be written"),
         (["--base", "/nowhere"], "/nowhere"),
         (["--artifact", "/nowhere"], "/nowhere is not a folder"),
@@ -219,9 +219,9 @@ def test_bad_flags_end_in_one_sentence_and_exit_code_2(flags, words, tiny_shape,
 
 def test_benchmark_flags_without_benchmark_and_generation_without_an_artifact_are_refused(capsys):
     assert generate.main(["--artifact", "x", "--prompt", "y", "--lengths", "8"]) == 2
-    assert "--lengths belongs to --benchmark" in capsys.readouterr().err
+    assert "--lengths (belongs to pop-generate bench)" in capsys.readouterr().err
     assert generate.main(["--base", "x", "--prompt", "y"]) == 2
-    assert "--artifact is required" in capsys.readouterr().err
+    assert "required: --artifact" in capsys.readouterr().err
 
 
 def test_weights_larger_than_the_machine_are_refused_before_they_are_made():

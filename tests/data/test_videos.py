@@ -551,8 +551,8 @@ def test_pop_generate_refuses_a_video_that_does_not_fit_in_one_sentence(
         ([*asked, "--video", str(tmp_path / "text.mp4")], "--video 1 is damaged or no video"),
         ([*asked, "--video", "https://example.org/a.mp4"], "set --allow_urls or give"),
         (["--artifact", artifacts["gemma3"], "--prompt", "w1", "--video", good], "--video was given, but the model "),
-        ([*qwen, "--data", str(rows), "--output", "o", "--video", good], "--video goes with --prompt"),
-        (["--benchmark", *qwen, "--video", good], "--video does not go with --benchmark"),
+        ([*qwen, "--data", str(rows), "--output", "o", "--video", good], "--video (belongs to pop-generate prompt)"),
+        (["--benchmark", *qwen, "--video", good], "--video (belongs to pop-generate prompt)"),
         ([*qwen, "--data", str(rows), "--output", str(tmp_path / "o")], "rows.jsonl line 1, video 1: the file"),
     ]  # fmt: skip
     for command, expected in cases:

@@ -434,8 +434,11 @@ def test_pop_generate_refuses_what_does_not_fit_in_one_sentence(run, tmp_path, c
         ([*asked, "--image", "none.png"], "--image 1: the file 'none.png' does not exist"),
         ([*asked, "--image", good, "--image", str(tmp_path / "text.png")], "--image 2 is damaged or no image"),
         ([*asked, "--image", "https://example.org/a.png"], "set --allow_urls or give"),
-        (["--artifact", artifact, "--data", str(rows), "--output", "o", "--image", good], "--image goes with --prompt"),
-        (["--benchmark", "--artifact", artifact, "--image", good], "--image does not go with --benchmark"),
+        (
+            ["--artifact", artifact, "--data", str(rows), "--output", "o", "--image", good],
+            "--image (belongs to pop-generate prompt)",
+        ),
+        (["--benchmark", "--artifact", artifact, "--image", good], "--image (belongs to pop-generate prompt)"),
         (["--artifact", artifact, "--data", str(rows), "--output", str(tmp_path / "o")], "rows.jsonl line 2, image 1"),
     ]
     for command, expected in cases:
