@@ -8,6 +8,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -159,9 +160,10 @@ def _prompt(arguments: argparse.Namespace) -> int:
             full=arguments.full,
             sampling=sampling,
         )
-        for piece, seconds in pieces:
-            first = seconds
-            print(piece, end="", flush=True)
+        with closing(pieces):
+            for piece, seconds in pieces:
+                first = seconds
+                print(piece, end="", flush=True)
     print()
     if first is None:
         print("(an empty answer: the model ended it with its first token)", file=sys.stderr)

@@ -76,10 +76,13 @@ def stream(
     start = time.perf_counter()
     thread = Thread(target=generate, daemon=True)
     thread.start()
-    for piece in streamer:
-        if piece:
-            yield piece, streamer.first_token - start
-    thread.join()
+    try:
+        for piece in streamer:
+            if piece:
+                yield piece, streamer.first_token - start
+    finally:
+        streamer.abandoned = True  # a thread still at work when Python ends would abort the process
+        thread.join()
     if failure:
         raise failure[0]
 
@@ -102,11 +105,14 @@ def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, 
 
 
 class _TimedStreamer(TextIteratorStreamer):
-    """Knows when the first token came, which is before the first whole word can be shown."""
+    """Knows when the first token came, before the first whole word can be shown, and stops when nobody reads on."""
 
     first_token: float | None = None
+    abandoned = False  # nobody reads on
 
     def put(self, value) -> None:
+        if self.abandoned:
+            raise RuntimeError("the reader of the stream is gone")
         if self.first_token is None and not self.next_tokens_are_prompt:
             self.first_token = time.perf_counter()
         super().put(value)

@@ -1,13 +1,16 @@
 """``pop-generate``: commands with flags of their own, the old spelling, and sampling."""
 
 import json
+import threading
 
 import pytest
 
+from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import generate
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.generation.artifact import write_artifact
 from pop_lightning.generation.base_identity import base_identity
+from pop_lightning.generation.batch import stream
 from pop_lightning.models.loading import load_model
 
 from tests.helpers.workbench import save_base, save_rows
@@ -103,3 +106,12 @@ def test_the_first_rows_of_a_file_are_answered_up_to_the_limit(artifact, tmp_pat
     drawn = out.read_text()
     assert generate.main(sampled) == 0
     assert out.read_text() == drawn != first
+
+
+def test_generation_stops_when_nobody_reads_on(artifact):
+    generator = StageAwareGenerator.from_artifact(artifact)
+    before = threading.active_count()
+    pieces = stream(generator, "w1 w2", max_new_tokens=100)
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
