@@ -316,14 +316,18 @@ def _check_flags(words: list[str], parser: _Parser, commands: dict[str, _Parser]
     Raises:
         InputError: with the command that the flag belongs to, or the flag that may be meant.
     """
-    every = {flag: each for each in commands.values() for flag in each.flags}
+    every: dict[str, list[str]] = {}
+    for command, each in commands.items():
+        for flag in each.flags:
+            every.setdefault(flag, []).append(command)
     chosen = commands.get(words[0]) if words else None
     known = [*parser.flags, *every] if chosen is None else chosen.flags
     for word in takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0]
         if name.startswith("--") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"belongs to {every[name].prog}" if name in every else f"did you mean {near[0]}?" if near else ""
+            hint = f"did you mean {near[0]}?" if near else ""
+            hint = f"belongs to {parser.prog} {' and '.join(every[name])}" if name in every else hint
             raise InputError(f"unknown flag of {(chosen or parser).prog}: {name}{f' ({hint})' if hint else ''}.")
     if chosen is None and words and words[0].partition("=")[0] in every and words[0] not in parser.flags:
         raise InputError(f"no command was given: expected one of {', '.join(commands)}; see pop-generate --help.")

@@ -500,7 +500,7 @@ def test_pop_fit_refuses_what_does_not_fit_in_one_sentence(tmp_path, capsys, mon
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     assert fit.main(arguments(qwen, chats, tmp_path / "no_torchvision")) == 2
     message = capsys.readouterr().err
-    assert "chats.jsonl line 2 has images, but model.base" in message
+    assert "chats.jsonl line 2 has images, but --model.base" in message
     assert "Torchvision" in message
 
 

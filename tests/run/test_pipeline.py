@@ -359,7 +359,10 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
         (["--artifact", artifact, "--base", str(tmp_path / "none"), "--prompt", "w1"], "model"),
         (["--artifact", artifact], "see pop-generate --help"),
         (["--artifact", artifact, "--promt", "w1"], "did you mean --prompt?"),
-        (["--artifact", artifact, "--prompt", "w1", "--output", "x"], "--output (belongs to pop-generate data)"),
+        (
+            ["--artifact", artifact, "--prompt", "w1", "--output", "x"],
+            "--output (belongs to pop-generate data and bench)",
+        ),
         (["--artifact", artifact, "--prompt", "w1", "--device", "tpu"], "--device"),
         (["--artifact", artifact, "--prompt", "w1", "--dtype", "int8"], "--dtype"),
         (["--artifact", artifact, "--data", str(tmp_path / "no.jsonl"), "--output", "x"], "--data"),
