@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pop_lightning.core.plan import PruningPlan
     from pop_lightning.data.module import CalibrationData
     from pop_lightning.evaluation.evaluate import Evaluation
+    from pop_lightning.fitting.closed_form import closed_form
     from pop_lightning.fitting.importance import ImportanceScoring
     from pop_lightning.fitting.training import KVProjectionTraining
     from pop_lightning.generation.generator import StageAwareGenerator
@@ -29,6 +30,7 @@ _HOMES = {
     "KVProjections": "pruning.projections",
     "PruningPlan": "core.plan",
     "StageAwareGenerator": "generation.generator",
+    "closed_form": "fitting.closed_form",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "PruningPlan",
     "StageAwareGenerator",
     "__version__",
+    "closed_form",
 ]
 
 

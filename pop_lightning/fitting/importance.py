@@ -164,7 +164,7 @@ def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int)
 
 
 def _residuals(logits: Tensor, signs: Tensor) -> Tensor:
-    """diag(sqrt(p)) H signs: H is the reflection that swaps sqrt(p) and the axis of the likeliest token, whose sign is 0.
+    """diag(sqrt(p)) H signs, with H the reflection of sqrt(p) onto the axis of the likeliest token, whose sign is 0.
 
     diag(sqrt(p)) alone would have the covariance diag(p); pp^T is the direction that this leaves out. With two possible
     tokens, as where the model is nearly sure, one sign is left, and the square of what it multiplies is exact.

@@ -1,14 +1,35 @@
-"""Low-rank adapters on the projections, by peft: put in, saved in peft's format, merged for inference and export.
+"""Kind ``lora``: low-rank adapters on the projections, by peft, saved in its format and merged for export.
 
 They go into the projections' own Linears, never into the model's k_proj or v_proj, which decode runs through. A saved
 folder is loaded onto the projections that training started from: ``PeftModel.from_pretrained(projections, folder)``;
 loading it onto the language model would find nothing there and say nothing.
 """
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from pop_lightning.fitting.training import masters
+from pop_lightning.fitting.full import masters
+from pop_lightning.fitting.kinds import TrainedKind
 from pop_lightning.pruning.projections import KVProjections
+
+
+class Lora(TrainedKind):
+    def arguments(self, settings: Any) -> dict[str, Any]:
+        return asdict(settings.lora)
+
+    def prepare(self, projections: KVProjections, **arguments) -> PeftModel:
+        return inject(projections, **arguments)
+
+    def finish(self, projections: KVProjections, prepared: PeftModel, folder: Path | None) -> KVProjections:
+        if folder is not None:
+            prepared.save_pretrained(str(folder))
+        return merge(prepared)
+
+
+KIND = Lora("lora")
 
 
 def inject(

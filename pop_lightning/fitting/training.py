@@ -6,19 +6,26 @@ of positions at a time, in the forward and again in the backward pass, so a larg
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.models.decoder import Decoder, Trace
+from pop_lightning.models.loading import as_decoder
+from pop_lightning.pruning.module import DecoderModule
 from pop_lightning.pruning.passes import _at_loss_positions, student_hidden, teacher_trace
-from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.pruning.projections import KVProjections, fingerprint
 
 CHUNK_LOGITS = 2**26  # logits alive at a time per model: 256 MiB in float32
 
@@ -58,31 +65,49 @@ def chunked_kl(
     return temperature**2 * total * len(positions) / sum(positions)
 
 
-class KVProjectionTraining(lightning.LightningModule):
+class KVProjectionTraining(DecoderModule):
     """Train the projections of one depth, starting from what they are.
+
+    ``Trainer.fit`` reads the rows of the ``fit`` split, and those of ``tune`` where it validates.
 
     Loss: ``T^2 KL(teacher || student)`` averaged over the loss positions t = N..T-1, at temperature T, plus
     ``kv_match`` times the squared error of the context's keys and values (before k_norm and RoPE) and ``hidden_match``
     times that of the hidden states of boundary and response tokens, each relative to the full model's mean square and
-    averaged over the pruned layers.
+    averaged over the pruned layers. ``loss`` is logged, and so is each of its terms where there are several.
 
     Args:
-        projections: whose parameters that ask for a gradient are trained: :func:`make_trainable` for all of W', b', or
-            adapters that :mod:`pop_lightning.fitting.lora` put in.
+        start: projections, which are trained in place; or a base, whose reuse is the start: a hub id or folder, a
+            Transformers model, or a decoder.
+        depth: the first pruned layer; that of the projections unless given.
+        boundary: the last prompt tokens that run in full.
+        kind: what is trained (``full`` or ``lora``). Projections some of whose parameters ask for a gradient are
+            trained as they are.
+        kind_arguments: of the kind, such as ``r`` and ``lora_alpha`` of lora.
         temperature: of the distillation.
-        seed: of the adapters' dropout, together with the step's number.
+        seed: of the adapters' first values and dropout, the latter together with the step's number.
         learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
         decay: its shape.
-        round_steps: the learning rate rises and falls over so many steps, and again where a training goes on from a
-            round's end; over the whole training unless given.
+        round_steps: the learning rate rises and falls over so many steps, and again where a training continues after
+            a round's end; over the whole training unless given.
         gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
+
+    Raises:
+        InputError: ``depth`` is missing or not that of the projections, or nothing is trained at it.
+
+    ``load_from_checkpoint`` loads the base by its name, or needs ``start=`` again. Checkpoints hold what was trained;
+    adapters need the start that they were trained on.
     """
+
+    split = "tune"
 
     def __init__(
         self,
-        projections: KVProjections,
-        plan: PruningPlan,
+        start: KVProjections | Decoder | PreTrainedModel | str,
+        depth: int | None = None,
+        boundary: int = 1,
         *,
+        kind: str = "full",
+        kind_arguments: Mapping[str, Any] | None = None,
         temperature: float = 2.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -94,36 +119,76 @@ class KVProjectionTraining(lightning.LightningModule):
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
-        super().__init__()
+        projections = start if isinstance(start, KVProjections) else _reuse(start, depth)
+        depth = projections.depth if depth is None else depth  # of the checkpoint too
+        super().__init__(projections.decoder)
+        self.save_hyperparameters(ignore=() if isinstance(start, str) else "start")
         self.strict_loading = False  # checkpoints hold what is trained, never the base
-        self.plan, self.temperature, self.seed = plan, temperature, seed
+        self.plan, self.temperature, self.seed = PruningPlan(depth, boundary), temperature, seed
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
         self.round_steps = round_steps
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
-        self.decoder = projections.decoder  # no module: the base is placed, and maybe sharded, by its owner
-        self.projections = projections
+        if depth != projections.depth:
+            raise InputError(f"the projections to be trained were made for depth {projections.depth}, not for {depth}.")
+        if not projections.fitted_layers:
+            raise InputError(
+                f"nothing can be trained at depth {depth}, whose projections are exact: choose a smaller depth."
+            )
+        self.projections, self.kind = projections, trained_kind(kind)
+        self._prepared: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is no submodule
+        if not any(parameter.requires_grad for parameter in projections.parameters()):
+            torch.manual_seed(seed)
+            self._prepared = (self.kind.prepare(projections, **(kind_arguments or {})),)
 
-    def on_fit_start(self):
-        self.decoder.model.eval()
+    def trained(self, folder: Path | None = None) -> KVProjections:
+        """The projections as an artifact holds them: adapters merged, in the base's dtype. The training ends here.
+
+        Args:
+            folder: where adapters are written to first, in peft's format.
+        """
+        return self.kind.finish(self.projections, *self._prepared, folder).copy(self.kind.name)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if checkpoint.get("start") not in (None, self._start()):
+            raise InputError(
+                "the adapters of this checkpoint were trained on other projections than those given as start: pass the "
+                "projections that the training started from."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["start"] = self._start()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: each for name, each in checkpoint["state_dict"].items() if name in trained}
+
+    def _start(self) -> str | None:
+        """A hash of what the trained parameters are added to; None where they replace it."""
+        if self.kind.replaces_start:
+            return None
+        frozen = {name: each for name, each in self.projections.named_parameters() if not each.requires_grad}
+        return fingerprint(frozen)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         # Checkpoints hold no state of the random generator: dropout follows from the step, resumed or not.
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * distributed.size() + distributed.rank())
-        loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        terms = self._terms(batch)
+        self.log("loss", loss := sum(terms.values()), prog_bar=True, sync_dist=True)
+        if len(terms) > 1:
+            self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        loss = self.loss(batch)
-        self.log("validation_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        # Weighted with the positions of all processes, so that the mean over batches is the one over positions.
+        positions = batch["attention_mask"][:, batch["prompt_length"] :].sum()
+        weight = int(distributed.total(positions))
+        self.log("validation_loss", self.loss(batch), prog_bar=True, sync_dist=True, batch_size=weight)
 
     def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
         """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
+        return sum(self._terms(batch, trace).values())
+
+    def _terms(self, batch: dict, trace: Trace | None = None) -> dict[str, Tensor]:
+        """What the loss is the sum of."""
         decoder, mask, prompt = self.decoder, batch["attention_mask"], batch["prompt_length"]
         trace = teacher_trace(decoder, batch, self.plan.depth) if trace is None else trace
         with decoder.tracing(range(self.plan.depth, decoder.num_layers)) as pruned:
@@ -132,12 +197,12 @@ class KVProjectionTraining(lightning.LightningModule):
             )
         real = mask[:, prompt:].bool()
         teacher = _at_loss_positions(decoder, trace, prompt)
-        loss = chunked_kl(decoder, student[real], teacher[real], self.temperature)
+        terms = {"kl": chunked_kl(decoder, student[real], teacher[real], self.temperature)}
         if self.kv_match:
-            loss = loss + self.kv_match * self._kv_error(trace, mask, prompt)
+            terms["kv"] = self.kv_match * self._kv_error(trace, mask, prompt)
         if self.hidden_match:
-            loss = loss + self.hidden_match * self._hidden_error(trace, pruned, mask, prompt)
-        return loss
+            terms["hidden"] = self.hidden_match * self._hidden_error(trace, pruned, mask, prompt)
+        return terms
 
     def _kv_error(self, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
         context = max(0, prompt - self.plan.boundary)
@@ -170,7 +235,7 @@ class KVProjectionTraining(lightning.LightningModule):
         return {"params": parameters, "lr": self.learning_rate, "weight_decay": self.weight_decay}
 
 
-class JointTraining(lightning.LightningModule):
+class JointTraining(DecoderModule):
     """Several trainings on the same batches over one teacher pass: depths, kinds and learning rates side by side.
 
     Their losses are summed and share no parameter, so each goes as it would alone (short of gradient clipping, which
@@ -178,12 +243,15 @@ class JointTraining(lightning.LightningModule):
     """
 
     def __init__(self, trainings: list[KVProjectionTraining]):
-        super().__init__()
-        self.trainings = torch.nn.ModuleList(trainings)
-        self.decoder = trainings[0].decoder
+        super().__init__(trainings[0].decoder)
+        self.trainings = nn.ModuleList(trainings)
 
-    def on_fit_start(self):
-        self.decoder.model.eval()
+    def _start(self) -> str | None:
+        """A hash of what the trained parameters are added to; None where they replace it."""
+        if self.kind.replaces_start:
+            return None
+        frozen = {name: each for name, each in self.projections.named_parameters() if not each.requires_grad}
+        return fingerprint(frozen)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         trace = teacher_trace(self.decoder, batch, min(each.plan.depth for each in self.trainings))
@@ -211,20 +279,10 @@ def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["
     return left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
-def make_trainable(projections: KVProjections) -> KVProjections:
-    """Every fitted layer's W', b' as float32 masters that ask for gradients (kind ``full``)."""
-    masters(projections, "full")
-    for layer in projections.fitted_layers:
-        projections.maps[str(layer)].requires_grad_(True)
-    return projections
-
-
-def masters(projections: KVProjections, kind: str) -> KVProjections:
-    """Every fitted layer's map as a float32 copy of its own, with a bias, so that training it changes nothing else."""
-    projections.replace({layer: projections.affine(layer) for layer in projections.fitted_layers}, kind)
-    for layer in projections.fitted_layers:
-        projections.maps[str(layer)].float()
-    return projections
+def _reuse(base: Decoder | PreTrainedModel | str, depth: int | None) -> KVProjections:
+    if depth is None:
+        raise InputError("training from a base needs the depth that it is pruned at.")
+    return KVProjections(as_decoder(base), depth)
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:

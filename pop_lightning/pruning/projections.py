@@ -194,15 +194,14 @@ class KVProjections(nn.Module):
         maps = {layer: (state[f"layers.{layer}.weight"], state[f"layers.{layer}.bias"]) for layer in layers}
         return projections.replace(maps, kind)
 
+    def copy(self, kind: str | None = None) -> "KVProjections":
+        """Projections of their own, with the same maps in the base's dtype and of the same ``kind`` unless given."""
+        return KVProjections.from_state(self.decoder, self.depth, kind or self.kind, self.fitted_state())
+
     @property
     def fingerprint(self) -> str:
         """A short hash of some numbers of every fitted map: caches carry it. All reuse projections share one."""
-        sampled = hashlib.sha256()
-        for name, tensor in self.fitted_state().items():
-            flat = tensor.flatten()
-            values = flat[:: max(1, flat.numel() // _SAMPLES)].float().tolist()
-            sampled.update(f"{name} {values}".encode())
-        return sampled.hexdigest()[:16]
+        return fingerprint(self.fitted_state())
 
     def place(self) -> "KVProjections":
         """Follow the model: every map goes where its layer computes, in that layer's dtype; returns self.
@@ -221,6 +220,16 @@ class KVProjections(nn.Module):
         linear = self.maps[str(layer)]
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
         return linear.weight.detach().float().clone(), bias.detach().float().to(linear.weight.device).clone()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of the tensors' names and of some numbers of each."""
+    sampled = hashlib.sha256()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // _SAMPLES)].float().tolist()
+        sampled.update(f"{name} {values}".encode())
+    return sampled.hexdigest()[:16]
 
 
 def _linear(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Linear:

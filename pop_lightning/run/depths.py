@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.rows import Row
-from pop_lightning.fitting.closed_form import Shape, passes
 from pop_lightning.fitting.importance import candidates as place_candidates
+from pop_lightning.fitting.regressions import Shape, passes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import speedup
 from pop_lightning.run.recipe import Budget, Recipe

@@ -16,6 +16,7 @@ from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Choice, PruningPlan
+from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row, until_end
@@ -23,8 +24,10 @@ from pop_lightning.evaluation.bounds import rows_needed, smallest_certifiable
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.search import Training
 from pop_lightning.evaluation.verdicts import Verdict
-from pop_lightning.fitting.fits import Distillation, closed_form, quiet_lightning
 from pop_lightning.fitting.importance import ImportanceScoring
+from pop_lightning.fitting.kinds import kind as kind_named
+from pop_lightning.fitting.kinds import trained_kind
+from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.generation.base_identity import base_identity
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.decoder import Decoder
@@ -34,7 +37,6 @@ from pop_lightning.pruning.flops import prefill_flops, speedup
 from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.run.depths import (
     check_images,
-    closed_form_passes,
     listed_boundaries,
     possible_boundaries,
     reaching,
@@ -82,8 +84,7 @@ class _Run:
         self.folder.settle()
         importance = self.folder.once("importance.json", self._score)
         depths = to_measure(self.recipe, self.decoder, importance["prefill"], self._boundaries, self.tokens)
-        if "closed_form" in self._untrained:
-            self._closed_form(depths)
+        self._fit(depths)
         curve = self._search(depths)
         self._verify(curve)
         metrics = self._metrics(curve)
@@ -185,12 +186,9 @@ class _Run:
     def _check_rows(self) -> None:
         """Refuse what the rows cannot give, or memory cannot hold, whatever scoring finds."""
         budget = self.recipe.budget
-        if "closed_form" in self._untrained:
-            # The deepest candidate is the same for every importance, and takes most.
-            depths = to_measure(
-                self.recipe, self.decoder, [1.0] * self.decoder.num_layers, self._boundaries, self.tokens
-            )
-            closed_form_passes(self.recipe, self.decoder, depths)
+        # The deepest candidate is the same for every importance, and takes most.
+        depths = to_measure(self.recipe, self.decoder, [1.0] * self.decoder.num_layers, self._boundaries, self.tokens)
+        kind_named(self._start).passes(self.decoder, depths, self.recipe.projection)
         check_images(self.recipe, self.decoder, self.data.rows(), self._boundaries, self.trainers.shards_base)
         if budget.speedup is not None:
             reaching(budget, self.decoder, self._boundaries, self.tokens)
@@ -246,12 +244,12 @@ class _Run:
 
     @property
     def _trains(self) -> bool:
-        return self.recipe.projection.kind in ("lora", "full")
+        return kind_named(self.recipe.projection.kind).trains
 
     @property
     def _start(self) -> str:
         """The recipe's kind without training: what is measured everywhere, and where training starts."""
-        return self.recipe.projection.start if self._trains else self.recipe.projection.kind
+        return kind_named(self.recipe.projection.kind).starts_from(self.recipe.projection)
 
     @property
     def _untrained(self) -> list[str]:
@@ -260,29 +258,25 @@ class _Run:
     def _projections(self, choice: Choice) -> KVProjections:
         return self.folder.read_projections(self.decoder, choice)
 
-    def _closed_form(self, depths: list[int]) -> None:
-        """Closed form for every depth, each choice about it made on the tune split; reuse is one of the choices."""
-        settings = self.recipe.projection
+    def _fit(self, depths: list[int]) -> None:
+        """The kind that needs no training at every depth, each choice about it made on the tune split."""
         if self.folder.read("state/ridge.json"):
             return
         ridges = {}
-        for fitted in closed_form(
+        for fitted in kind_named(self._start).fit(
             self.decoder,
             depths,
+            self.recipe.projection,
             boundary=self.recipe.fit_boundary,
-            ridges=settings.ridge,
-            grouping=settings.grouping,
-            queries=settings.queries,
-            refit=settings.refit,
-            memory=self.recipe.projection.memory_bytes,
             fit_rows=self.data.loader("fit"),
             tune_rows=self.data.loader("tune"),
             validate=lambda what, module, rows: self.trainers.make(what).validate(module, rows, verbose=False),
         ):
-            ridges[fitted.depth] = fitted.summary()
-            self.folder.write_projections(Choice(fitted.depth, "closed_form"), fitted.options[fitted.best()])
+            ridges[fitted.depth] = fitted.how
+            self.folder.write_projections(Choice(fitted.depth, self._start), fitted.projections)
             del fitted  # not held through the next pass
-        self.folder.write("state/ridge.json", ridges)
+        if ridges:
+            self.folder.write("state/ridge.json", ridges)
 
     def _train(self, choice: Choice) -> None:
         """Train up to ``choice.steps``, from where the last round or an interrupted run left off."""
@@ -290,10 +284,15 @@ class _Run:
         depth, kind, steps = choice
         if self.folder.has_projections(choice):
             return
-        distillation = Distillation(
-            self._projections(Choice(depth, self._start)),
-            PruningPlan(depth, self.boundary),
-            lora_arguments=asdict(settings.lora) if kind == "lora" else None,
+        start = self._projections(Choice(depth, self._start))
+        if not start.fitted_layers:  # its projections are exact
+            self.folder.write_projections(choice, start)
+            return
+        training = KVProjectionTraining(
+            start,
+            boundary=self.boundary,
+            kind=kind,
+            kind_arguments=trained_kind(kind).arguments(settings),
             seed=self.recipe.seed,
             temperature=settings.temperature,
             learning_rate=settings.learning_rate,
@@ -305,19 +304,17 @@ class _Run:
             hidden_match=settings.hidden_match,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
-        if distillation.module is not None:
-            self.trainers.train(
-                f"training depth {depth} for {steps} steps",
-                distillation.module,
-                lambda start: self.data.training_steps(settings.batch_size, start),
-                steps=steps,
-                rounds=steps // settings.steps,
-                checkpoints=self.folder / "checkpoints" / f"{kind}-depth{depth}",
-                every=settings.checkpoint_every,
-            )
+        self.trainers.train(
+            f"training depth {depth} for {steps} steps",
+            training,
+            lambda first: self.data.training_steps(settings.batch_size, first),
+            steps=steps,
+            rounds=steps // settings.steps,
+            checkpoints=self.folder / "checkpoints" / f"{kind}-depth{depth}",
+            every=settings.checkpoint_every,
+        )
         adapters = self.folder / "adapters" / f"depth{depth}-steps{steps}"
-        projections = distillation.finish(adapters if distributed.is_first() else None)
-        self.folder.write_projections(choice, projections)
+        self.folder.write_projections(choice, training.trained(adapters if distributed.is_first() else None))
 
     # --- search ---------------------------------------------------------------------------------------------------
 
@@ -398,9 +395,8 @@ class _Run:
                 if choice.steps:
                     entry["steps"] = choice.steps
                 entry |= self.budget.measured[names[choice, k]]
-                if choice.projection == "closed_form":
-                    # No ridge: reuse did best on tune.
-                    entry |= {key: ridges[str(choice.depth)][key] for key in ("objective", "ridge")}
+                for key in kind_named(choice.projection).chosen:
+                    entry[key] = ridges[str(choice.depth)][key]
                 entries.append(entry)
         return entries
 

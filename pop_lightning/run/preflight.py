@@ -17,11 +17,12 @@ import torch
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.core.tables import text_table
 from pop_lightning.data.examples import check_exists
 from pop_lightning.evaluation.bounds import smallest_certifiable
-from pop_lightning.fitting.closed_form import GROUPINGS, Shape, held_bytes
-from pop_lightning.fitting.fits import quiet_lightning
+from pop_lightning.fitting.kinds import kind
+from pop_lightning.fitting.regressions import GROUPINGS, Shape, held_bytes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model
 from pop_lightning.pruning.flops import prefill_flops
@@ -307,7 +308,7 @@ def _images(found: Estimate) -> str | None:
 
 def _trainings(found: Estimate) -> str | None:
     """How often the budget asks for a training is known only once it measures."""
-    if found.recipe.projection.kind not in ("lora", "full"):
+    if not kind(found.recipe.projection.kind).trains:
         return None
     budget = found.recipe.budget
     if budget.speedup is not None:

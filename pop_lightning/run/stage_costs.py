@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
-from pop_lightning.fitting.closed_form import ClosedFormFit, ValueRefit
-from pop_lightning.fitting.fits import Distillation, closed_form
+from pop_lightning.fitting.closed_form import fit_depths
 from pop_lightning.fitting.importance import ImportanceScoring
+from pop_lightning.fitting.kinds import kind, trained_kind
+from pop_lightning.fitting.regressions import ClosedFormFit, ValueRefit
+from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.positions import position_ids
 from pop_lightning.pruning.passes import teacher_pass
@@ -90,7 +92,7 @@ class Steps:
             steps |= {"prefill": self.prefill, "decode": self.decode()}
         if fits_closed_form(self.recipe):
             steps["fit"] = self.fit()
-        if self.recipe.projection.kind in ("lora", "full") and (depth := self.trained()[:1]):
+        if kind(self.recipe.projection.kind).trains and (depth := self.trained()[:1]):
             steps["train"] = self.train(depth[0], KVProjections(self.decoder, depth[0]))[0]
         return steps
 
@@ -159,15 +161,16 @@ class Steps:
     def train(self, depth: int, start: KVProjections) -> tuple[Callable[[], None], dict]:
         """A training step with its optimiser's, and the parameter group that is trained."""
         settings = self.recipe.projection
-        module = Distillation(
-            start,
-            PruningPlan(depth, self.recipe.fit_boundary),
-            lora_arguments=asdict(settings.lora) if settings.kind == "lora" else None,
+        module = KVProjectionTraining(
+            start.copy(),
+            boundary=self.recipe.fit_boundary,
+            kind=settings.kind,
+            kind_arguments=trained_kind(settings.kind).arguments(settings),
             temperature=settings.temperature,
             kv_match=settings.kv_match,
             hidden_match=settings.hidden_match,
             gradient_checkpointing=settings.gradient_checkpointing,
-        ).module
+        )
         group = module.parameter_group() | {"lr": 0.0}
         optimizer = torch.optim.AdamW([group])
 
@@ -181,8 +184,7 @@ class Steps:
 
 def fits_closed_form(recipe: Recipe) -> bool:
     """Whether the recipe's projections are, or start from, a closed form."""
-    settings = recipe.projection
-    return settings.kind == "closed_form" or (settings.kind in ("lora", "full") and settings.start == "closed_form")
+    return kind(recipe.projection.kind).starts_from(recipe.projection) == "closed_form"
 
 
 def operations(
@@ -269,7 +271,7 @@ class _Stages:
         if fits_closed_form(self.recipe) and wanted("closed form"):
             yield from self._closed_form()
         settings = self.recipe.projection
-        trains = settings.kind in ("lora", "full")
+        trains = kind(settings.kind).trains
         kinds = dict.fromkeys(("reuse", settings.start if trains else settings.kind))
         choices = [Choice(depth, kind) for depth in self.depths for kind in kinds]
         tried = [self.recipe.boundary]
@@ -330,7 +332,7 @@ class _Stages:
             self.run.reset()
 
         self.run.reset()
-        fitted = closed_form(
+        fitted = fit_depths(
             self.decoder,
             self.depths,
             boundary=self.recipe.fit_boundary,

@@ -18,12 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pop_lightning.benchmark.benchmark import synchronise
 from pop_lightning.core.memory import peak_bytes
-from pop_lightning.core.plan import PruningPlan
-from pop_lightning.fitting.fits import Distillation
 from pop_lightning.fitting.importance import ImportanceScoring
+from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model
-from pop_lightning.pruning.projections import KVProjections
 
 SCORING_LIMIT, TRAINING_LIMIT = 1.15, 0.5
 
@@ -116,7 +114,7 @@ def _plain_backward(decoder: Decoder, batch: dict) -> Callable[[], None]:
 
 def _training_step(decoder: Decoder, batch: dict) -> Callable[[], None]:
     depth = decoder.num_layers // 2
-    module = Distillation(KVProjections(decoder, depth), PruningPlan(depth)).module
+    module = KVProjectionTraining(decoder, depth)
     optimizer = torch.optim.AdamW([module.parameter_group()])
 
     def once() -> None:

@@ -22,15 +22,16 @@ from torch.utils.data import DataLoader
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_json, write_text, write_whole
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.examples import read_examples
 from pop_lightning.data.module import CalibrationData, collate, split_rows
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.evaluation.metrics import row_loss
-from pop_lightning.fitting.closed_form import OBJECTIVES
-from pop_lightning.fitting.fits import Distillation, FittedDepth, closed_form, quiet_lightning
-from pop_lightning.fitting.training import JointTraining
+from pop_lightning.fitting.closed_form import FittedDepth, fit_depths
+from pop_lightning.fitting.regressions import OBJECTIVES
+from pop_lightning.fitting.training import JointTraining, KVProjectionTraining
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import context_length, end_tokens, load_model, load_tokenizer
 from pop_lightning.pruning.attach_check import check_decoder
@@ -140,13 +141,12 @@ class _Seed:
 
     def closed_form(self, depths: list[int]) -> list[FittedDepth]:
         return list(
-            closed_form(
+            fit_depths(
                 self.decoder,
                 depths,
                 boundary=self.settings.boundary,
                 ridges=self.settings.ridges,
                 queries=self.settings.queries,
-                objectives=OBJECTIVES,
                 fit_rows=self.loader("fit"),
                 tune_rows=self.loader("tune"),
                 validate=self.validate,
@@ -155,24 +155,27 @@ class _Seed:
 
     def train(self, fitted: list[FittedDepth], jobs: Mapping[str, tuple[int | None, float]]) -> dict:
         """Train every depth from its best closed form; ``jobs``: by name, a rank (None: full) and a learning rate."""
-        distillations = {
-            (each.depth, name): Distillation(
-                each.options[each.best()],
-                PruningPlan(each.depth, self.settings.boundary),
-                lora_arguments=None if rank is None else {"r": rank, "lora_alpha": 2 * rank},
+        starts = {each.depth: each.options[each.best()] for each in fitted}
+        trainings = {
+            (depth, name): KVProjectionTraining(
+                start.copy(),
+                boundary=self.settings.boundary,
+                kind="full" if rank is None else "lora",
+                kind_arguments={} if rank is None else {"r": rank, "lora_alpha": 2 * rank},
                 seed=self.seed,
                 learning_rate=rate,
                 temperature=self.settings.temperature,
             )
-            for each in fitted
+            for depth, start in starts.items()
             for name, (rank, rate) in jobs.items()
+            if start.fitted_layers
         }
-        modules = [each.module for each in distillations.values() if each.module is not None]
-        if modules:
-            self.say(f"training {len(modules)} projections for {self.settings.steps} steps")
+        if trainings:
+            self.say(f"training {len(trainings)} projections for {self.settings.steps} steps")
             trainer = _trainer(max_steps=self.settings.steps, max_epochs=-1)
-            trainer.fit(JointTraining(modules), self.loader("fit", shuffle=True))
-        return {name: each.finish() for name, each in distillations.items()}
+            trainer.fit(JointTraining(list(trainings.values())), self.loader("fit", shuffle=True))
+        exact = {(depth, name): start for depth, start in starts.items() if not start.fitted_layers for name in jobs}
+        return exact | {key: each.trained() for key, each in trainings.items()}
 
     def measure(self, variants: Mapping[tuple[int, str], Any], split: str) -> Figures:
         names = {f"{depth} {kind}": (depth, kind) for depth, kind in variants}

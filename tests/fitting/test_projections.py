@@ -19,8 +19,9 @@ from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.fitting import training as projection_training
-from pop_lightning.fitting.closed_form import (
-    DEFAULT,
+from pop_lightning.fitting.closed_form import fit_depths
+from pop_lightning.fitting.full import make_trainable
+from pop_lightning.fitting.regressions import (
     GROUPINGS,
     OBJECTIVES,
     ClosedFormFit,
@@ -28,11 +29,9 @@ from pop_lightning.fitting.closed_form import (
     ValueRefit,
     _Sums,
     bytes_needed,
-    collected,
     held_bytes,
 )
-from pop_lightning.fitting.fits import Distillation, closed_form
-from pop_lightning.fitting.training import JointTraining, KVProjectionTraining, chunked_kl, make_trainable
+from pop_lightning.fitting.training import JointTraining, KVProjectionTraining, chunked_kl
 from pop_lightning.models.attention import attention_weights
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import cut
@@ -185,12 +184,12 @@ def test_attention_weighted_fits_equal_a_loop_over_rows_queries_and_heads(family
     decoder = Decoder(model)
     batches = [collate(rows(5, seed), 0) for seed in range(2)]
     depth, ridge, layer = 1, 1e-2, 3
-    fit = ClosedFormFit(decoder, [depth], grouping=grouping, queries=100, objectives=OBJECTIVES)
+    fit = ClosedFormFit(decoder, [depth], grouping=grouping, queries=100)
     trainer().validate(fit, loader(batches), verbose=False)
     kv_dim = decoder.parts[layer].kv_dim
     kv_heads = kv_dim // decoder.attention(layer).head_dim
     share = COMMON["num_attention_heads"] // kv_heads
-    tokens, kvs, key_weights, token_weights = [], [], [], []
+    tokens, kvs, key_weights = [], [], []
     pooled, read = [[] for _ in range(kv_heads)], [[] for _ in range(kv_heads)]
     for batch in batches:
         for row in range(len(batch["input_ids"])):
@@ -222,9 +221,6 @@ def test_attention_weighted_fits_equal_a_loop_over_rows_queries_and_heads(family
             tokens.append(n)
             kvs.append(kv[:context])
             key_weights.append(weight)
-            token_weights.append(
-                sum(attention[each][0, :, list(queries), :context].double().square().sum((0, 1)) for each in (2, 3))
-            )
     n, kv, prior = torch.cat(tokens), torch.cat(kvs), folded(decoder, layer)
     solved = fit.solve(depth, ridge, "attention").affine(layer)
     ours = torch.cat([solved[0], solved[1][:, None]], 1)
@@ -236,10 +232,6 @@ def test_attention_weighted_fits_equal_a_loop_over_rows_queries_and_heads(family
     for inputs, targets, found, start in parts:
         inputs, targets = torch.stack(inputs), torch.stack(targets)
         close_in_prediction(found, ridge_solution(inputs, targets, start, ridge), inputs)
-    solved = fit.solve(depth, ridge, "token").affine(layer)
-    root = torch.cat(token_weights).sqrt()[:, None]
-    reference = ridge_solution(root * n, root * kv, prior, ridge)
-    close_in_prediction(torch.cat([solved[0], solved[1][:, None]], 1), reference, root * n)
 
 
 @pytest.mark.parametrize("grouping", ["head", "layer"])
@@ -290,7 +282,7 @@ def test_second_pass_fits_values_to_what_the_pruned_models_own_queries_ask(famil
 def test_closed_form_does_not_depend_on_how_rows_are_batched(family):
     model, data = build(family), rows(9)
     together, apart = ([collate(data, 0)], [collate([row], 0) for row in reversed(data)])
-    fits = [ClosedFormFit(Decoder(model), [1, 2], queries=2, objectives=OBJECTIVES) for _ in range(2)]
+    fits = [ClosedFormFit(Decoder(model), [1, 2], queries=2) for _ in range(2)]
     for fit, batches in zip(fits, (together, apart), strict=True):
         trainer().validate(fit, loader(batches), verbose=False)
     n = Decoder(model).normalise(torch.randn(50, COMMON["hidden_size"]))
@@ -309,7 +301,7 @@ def test_a_bfloat16_base_is_fitted_like_its_float32_copy(objective):
     half = half.to(torch.bfloat16)
     solved = []
     for model in (half, copy):
-        fit = ClosedFormFit(Decoder(model), [1], objectives=OBJECTIVES)
+        fit = ClosedFormFit(Decoder(model), [1])
         trainer().validate(fit, loader(batches), verbose=False)
         solved.append(fit.solve(1, 0.1, objective))
     assert solved[0].maps["3"].weight.dtype == torch.bfloat16
@@ -322,7 +314,7 @@ def test_a_bfloat16_base_is_fitted_like_its_float32_copy(objective):
 @pytest.mark.parametrize("boundary", [0, 1, 3, 100])
 def test_every_boundary_can_be_fitted(boundary):
     model, batch = build("mistral"), collate(rows(6), 0)
-    fit = ClosedFormFit(Decoder(model), [1], boundary, objectives=OBJECTIVES)
+    fit = ClosedFormFit(Decoder(model), [1], boundary)
     trainer().validate(fit, loader([batch]), verbose=False)
     for objective in OBJECTIVES:
         solved = fit.solve(1, 0.1, objective)
@@ -331,14 +323,13 @@ def test_every_boundary_can_be_fitted(boundary):
         assert all(tensor.isfinite().all() for tensor in second.solve(1, 0.1).fitted_state().values())
 
 
-@pytest.mark.parametrize("objectives", [OBJECTIVES, ("plain",), ("attention",), ("token",)])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_stated_memory_is_what_the_sums_take(grouping, objectives):
+def test_stated_memory_is_what_the_sums_take(grouping):
     model = build("llama")
-    fit = ClosedFormFit(Decoder(model), [1, 2, 3], grouping=grouping, objectives=objectives)
+    fit = ClosedFormFit(model, [1, 2, 3], grouping=grouping)
     trainer().validate(fit, loader([collate(rows(), 0)]), verbose=False)
     held = fit.sums.nbytes
-    assert held == sum(bytes_needed(Shape.of(fit.decoder), depth, grouping, objectives) for depth in (1, 2, 3))
+    assert held == sum(bytes_needed(Shape.of(fit.decoder), depth, grouping) for depth in (1, 2, 3))
 
 
 def test_depths_take_several_passes_under_a_small_bound_and_give_the_same_projections():
@@ -359,7 +350,7 @@ def test_depths_take_several_passes_under_a_small_bound_and_give_the_same_projec
 
     def run(memory, **arguments):
         found = {}
-        for fitted in closed_form(
+        for fitted in fit_depths(
             decoder, [3, 2, 1], boundary=1, ridges=[1e-2, 1.0], fit_rows=loader(batches), memory=memory,
             tune_rows=loader([collate(rows(8, 9), 0)]), validate=validate, **arguments,
         ):  # fmt: skip
@@ -388,7 +379,6 @@ def fit_flops(
     tokens: int,
     queries: int,
     grouping: str,
-    objectives: tuple[str, ...] = DEFAULT,
 ) -> int:
     """Operations (2 per multiply-add) per row that the sums of ``depths`` add to a forward pass.
 
@@ -397,19 +387,15 @@ def fit_flops(
         queries: boundary and response tokens whose attention is used.
     """
     width, outputs, samples = shape.hidden + 1, 2 * shape.kv_dim, shape.heads * queries
-    objectives, head_dim = collected(grouping, objectives), shape.kv_dim // shape.kv_heads
+    head_dim = shape.kv_dim // shape.kv_heads
     fitted = [range(depth + 1, shape.layers) for depth in depths]
     asked = len({layer for layers in fitted for layer in layers})
-    if objectives == ("plain",):
+    if grouping == "none":
         tokens = context
     total = asked * 2 * tokens * shape.hidden * outputs  # the targets
-    weighted = len(set(objectives) - {"attention"})
-    per_depth, per_pair = weighted * 2 * context * width * width, weighted * 2 * context * width * outputs
-    if objectives != ("plain",):
+    per_depth, per_pair = 2 * context * width * width, 2 * context * width * outputs
+    if grouping != "none":
         total += asked * 2 * samples * head_dim * (shape.hidden + tokens)  # queries and scores
-    if "token" in objectives:
-        total += asked * 2 * tokens * shape.hidden * outputs  # the targets once more
-    if "attention" in objectives:
         groups = shape.groups(grouping)
         # what queries read from all tokens, and from the context for one head or for all; the keys' weights
         total += asked * 2 * samples * (head_dim * (tokens + context) + shape.kv_dim // groups * context + context)
@@ -418,18 +404,17 @@ def fit_flops(
     return total + sum(per_depth + len(layers) * per_pair for layers in fitted if layers)
 
 
-@pytest.mark.parametrize("objectives", [OBJECTIVES, ("plain",), ("attention",), ("plain", "attention")])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_operations_are_counted_as_torch_counts_them(grouping, objectives):
+def test_operations_are_counted_as_torch_counts_them(grouping):
     decoder = Decoder(build("llama"))
     row = collate([Row(tuple(range(3, 43)), tuple(range(3, 12)), "row")], 0)
-    fit = ClosedFormFit(decoder, [1, 2], grouping=grouping, queries=5, objectives=objectives)
+    fit = ClosedFormFit(decoder, [1, 2], grouping=grouping, queries=5)
     with FlopCounterMode(display=False) as counted:
         fit.validation_step(row, 0)
-    end = 39 if fit.objectives == ("plain",) else 49
+    end = 39 if grouping == "none" else 49
     with FlopCounterMode(display=False) as forward:
         decoder.model(input_ids=row["input_ids"][:, :end], use_cache=False, logits_to_keep=1)
-    ours = fit_flops(Shape.of(decoder), [1, 2], 39, 49, 5, grouping, objectives)
+    ours = fit_flops(Shape.of(decoder), [1, 2], 39, 49, 5, grouping)
     assert ours == pytest.approx(counted.get_total_flops() - forward.get_total_flops(), rel=0.02)
 
 
@@ -459,7 +444,7 @@ def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_al
     train = [collate(rows(12, seed), 0) for seed in range(8)]
     unseen = collate(rows(24, seed=99), 0)
     projections = KVProjections(Decoder(model), 1)
-    training = KVProjectionTraining(make_trainable(projections), PruningPlan(1), learning_rate=3e-3)
+    training = KVProjectionTraining(projections, learning_rate=3e-3)
     with torch.no_grad():
         start = training.loss(unseen).item()
     trainer(max_steps=40, max_epochs=-1).fit(training, loader(train))
@@ -561,7 +546,7 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_below_the_depth_is_kept_for_the_backward_pass(monkeypatch):
     projections = make_trainable(KVProjections(Decoder(build("llama")), 2))
-    module = KVProjectionTraining(projections, PruningPlan(2))
+    module = KVProjectionTraining(projections)
     kept, original = [], projection_training.teacher_trace
 
     def watched(*args):
@@ -581,12 +566,11 @@ def test_nothing_below_the_depth_is_kept_for_the_backward_pass(monkeypatch):
 def test_gradient_checkpointing_changes_no_gradient(family):
     gradients = []
     for checkpointing in (False, True):
-        projections = make_trainable(KVProjections(Decoder(build(family)), 1))
         module = KVProjectionTraining(
-            projections, PruningPlan(1), kv_match=0.1, hidden_match=0.1, gradient_checkpointing=checkpointing
+            build(family), 1, kv_match=0.1, hidden_match=0.1, gradient_checkpointing=checkpointing
         )
         module.loss(collate(rows(), 0)).backward()
-        gradients.append([p.grad for p in projections.maps["3"].parameters()])
+        gradients.append([p.grad for p in module.projections.maps["3"].parameters()])
     torch.testing.assert_close(*gradients)
 
 
@@ -597,7 +581,7 @@ def test_matching_terms_are_relative_squared_errors():
     projections = KVProjections(decoder, 1)
 
     def loss(**weights):
-        return KVProjectionTraining(projections, plan, **weights).loss(batch).item()
+        return KVProjectionTraining(projections, **weights).loss(batch).item()
 
     real = mask[:, : prompt - 1].bool()
     errors = []
@@ -618,8 +602,7 @@ def test_matching_terms_are_relative_squared_errors():
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_learning_rate_warms_up_and_decays_to_zero(decay):
-    projections = make_trainable(KVProjections(Decoder(build("llama")), 1))
-    module = KVProjectionTraining(projections, PruningPlan(1), learning_rate=1.0, warmup=0.2, decay=decay)
+    module = KVProjectionTraining(build("llama"), 1, learning_rate=1.0, warmup=0.2, decay=decay)
     rates = []
 
     class Watch(lightning.Callback):
@@ -641,10 +624,7 @@ def test_trainings_side_by_side_go_as_they_would_alone():
 
     def modules():
         decoder = Decoder(build("llama"))
-        return [
-            KVProjectionTraining(make_trainable(KVProjections(decoder, depth)), PruningPlan(depth), learning_rate=rate)
-            for depth, rate in ((1, 1e-3), (2, 3e-3))
-        ]
+        return [KVProjectionTraining(decoder, depth, learning_rate=rate) for depth, rate in ((1, 1e-3), (2, 3e-3))]
 
     alone, together = modules(), modules()
     for module in alone:
@@ -666,13 +646,13 @@ def test_adapters_reload_onto_the_projections_they_started_from(start_kind, dtyp
     if start_kind == "closed_form":
         start = fitted(model, 1, batches).solve(1, 0.1, "attention")
     arguments = {"r": 3, "lora_alpha": 6.0, "lora_dropout": 0.1, "use_rslora": True}
-    job = Distillation(start, PruningPlan(1), lora_arguments=arguments, learning_rate=1e-2)
+    training = KVProjectionTraining(start.copy(), kind="lora", kind_arguments=arguments, learning_rate=1e-2)
     with torch.no_grad():
-        first = job.module.eval().loss(batches[0]).item()
-    trainer(max_steps=20, max_epochs=-1).fit(job.module.train(), loader(batches))
+        first = training.eval().loss(batches[0]).item()
+    trainer(max_steps=20, max_epochs=-1).fit(training.train(), loader(batches))
     with torch.no_grad():
-        assert job.module.eval().loss(batches[0]).item() < first
-    trained = job.finish(tmp_path)
+        assert training.eval().loss(batches[0]).item() < first
+    trained = training.trained(tmp_path)
     assert trained.kind == "lora"
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
@@ -693,11 +673,11 @@ def test_adapters_reload_onto_the_projections_they_started_from(start_kind, dtyp
 
 def test_adapter_dropout_acts_in_training_alone():
     batch, model = collate(rows(), 0), build("llama")
-    job = Distillation(KVProjections(Decoder(model), 1), PruningPlan(1), lora_arguments={"r": 2, "lora_dropout": 0.5})
-    for name, parameter in job.module.projections.named_parameters():
+    module = KVProjectionTraining(model, 1, kind="lora", kind_arguments={"r": 2, "lora_dropout": 0.5})
+    for name, parameter in module.projections.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.3)
-    module = job.module.train()
+    module.train()
     with torch.no_grad():
         assert module.loss(batch).item() != module.loss(batch).item()
         module.eval()

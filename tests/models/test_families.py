@@ -36,8 +36,8 @@ from transformers import (
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.data.module import collate
-from pop_lightning.fitting.closed_form import ClosedFormFit, ValueRefit
-from pop_lightning.fitting.fits import Distillation
+from pop_lightning.fitting.regressions import ClosedFormFit, ValueRefit
+from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.projections import KVProjections
 
@@ -193,14 +193,14 @@ def test_a_family_is_scored_fitted_trained_and_generates_as_two_passes_do(family
     second = ValueRefit({depth: start})
     trainer.validate(second, batches, verbose=False)
     refitted = second.solve(depth, 0.1)
-    training = Distillation(refitted, PruningPlan(depth))
-    before = training.module.loss(batch)
+    training = KVProjectionTraining(refitted.copy())
+    before = training.loss(batch)
     before.backward()
-    optimizer = torch.optim.SGD([training.module.parameter_group() | {"lr": 0.01}])
+    optimizer = torch.optim.SGD([training.parameter_group() | {"lr": 0.01}])
     optimizer.step()
-    assert training.module.loss(batch) < before
+    assert training.loss(batch) < before
     ids, mask = ragged([21, 9])
-    for projections in (KVProjections(decoder, depth), refitted, training.finish()):
+    for projections in (KVProjections(decoder, depth), refitted, training.trained()):
         maps = {layer: projections.affine(layer) for layer in projections.replaced}
         logits, cache = two_pass(model, ids, mask, depth, 1, mapped_kv(model, maps))
         ours = StageAwareGenerator(model, PruningPlan(depth), projections).generate(

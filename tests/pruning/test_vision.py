@@ -11,8 +11,8 @@ from transformers import StaticCache
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.benchmark.benchmark import run as benchmark
-from pop_lightning.fitting.closed_form import ClosedFormFit
 from pop_lightning.fitting.importance import ImportanceScoring
+from pop_lightning.fitting.regressions import ClosedFormFit
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.passes import student_logits, teacher_pass
 from pop_lightning.pruning.projections import KVProjections
