@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import random
 import sys
 
 import lightning
@@ -474,3 +475,43 @@ def test_a_key_is_spelled_as_it_was_given(write, capsys):
     error = capsys.readouterr().err
     assert "(1) seed must be" in error
     assert "(2) --budget.max_drop must be" in error
+
+
+# --- a sweep ----------------------------------------------------------------------------------------------------------
+
+PIECES = (
+    *("null", "true", "-1", "1e400", ".nan", "[]", "{}", "'", '"', ": ", "- ", "&a ", "*a", "!!int ", "? ", "%", "\t"),
+    *("\\ud800", "2026-01-01", "<<: ", "0x" + "f" * 5000, "[" * 60, "class_path: os.abort", "\x00", "é", "auto", "all"),
+)
+
+
+def mutated(text, rng):
+    """``text`` with a piece put in, a stretch taken out, or a line moved, once to three times."""
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(text) or 1)
+        how = rng.randrange(3)
+        if how == 0:
+            text = text[:at] + rng.choice(PIECES) + text[at + rng.randrange(6) :]
+        elif how == 1:
+            text = text[:at] + text[at + rng.randrange(40) :]
+        else:
+            lines = text.splitlines(keepends=True)
+            lines.insert(0, lines.pop(at % len(lines)))
+            text = "".join(lines)
+    return text
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.full)])
+def test_a_mutated_recipe_is_a_recipe_or_one_sentence(write, count):
+    rng, refused = random.Random(0), []
+    for _ in range(count):
+        name = rng.choice(["tiny", "example", "llama3_3_70b_deepspeed"])
+        path = write(mutated(recipe_module.read(name), rng))
+        try:
+            recipe = parse(["--recipe", path]).recipe
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert parse(["--recipe", write(recipe.to_yaml(), "again.yaml")]).recipe == recipe
+    assert count / 10 < len(refused) < count
+    assert not [sentence for sentence in refused if "\n" in sentence]
