@@ -18,8 +18,9 @@ from pop_lightning.data.images import IMAGE
 from pop_lightning.data.videos import VIDEO
 
 _CALIBRATION = "data.calibration"
-SHAPES = '{"prompt", "response"}, {"messages"}, {"prompt"} or {"text"}'
-_KEYS = ("messages", "prompt", "response", "text")
+SHAPES = '{"prompt", "response"}, {"prompt", "completion"}, {"messages"}, {"prompt"} or {"text"}'
+_KEYS = ("messages", "prompt", "response", "completion", "text")
+_TABLES = {".csv": "csv", ".parquet": "parquet"}
 _LISTS = ("images", "videos")  # beside the text, for placeholders and for parts that name none
 _CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
 _RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
@@ -33,7 +34,7 @@ def check_exists(source: str | Path) -> None:
     """Raise :class:`InputError` for a file or folder that is not there; the id of a data set of the hub passes."""
     path = Path(resolve_bundled(str(source)))
     # No hub id looks like this: asking the hub would only cost its retries.
-    named = _kind(path) in (".jsonl", ".json", ".txt") or path.suffix.lower() == ".gz"
+    named = _kind(path) in (".jsonl", ".json", ".txt", *_TABLES) or path.suffix.lower() == ".gz"
     if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
         raise InputError(
             f"{str(source)!r} does not exist",
@@ -47,31 +48,39 @@ def _kind(path: Path) -> str:
     return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
 
 
-def read_examples(source: str | Path, split: str | None = None) -> list[tuple[dict, str]]:
-    """All examples of ``source`` with their origins, in file order, each checked to have one of the known shapes.
+def read_examples(
+    source: str | Path, split: str | None = None, *, name: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[tuple[dict, str]]:
+    """All examples of ``source`` with their origins, in file order, each brought into one of the known shapes.
+
+    An example that has none of them is ``{"error": InputError}``: the caller decides how many of these are too many.
+    Where an example has keys that are not read, ``"ignored"`` lists them.
 
     Args:
-        source: a ``.jsonl`` or ``.json`` file (JSON Lines; also ``.gz``), a ``.txt`` file (a blank line separates
-            documents; also ``.gz``), ``bundled:NAME``, a folder written by ``datasets.save_to_disk``, or anything that
-            ``datasets.load_dataset`` loads.
+        source: a ``.jsonl`` or ``.json`` file (JSON Lines or one array; also ``.gz``), a ``.csv`` or ``.parquet`` file,
+            a ``.txt`` file (a blank line separates documents; also ``.gz``), ``bundled:NAME``, a folder written by
+            ``datasets.save_to_disk``, or anything that ``datasets.load_dataset`` loads.
         split: the split of a dataset that has several, ``train`` unless given; files have none and ignore it.
+        name: the configuration of a hub dataset that has several.
+        columns: ``{our key: their key}``, as in ``{"prompt": "question", "response": "answer"}``.
 
     Raises:
-        InputError: the source is missing, empty or unreadable, or an example has none of the known shapes.
+        InputError: the source is missing, empty or unreadable.
     """
-    path = Path(resolve_bundled(str(source)))
-    kind = _kind(path)
+    path = Path(resolve_bundled(str(source))).expanduser()
+    kind, columns = _kind(path), dict(columns or {})
     if path.is_file() and kind in (".jsonl", ".json"):
-        examples = _read_json_lines(path)
+        examples = _read_json(path, columns)
     elif path.is_file() and kind == ".txt":
         examples = _read_text(path)
+    elif path.is_file() and kind in _TABLES:
+        examples = _read_dataset(str(source), path, "train", None, columns, reader=_TABLES[kind])
     elif path.is_file():
-        raise InputError(
-            f"{str(source)!r} is a file of unknown kind", key=_CALIBRATION, expected=".jsonl, .json or .txt"
-        )
+        known = ", ".join((".jsonl", ".json", ".txt", *_TABLES))
+        raise InputError(f"{str(source)!r} is a file of unknown kind", key=_CALIBRATION, expected=known)
     else:
         check_exists(source)
-        examples = _read_dataset(str(source), path, split)
+        examples = _read_dataset(str(source), path, split, name, columns)
     if not examples:
         raise InputError(f"{str(source)!r} holds no rows", key=_CALIBRATION, expected=SHAPES)
     return examples
@@ -88,23 +97,65 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
         raise InputError(f"{str(path)!r} cannot be read: {error}", key=_CALIBRATION) from error
 
 
-def _read_json_lines(path: Path) -> list[tuple[dict, str]]:
-    examples = []
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{str(path)!r} line {number}"
+def _read_json(path: Path, columns: Mapping[str, str]) -> list[tuple[dict, str]]:
+    """JSON Lines, or one array of objects."""
+    lines = [(number, line) for number, line in _lines(path) if line.strip()]
+    if lines and lines[0][1].lstrip().startswith("["):
         try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad_row(f"{where} is not JSON ({error.msg})", f"one object per line, {SHAPES}") from error
-        if not isinstance(example, dict):
-            raise _bad_row(f"{where} is a JSON {type(example).__name__}, not an object", SHAPES)
-        shaped = _shape(example, where)
-        if shaped.keys() & {"parts", *_LISTS}:
-            shaped["folder"] = path.parent  # relative paths of images and videos start here
-        examples.append((shaped, f"{path.name} line {number}"))
+            listed = json.loads("".join(line for _, line in lines))
+        except (json.JSONDecodeError, RecursionError) as error:
+            problem = f"{str(path)!r} begins with '[' and is not a JSON array ({_json_reason(error)})"
+            raise _bad_row(problem, f"an array of objects, or one object per line, {SHAPES}") from error
+        given = [(f"entry {number}", lambda each=each: each) for number, each in enumerate(listed, start=1)]
+    else:
+        given = [(f"line {number}", partial(json.loads, line)) for number, line in lines]
+    examples = []
+    for place, load in given:
+        example = _attempt(partial(_parsed, load, f"{str(path)!r} {place}", columns))
+        if example.keys() & {"parts", *_LISTS}:
+            example["folder"] = path.parent  # relative paths of images and videos start here
+        examples.append((example, f"{path.name} {place}"))
     return examples
+
+
+def _parsed(load: Callable[[], object], where: str, columns: Mapping[str, str]) -> dict:
+    try:
+        example = load()
+        json.dumps(example, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _bad_row(f"{where} is not JSON ({_json_reason(error)})", f"one object per line, {SHAPES}") from error
+    except UnicodeEncodeError as error:
+        raise _bad_row(f"{where} holds half of a surrogate pair, which is not text") from error
+    if not isinstance(example, dict):
+        raise _bad_row(f"{where} is a JSON {type(example).__name__}, not an object", SHAPES)
+    return _shape(_renamed(example, columns, where), where)
+
+
+def _json_reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+
+
+def _attempt(read: Callable[[], dict]) -> dict:
+    """What ``read`` gives, or ``{"error": InputError}``."""
+    try:
+        return read()
+    except InputError as error:
+        return {"error": error}
+
+
+def _renamed(example: Mapping, columns: Mapping[str, str], where: str) -> dict:
+    """``example`` with the user's columns under our keys."""
+    missing = [theirs for theirs in columns.values() if theirs not in example]
+    if missing:
+        raise InputError(
+            f"{where} has no {missing[0]!r}",
+            key="data.columns",
+            expected=f"keys of the rows, which are {', '.join(map(repr, example)) or 'none'}",
+        )
+    taken = {*columns.values(), *columns}
+    return {key: value for key, value in example.items() if key not in taken} | {
+        ours: example[theirs] for ours, theirs in columns.items()
+    }
 
 
 def _read_text(path: Path) -> list[tuple[dict, str]]:
@@ -117,15 +168,24 @@ def _read_text(path: Path) -> list[tuple[dict, str]]:
     return examples
 
 
-def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict, str]]:
+def _read_dataset(
+    source: str,
+    path: Path,
+    split: str | None,
+    name: str | None,
+    columns: Mapping[str, str],
+    reader: str | None = None,
+) -> list[tuple[dict, str]]:
     import datasets  # pulls in pyarrow and pandas, which plain files do without
 
     wanted = split or "train"
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if reader is not None:
+            dataset = datasets.load_dataset(reader, data_files=str(path), split=wanted)
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             dataset = datasets.load_from_disk(str(path))
         else:
-            dataset = datasets.load_dataset(str(path) if path.exists() else source, split=wanted)
+            dataset = datasets.load_dataset(str(path) if path.exists() else source, name, split=wanted)
     except Exception as error:  # every loader of `datasets` raises its own kind, all of them about the source
         raise InputError(
             (
@@ -143,10 +203,23 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
                 advice=("set ", Key("data.split"), f" to one of {', '.join(dataset)}"),
             )
         dataset = dataset[wanted]
+    missing = [theirs for theirs in columns.values() if theirs not in dataset.column_names]
+    if missing:
+        raise InputError(
+            f"{source!r} has no column {missing[0]!r}",
+            key="data.columns",
+            expected=f"one of {', '.join(dataset.column_names)}",
+        )
+    if columns:
+        dataset = dataset.remove_columns(
+            [ours for ours in columns if ours in dataset.column_names and ours not in columns.values()]
+        )
+        dataset = dataset.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
     known = [key for key in _KEYS if key in dataset.column_names]
     if not known:
         raise _bad_row(f"{source!r} has the columns {', '.join(dataset.column_names) or '(none)'}", SHAPES)
-    name = path.name or source
+    unread = sorted({*dataset.column_names} - {*known, *_CHAT_KEYS, *_LISTS})
+    called = path.name or source
     chat = [key for key in _CHAT_KEYS if key in dataset.column_names and "messages" in known]
     shown = {}
     for key in {*_LISTS} & {*dataset.column_names}:
@@ -156,8 +229,11 @@ def _read_dataset(source: str, path: Path, split: str | None) -> list[tuple[dict
     # Other columns may be images or audio, which are decoded when a row is read.
     for number, example in enumerate(dataset.select_columns(known + chat)):
         lazy = {key: partial(_cells, column, key, number) for key, column in shown.items()}
-        shaped = _shape(_without_nulls(example) | lazy, f"{source!r} row {number}")
-        examples.append((shaped, f"{name} row {number}"))
+        where = f"{source!r} row {number}"
+        shaped = _attempt(partial(_shape, _without_nulls(example) | lazy, where))
+        if unread and "error" not in shaped:
+            shaped["ignored"] = unread
+        examples.append((shaped, f"{called} row {number}"))
     return examples
 
 
@@ -198,7 +274,24 @@ def _shape(example: dict, where: str) -> dict:
     Images and videos are kept apart from the text: under ``parts`` the messages' parts that show one, in order, under
     ``images`` and ``videos`` those that stand in a list beside the text, or a call that gives that list.
     """
-    found = {key: value for key, value in example.items() if value is not None}
+    found = _as_ours({key: value for key, value in example.items() if value is not None})
+    ignored = sorted(found.keys() - {*_KEYS, *_CHAT_KEYS, *_LISTS})
+    shaped = _reduced(found, example, where)
+    return shaped | {"ignored": ignored} if ignored else shaped
+
+
+def _as_ours(found: dict) -> dict:
+    """TRL's rows under our keys: a completion is a response, and messages under "prompt" (and "completion") a chat."""
+    if isinstance(found.get("prompt"), list) and "messages" not in found:
+        completion = found.pop("completion", [])
+        return found | {"messages": [*found.pop("prompt"), *(completion if isinstance(completion, list) else [])]}
+    if "completion" in found and "prompt" in found and "response" not in found:
+        found["response"] = found.pop("completion")
+    return found
+
+
+def _reduced(found: dict, example: dict, where: str) -> dict:
+    """The keys of a row's shape."""
     beside = {key: found[key] for key in _LISTS if found.get(key)}
     for key, listed in beside.items():
         if not (isinstance(listed, list) or callable(listed)):
@@ -247,9 +340,13 @@ def _messages(messages, where: str) -> tuple[list[dict], list]:
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
         raise _bad_row(f'{where} has "messages" that are not a list of objects with "role" and "content"')
-    if not messages or messages[-1]["role"] != "assistant":
-        last = repr(messages[-1]["role"]) if messages else "none"
-        raise _bad_row(f"{where} has {last} as the role of its last message", "'assistant' (the response)")
+    if not messages:
+        raise _bad_row(f'{where} has no message in its "messages"')
+    if messages[-1]["role"] == "system":
+        raise _bad_row(
+            f"{where} has 'system' as the role of its last message",
+            "'assistant' (the response), or a question that the full model answers",
+        )
     clean, shown = [], []
     for message in messages:
         content = message.get("content")
@@ -261,7 +358,7 @@ def _messages(messages, where: str) -> tuple[list[dict], list]:
             raise _bad_row(f"{where} has message parts of type {', '.join(others)}", "text, image or video")
         parts = [_image_of(part) if part["type"] == "image_url" else part for part in parts]
         found = [part for part in parts if part["type"] != "text"]
-        if found and message is messages[-1]:
+        if found and message is messages[-1] and message["role"] == "assistant":
             kind = "a video" if found[0]["type"] == VIDEO.name else "an image"
             raise _bad_row(
                 f"{where} has {kind} in its last message, the response: only prompts may hold images and videos"

@@ -5,16 +5,23 @@ Below ``images.py`` and ``videos.py``, which decode them. Nothing is held here b
 
 import base64
 import binascii
+import ipaddress
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
-from urllib.request import url2pathname, urlopen
+from urllib.request import HTTPRedirectHandler, build_opener, url2pathname
 
 from pop_lightning.core.errors import InputError, Key
+
+MOST_BYTES = 256 << 20  # of what is fetched from a URL
+MOST_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,35 @@ def _decoded(text: Any, where: str) -> bytes:
         raise InputError(f"{where} is no base64 text.") from error
 
 
+class _Redirects(HTTPRedirectHandler):
+    """Follows redirects, but not from another host into this machine or its private network."""
+
+    def redirect_request(self, request, file, code, message, headers, address):
+        host = urlparse(address).hostname
+        if host != urlparse(request.full_url).hostname and not _is_public(host):
+            raise URLError(f"it redirects to {host}, which is not a public address")
+        return super().redirect_request(request, file, code, message, headers, address)
+
+
+def _is_public(host: str | None) -> bool:
+    found = {each[4][0] for each in socket.getaddrinfo(host, None)} if host else set()
+    return bool(found) and all(ipaddress.ip_address(each.partition("%")[0]).is_global for each in found)
+
+
 def _fetched(url: str, where: str) -> bytes:
+    """What a URL holds: at most :data:`MOST_BYTES`, within :data:`MOST_SECONDS` in all."""
+    end, found = time.monotonic() + MOST_SECONDS, bytearray()
     try:
-        with urlopen(url, timeout=60) as answer:
-            return answer.read()
+        with build_opener(_Redirects).open(url, timeout=MOST_SECONDS) as answer:
+            while part := answer.read1(1 << 20):
+                found += part
+                if len(found) > MOST_BYTES:
+                    raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+                if time.monotonic() > end:
+                    raise ValueError(f"it took longer than {MOST_SECONDS} seconds")
+            if answer.length:  # what the server announced and did not send
+                raise IncompleteRead(bytes(found), answer.length)
+        return bytes(found)
     except (OSError, HTTPException, ValueError) as error:
         raise InputError(f"{where}: {url!r} cannot be fetched ({reason(error)}).") from error
 
@@ -110,6 +142,8 @@ def _fetched(url: str, where: str) -> bytes:
 def reading(path: Path, where: str, read: Callable[[Path], Any]) -> Any:
     """``read(path)``; :class:`InputError` where the file is not there or cannot be read."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device may never end
+            raise ValueError("it is not a regular file")
         return read(path)
     except FileNotFoundError as error:
         raise InputError(f"{where}: the file {str(path)!r} does not exist.") from error

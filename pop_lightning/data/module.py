@@ -9,7 +9,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, count, groupby, zip_longest
 from pathlib import Path
@@ -29,6 +29,8 @@ from pop_lightning.data.rows import EMPTY_RESPONSE, Row, Tokeniser, hash63
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 _DUPLICATE = "duplicate"
+_BROKEN = "rows that cannot be read"
+MOST_BROKEN = 0.1  # a larger share of such rows is a mistake in the source, not in single rows
 _VISION_RESPONSE = "response with an image or video token"
 
 
@@ -37,7 +39,8 @@ class DataReport:
     """What became of the data: usable rows, the others counted by reason, and lengths in tokens.
 
     ``unusable`` maps a reason to a count and ``first_unusable`` the same reason to the first origin; ``truncated``
-    counts the rows that are used but were cut. ``response_tokens`` is None while every response is missing.
+    counts the rows that are used but were cut, ``ignored`` the rows that have each key that is not read.
+    ``response_tokens`` is None while every response is missing.
     """
 
     rows: int
@@ -46,6 +49,7 @@ class DataReport:
     truncated: int
     prompt_tokens: dict[str, float] | None
     response_tokens: dict[str, float] | None
+    ignored: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -59,6 +63,8 @@ class DataReport:
             parts.append(f"{self.truncated} cut to fit")
         if self.unusable:
             parts.append(f"not used: {self._unusable()}")
+        if self.ignored:
+            parts.append("keys not read: " + ", ".join(f"{key} ({n} rows)" for key, n in self.ignored.items()))
         return ", ".join(parts)
 
     def _unusable(self) -> str:
@@ -238,6 +244,7 @@ class CalibrationData(lightning.LightningDataModule):
 
     Args:
         calibration: what :func:`read_examples` reads, or several of these.
+        split, name, columns: as for :func:`read_examples`.
         tokenizer: the base model's.
         split: the split of a dataset that has several.
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
@@ -262,6 +269,8 @@ class CalibrationData(lightning.LightningDataModule):
         tokenizer: PreTrainedTokenizerBase,
         *,
         split: str | None = None,
+        name: str | None = None,
+        columns: Mapping[str, str] | None = None,
         max_prompt_tokens: int = 2048,
         max_response_tokens: int = 256,
         context: int | None = None,
@@ -285,6 +294,7 @@ class CalibrationData(lightning.LightningDataModule):
         sources = [calibration] if isinstance(calibration, (str, Path)) else calibration
         self.sources = [str(source) for source in sources]
         self.calibration, self.split, self.limit = ", ".join(self.sources), split, limit
+        self.name, self.columns = name, columns
         self.batch_size, self.seed = batch_size, seed
         self.fractions = _check_fractions(splits)
         self.max_response_tokens, self.context = max_response_tokens, context
@@ -319,7 +329,10 @@ class CalibrationData(lightning.LightningDataModule):
             InputError: nothing usable.
         """
         number = count()
-        sources = [[(next(number), each) for each in read_examples(source, self.split)] for source in self.sources]
+        sources = [
+            [(next(number), each) for each in read_examples(source, self.split, name=self.name, columns=self.columns)]
+            for source in self.sources
+        ]
         if self.limit is not None:
             # A sample by content, not the head of the file, which is often sorted by topic or difficulty.
             for source in sources:
@@ -329,11 +342,20 @@ class CalibrationData(lightning.LightningDataModule):
         seen: set[tuple] = set()
         unusable: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
-        truncated = 0
+        truncated, tried, problem = 0, 0, None
+        ignored: Counter[str] = Counter()
         for position, (example, origin) in chain(*sources):
             if len(rows) == self.limit:
                 break
-            row, reason, cut = self._tokenise(example, origin)
+            tried += 1
+            ignored.update(example.get("ignored", ()))
+            try:
+                if "error" in example:
+                    raise example["error"]
+                row, reason, cut = self._tokenise(example, origin)
+            except InputError as error:
+                problem = problem or error
+                row, reason, cut, origin = None, _BROKEN, False, str(error).rstrip(".")
             if row is not None and not keep_duplicates and row.content in seen:
                 row, reason = None, _DUPLICATE
             if row is None:
@@ -343,8 +365,11 @@ class CalibrationData(lightning.LightningDataModule):
             seen.add(row.content)
             rows.append(row)
             truncated += cut
-        self.report = _report(
-            rows, dict(unusable), {reason: origin for reason, (_, origin) in first.items()}, truncated
+        if unusable[_BROKEN] > MOST_BROKEN * tried:
+            raise problem
+        self.report = replace(
+            _report(rows, dict(unusable), {reason: origin for reason, (_, origin) in first.items()}, truncated),
+            ignored=dict(ignored),
         )
         if not rows:
             raise InputError(
@@ -359,7 +384,8 @@ class CalibrationData(lightning.LightningDataModule):
 
     def _order(self, example: dict, origin: str) -> tuple:
         """Where an example stands in the order that ``limit`` samples by: what is written, then what it shows."""
-        written = json.dumps(example, sort_keys=True, default=lambda unwritten: None)
+        read = {key: value for key, value in example.items() if key != "ignored"}
+        written = json.dumps(read, sort_keys=True, default=lambda unwritten: None)
         key = hash63(self.seed, written)
         return (key, _ByMedia(partial(self._tokenise.media, example, origin)))
 

@@ -176,7 +176,9 @@ class Tokeniser:
             ids = self.vision.encode(text, images, videos, origin, special=True)
         else:
             ids = self.tokenizer(text, verbose=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if bos is not None and bare[0] == bos and ids[:2] == [bos, bos]:
+            ids = ids[1:]  # the text, as from a rendered chat, begins with one already
         # An eos that the text itself ends on stays: it is part of what the user wrote.
         return ids[:-1] if eos is not None and ids[-1] == eos and bare[-1] != eos else ids
 
@@ -187,13 +189,16 @@ class Tokeniser:
 
     def _chat(
         self, example: dict, origin: str, images: tuple[RowImage, ...], videos: tuple[RowVideo, ...]
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[list[int], list[int] | None]:
         """Prompt and response of a chat: what the template renders up to the generation prompt, and what follows it.
+
+        The response of a chat that ends with a question is None: the full model answers it.
 
         Both are rendered by ``apply_chat_template`` with the row's own tools and template variables.
         """
         messages = example["messages"]
-        if len(messages) == 1:
+        answered = messages[-1]["role"] == "assistant"
+        if answered and len(messages) == 1:
             return [], []
         # The tokenizer picks among named templates itself; the processor's goes with what is shown, or where it alone
         # has one.
@@ -216,7 +221,8 @@ class Tokeniser:
             **example.get("chat_template_kwargs", {}),
         )
         try:
-            prompt, full = render(messages[:-1], add_generation_prompt=True), render(messages)
+            prompt = render(messages[:-1] if answered else messages, add_generation_prompt=True)
+            full = render(messages) if answered else prompt
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{origin} cannot be rendered by the tokenizer's chat template ({error})",
@@ -237,6 +243,11 @@ class Tokeniser:
                     " instead",
                 ),
             )
+        if not answered:
+            shown = images or videos
+            return self.vision.encode(prompt, images, videos, origin, special=False) if shown else self._ids(
+                prompt
+            ), None
         prompt_ids, full_ids = self._ids(prompt), self._ids(full)
         if not _has_content(messages[-1]):
             return prompt_ids, []

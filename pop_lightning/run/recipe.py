@@ -83,6 +83,10 @@ class Data:
         description="JSON Lines or text file, hub dataset or bundled:NAME/FILE; a list combines several"
     )
     split: Words | None = Field(None, description="split of a hub dataset; null: train")
+    name: Words | None = Field(None, description="configuration of a hub dataset that has several")
+    columns: dict[Words, Words] | None = Field(
+        None, description="our keys and the rows' own, as in {prompt: question, response: answer}"
+    )
     max_prompt_tokens: Count = Field(2048, description="rows with a longer prompt are left out; plain text is cut")
     max_response_tokens: Count = Field(256, description="longer responses are cut")
     limit: Count | None = Field(None, description="number of rows to use, sampled by their content; null: all")

@@ -187,8 +187,10 @@ def test_a_saved_datasets_folder_is_read_with_and_without_splits(tmp_path):
     table = datasets.Dataset.from_list([{**row, "id": n} for n, row in enumerate(pairs(6))])
     table.save_to_disk(tmp_path / "flat")
     datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "parts")
-    assert [example for example, _ in read_examples(tmp_path / "flat")] == pairs(6)
-    assert read_examples(tmp_path / "parts", "test") == [(pairs(6)[1], "parts row 0")]
+    assert [example for example, _ in read_examples(tmp_path / "flat")] == [
+        row | {"ignored": ["id"]} for row in pairs(6)
+    ]
+    assert read_examples(tmp_path / "parts", "test") == [(pairs(6)[1] | {"ignored": ["id"]}, "parts row 0")]
     assert len(all_rows(load(tmp_path / "parts"))) == 6
     with pytest.raises(InputError, match=r"no split 'dev'; set data\.split to one of train, test"):
         read_examples(tmp_path / "parts", "dev")
@@ -236,10 +238,12 @@ GOOD = {"prompt": "w1", "response": "w2"}
         ({"prompt": 7}, r"line 3 has a 'prompt' of type int: expected a string"),
         ({"messages": "hello"}, r"line 3 has \"messages\" that are not a list"),
         (
-            {"messages": [{"role": "user", "content": "a"}]},
-            r"line 3 has 'user' as the role of its last message: expected 'assistant'",
+            {"messages": [{"role": "system", "content": "a"}]},
+            r"line 3 has 'system' as the role of its last message: expected 'assistant'",
         ),
-        ({"messages": []}, r"line 3 has none as the role"),
+        ({"messages": []}, r"line 3 has no message"),
+        ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", r"line 3 is not JSON \(nested too deep\)"),
+        ('{"prompt": "half of a pair: \\ud800"}', r"line 3 holds half of a surrogate pair"),
         ({"messages": [{"role": "assistant", "content": 3}]}, r"line 3 has a message whose \"content\" is neither"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
@@ -255,7 +259,83 @@ GOOD = {"prompt": "w1", "response": "w2"}
 def test_a_row_that_cannot_be_read_is_named_by_file_line_and_key(tmp_path, line, message):
     path = write(tmp_path / "rows.jsonl", [GOOD, "", line])
     with pytest.raises(InputError, match=r"data\.calibration .*rows\.jsonl' " + message):
-        read_examples(path)
+        raise read_examples(path)[-1][0]["error"]
+
+
+def test_single_rows_that_cannot_be_read_are_counted_and_many_are_refused(tmp_path):
+    lines = [{"prompt": f"w{n} w{n + 1}", "response": "w2"} for n in range(38)]
+    data = load(write(tmp_path / "rows.jsonl", [*lines, "{", {"prompt": 7}]))
+    assert len(all_rows(data)) == 38
+    assert "2 rows that cannot be read (first: data.calibration" in str(data.report)
+    assert "line 39 is not JSON" in str(data.report)
+    with pytest.raises(InputError, match="line 39 is not JSON"):
+        load(write(tmp_path / "rows.jsonl", [*lines, *["{"] * 5]))
+
+
+# --- shapes of other libraries --------------------------------------------------------------------------------------
+
+
+def test_completions_of_trl_are_responses(tmp_path):
+    question, answer = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+    path = write(
+        tmp_path / "rows.jsonl",
+        [{"prompt": "w1", "completion": "w2"}, {"prompt": [question], "completion": [answer]}, {"prompt": [question]}],
+    )
+    assert [example for example, _ in read_examples(path)] == [
+        {"prompt": "w1", "response": "w2"},
+        {"messages": [question, answer]},
+        {"messages": [question]},
+    ]
+
+
+def test_keys_that_are_not_read_are_named(tmp_path):
+    data = load(write(tmp_path / "rows.jsonl", [row | {"answer": "w2", "id": 1} for row in pairs(9)]))
+    assert "keys not read: answer (9 rows), id (9 rows)" in str(data.report)
+
+
+@pytest.mark.parametrize("kind", ["array.json", "table.csv", "table.parquet", "lines.jsonl"])
+def test_tables_and_arrays_are_read_with_the_users_own_columns(tmp_path, kind):
+    rows = [{"question": f"w{n}", "answer": f"w{n + 1}"} for n in range(4)]
+    path = tmp_path / kind
+    if kind == "array.json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "lines.jsonl":
+        write(path, rows)
+    else:
+        table = datasets.Dataset.from_list(rows)
+        (table.to_csv if kind.endswith("csv") else table.to_parquet)(str(path))
+    columns = {"prompt": "question", "response": "answer"}
+    assert [example for example, _ in read_examples(path, columns=columns)] == pairs_of(rows)
+    with pytest.raises(InputError, match=r"data\.columns .*'reply'"):
+        load(path, columns={"prompt": "question", "response": "reply"})
+
+
+def pairs_of(rows):
+    return [{"prompt": row["question"], "response": row["answer"]} for row in rows]
+
+
+def test_the_configuration_of_a_dataset_is_asked_for_by_name(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_list([GOOD])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or table)
+    assert read_examples("openai/gsm8k", "test", name="main")
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_a_prompt_that_begins_with_the_bos_token_gets_no_second_one(tmp_path):
+    rows = [row | {"prompt": f"<bos> {row['prompt']}"} for row in pairs(9)]
+    data = load(write(tmp_path / "rows.jsonl", rows))
+    assert all(row.prompt_ids.count(BOS) == 1 for row in data.rows())
+
+
+def test_a_chat_that_ends_with_a_question_is_answered_by_the_full_model(tmp_path):
+    chats = [{"messages": [{"role": "user", "content": words(n)}]} for n in range(9)]
+    data = load(write(tmp_path / "rows.jsonl", chats), make_tokenizer(chat=CHAT))
+    assert data.missing_responses()
+    for row in data.rows():
+        assert row.response_ids is None
+        assert (row.prompt_ids[0], row.prompt_ids[-1]) == (BOS, ASSISTANT)
+        assert row.prompt_ids.count(BOS) == 1
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.txt", "none.jsonl.gz", "no_folder"])
@@ -267,13 +347,15 @@ def test_a_missing_file_is_an_input_error(tmp_path, name):
 def test_sources_that_cannot_be_read_are_input_errors(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "rows.csv").write_text("prompt\n")
+    (tmp_path / "rows.xml").write_text("<prompt>")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}' * 100)[:-12])
     (tmp_path / "hollow").mkdir()
     for name, message in [
         ("empty.jsonl", "holds no rows"),
-        ("rows.csv", r"unknown kind: expected \.jsonl"),
+        ("rows.csv", "nor a dataset that loads"),
+        ("rows.xml", r"unknown kind: expected \.jsonl"),
         ("latin.txt", "not UTF-8"),
         ("plain.jsonl.gz", "cannot be read"),
         ("cut.jsonl.gz", "cannot be read"),

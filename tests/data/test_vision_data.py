@@ -1,13 +1,17 @@
 """Rows with images: from files and data sets to batches, pop-fit and pop-generate, and every error by its row."""
 
 import base64
+import contextlib
 import http.server
 import io
 import json
+import os
 import pickle
 import shutil
 import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import pytest
@@ -17,6 +21,7 @@ from transformers import AutoProcessor
 
 from pop_lightning import InputError, StageAwareGenerator
 from pop_lightning.cli import fit, generate
+from pop_lightning.data import media
 from pop_lightning.data.images import RowImage
 from pop_lightning.data.module import SPLITS, CalibrationData
 from pop_lightning.data.processor import VisionProcessor, load_processor
@@ -479,7 +484,7 @@ def test_pop_fit_refuses_what_does_not_fit_in_one_sentence(tmp_path, capsys, mon
     ends_in_image = write(tmp_path / "ends.jsonl", rows)
     chats = save_rows(tmp_path / "chats.jsonl")
     broken = write(
-        tmp_path / "broken.jsonl", [*map(json.loads, chats.read_text().splitlines()), chat(picture("no.png"))]
+        tmp_path / "broken.jsonl", [*map(json.loads, chats.read_text().splitlines()), *[chat(picture("no.png"))] * 9]
     )
     cases = [
         (gemma, ends_in_image, {"boundary": 3}, "boundary 3 begins inside an image of ends.jsonl line"),
@@ -524,3 +529,67 @@ def test_splits_keep_rows_of_one_prompt_and_image_together(tmp_path):
         for row in data.rows_of(name):
             assert owner.setdefault(row.prompt, name) == name
     assert {bool(row.images) for name in SPLITS for row in data.rows_of(name)} == {True, False}
+
+
+def test_a_pipe_in_place_of_an_image_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png' cannot be read \(it is not a regular file\)"):
+        RowImage.of({"path": str(tmp_path / "pipe.png")}, "row 1").open()
+
+
+def serve(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_a_redirect_does_not_lead_into_a_private_network(monkeypatch):
+    asked = []
+
+    class Inside(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/start":
+                self.send_response(302)
+                self.send_header("Location", f"http://localhost:{self.server.server_port}/secret")
+            else:
+                self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = serve(Inside)
+    try:
+        with pytest.raises(InputError, match="redirects to localhost, which is not a public address"):
+            media._fetched(f"http://127.0.0.1:{server.server_port}/start", "row 1")
+        assert asked == ["/start"]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"), [("MOST_BYTES", 1 << 20, "larger than 1 MiB"), ("MOST_SECONDS", 0.5, "longer than")]
+)
+def test_a_fetch_is_bounded_in_size_and_time(monkeypatch, limit, value, message):
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(400):
+                    self.wfile.write(bytes(8 << 10))
+                    time.sleep(0.005)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(media, limit, value)
+    server = serve(Endless)
+    try:
+        with pytest.raises(InputError, match=message):
+            media._fetched(f"http://127.0.0.1:{server.server_port}/", "row 1")
+    finally:
+        server.shutdown()
+        server.server_close()
