@@ -17,7 +17,15 @@ from pop_lightning.cli import importing, run
 from pop_lightning.core.errors import InputError, as_flags
 
 # The recipe keys that the library names in its errors and that are flags here.
-FLAGS = as_flags({"data.calibration": "--data", "data.allow_urls": "--allow_urls", "model.base": "--base"})
+FLAGS = as_flags(
+    {
+        "data.calibration": "--data",
+        "data.allow_urls": "--allow_urls",
+        "data.max_prompt_tokens": "--max_prompt_tokens",
+        "data.max_response_tokens": "--max_new_tokens",
+        "model.base": "--base",
+    }
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,6 +192,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="run the unpruned model as well")
     parser.add_argument("--limit", type=_whole(1), metavar="N", help="generate for the first N usable rows only")
     parser.add_argument(
+        "--max_prompt_tokens",
+        type=_whole(1),
+        metavar="N",
+        help="leave out rows with a longer prompt (default: what fits in the model's context)",
+    )
+    parser.add_argument(
         "--batch_size", type=_whole(1), default=8, metavar="N", help="rows per batch (default: 8); seeds depend on it"
     )
     _add_generation(parser)
@@ -213,6 +227,7 @@ def _data(arguments: argparse.Namespace) -> int:
             compare=arguments.compare,
             allow_urls=arguments.allow_urls,
             limit=arguments.limit,
+            max_prompt_tokens=arguments.max_prompt_tokens,
             sampling=sampling,
         )
     print(json.dumps(summary, indent=1))

@@ -48,8 +48,9 @@ def stream(
         sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
 
     Raises:
-        InputError: no tokenizer, an empty prompt, an image or a video that cannot be read or that the base cannot, or a
-            prompt that leaves no room in the model's context.
+        InputError: no tokenizer, an empty prompt where the base has no BOS token, a prompt that is not Unicode, an
+            image or a video that cannot be read or that the base cannot read, or a prompt that leaves no room in the
+            model's context.
     """
     check_prompt(prompt)
     tokenizer = _tokenizer(generator)
@@ -89,7 +90,8 @@ def stream(
 
 def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, allow_urls: bool) -> Row:
     if not images and not videos:
-        return Row(tuple(tokenizer(prompt)["input_ids"]), (), "--prompt")
+        ids = tokenizer(prompt)["input_ids"]
+        return Row(tuple(ids or _start(generator, tokenizer)), (), "--prompt")
     flag = "--video" if videos else "--image"
     if generator.vision is None:
         raise InputError(f"{flag} was given, and the base ({generator.decoder.name}) reads text alone.")
@@ -118,10 +120,23 @@ class _TimedStreamer(TextIteratorStreamer):
         super().put(value)
 
 
+def _start(generator: StageAwareGenerator, tokenizer) -> list[int]:
+    """What generation starts from where there is no prompt."""
+    for token in (tokenizer.bos_token_id, generator.generation_config.bos_token_id):
+        if token is not None:
+            return [token]
+    raise InputError("--prompt is empty, and the base has no BOS token to start from: give some text.")
+
+
 def check_prompt(prompt: str) -> None:
-    """Raise :class:`InputError` for a blank ``--prompt``."""
-    if not prompt.strip():
-        raise InputError("--prompt is empty; give some text.")
+    """Raise :class:`InputError` for a ``--prompt`` that is not text, because no tokenizer reads it."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--prompt is not valid Unicode at character {error.start + 1} (half of a surrogate pair, such as a cut "
+            "emoji, or bytes that are not UTF-8): take it out."
+        ) from error
 
 
 def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> None:
@@ -159,6 +174,7 @@ def generate_file(
     allow_urls: bool = False,
     limit: int | None = None,
     sampling: Mapping[str, Any] | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> dict:
     """Generate for every row of a file and write them as JSON Lines; the file appears whole or not at all.
 
@@ -168,6 +184,8 @@ def generate_file(
         allow_urls: fetch images and videos that rows name by URL.
         limit: generate for that many usable rows, the first ones.
         sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
+        max_prompt_tokens: rows with a longer prompt are left out; what the model's context leaves unless given. It may
+            exceed that, for models that are used beyond the length they were made for.
 
     Returns:
         ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
@@ -177,7 +195,7 @@ def generate_file(
         difference).
     """
     tokenizer = _tokenizer(generator)
-    rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls)
+    rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls, max_prompt_tokens)
     rows, output = rows[:limit], Path(output)
     results: dict[int, dict] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
@@ -204,14 +222,16 @@ def generate_file(
     return summary
 
 
-def _read_rows(generator, tokenizer, data: str, max_new_tokens: int, allow_urls: bool) -> tuple[list[Row], DataReport]:
-    context = context_length(generator.model)
+def _read_rows(
+    generator, tokenizer, data: str, max_new_tokens: int, allow_urls: bool, max_prompt_tokens: int | None
+) -> tuple[list[Row], DataReport]:
+    context = context_length(generator.model) if max_prompt_tokens is None else None
     if context is not None and max_new_tokens >= context:
         raise InputError(f"--max_new_tokens {max_new_tokens} leaves no prompt of the model's context of {context}.")
     reader = CalibrationData(
         data,
         tokenizer,
-        max_prompt_tokens=(context or 1 << 20) - max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens or (context or 1 << 20) - max_new_tokens,
         max_response_tokens=max_new_tokens,
         context=context,
         end_tokens=end_tokens(generator.model),
@@ -256,7 +276,7 @@ def _result(tokenizer, row: Row, ids: dict[str, list[int]]) -> dict:
 
 def _tokenizer(generator: StageAwareGenerator):
     if generator.tokenizer is None:
-        raise InputError("the base has no tokenizer, which text needs; save one beside it or give --base with one.")
+        raise InputError("the base has no tokenizer, which text needs; save one in its folder or give --base with one.")
     return generator.tokenizer
 
 

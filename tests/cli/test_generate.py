@@ -72,6 +72,8 @@ def test_the_spelling_without_commands_is_translated(old, new):
         (["prompt", "x", "--artifact", "a", "--allow_urls"], "--allow_urls needs --image or --video"),
         (["data", "x", "--artifact", "a", "--output", "o", "--limit", "x"], "expected a whole number of at least 1"),
         (["data", "x", "--artifact", "a", "--output", "o", "--compare", "--top_k", "2"], "--compare compares greedy"),
+        (["prompt", "w1 \ud83d", "--artifact", "a"], "--prompt is not valid Unicode at character 4"),
+        (["data", "x", "--artifact", "a", "--output", "o", "--max_prompt_tokens", "0"], "of at least 1, found '0'"),
         (["data", "no.jsonl", "--artifact", "a", "--output", "o"], "--data 'no.jsonl' does not exist"),
     ],
 )
@@ -115,3 +117,15 @@ def test_generation_stops_when_nobody_reads_on(artifact):
     next(pieces)
     pieces.close()
     assert threading.active_count() == before
+
+
+def test_rows_above_the_prompt_limit_are_left_out_and_counted(artifact, tmp_path, capsys):
+    rows, out = save_rows(tmp_path / "rows.jsonl", 6), tmp_path / "out.jsonl"
+    lengths = [len(json.loads(line)["prompt"].split()) for line in rows.read_text().splitlines()]
+    command = ["data", str(rows), "--artifact", artifact, "--output", str(out), "--max_new_tokens", "4"]
+    assert generate.main([*command, "--max_prompt_tokens", "2"]) == 2
+    assert "change the rows, --max_prompt_tokens (2) or --max_new_tokens (4)." in capsys.readouterr().err
+    assert generate.main([*command, "--max_prompt_tokens", str(sorted(lengths)[2])]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rows"] == sum(length <= sorted(lengths)[2] for length in lengths)
+    assert summary["unusable"] == {"prompt longer than max_prompt_tokens": 6 - summary["rows"]}
