@@ -1,40 +1,96 @@
 """ExportArtifact: writes the artifact once a verification has chosen a depth; nothing where none was chosen."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning
 
 from pop_lightning.callbacks.accuracy_budget import AccuracyBudget
+from pop_lightning.core.errors import InputError
+from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.generation.artifact import write_artifact
+from pop_lightning.generation.base_identity import base_identity
 
 
 class ExportArtifact(lightning.Callback):
-    """Write ``folder`` at the end of a run that holds the depth that ``budget`` chose.
+    """Write ``folder`` at the end of a ``test`` run that holds the depth that the budget chose.
 
-    A sequence that is verified in several runs may write it several times: the last one stands.
+    A sequence that is verified in several runs may write it several times: the last one stays.
 
     Args:
         folder: of the artifact; written whole or not at all.
-        budget: whose choice is exported.
-        base: identity of the base model (:func:`pop_lightning.generation.base_identity.base_identity`).
-        recipe: the resolved recipe.
-        measured: figures for the artifact and its card; ``verified`` is added here.
+        budget: whose choice is exported; the trainer's own :class:`AccuracyBudget` unless given.
+        base: identity of the base (:func:`pop_lightning.generation.base_identity.base_identity`); of the evaluated
+            model unless given.
+        recipe: the resolved recipe, as plain data; what the trainer's data module was given unless given.
+        measured: figures for the artifact and its card, as plain data; what the budget measured unless given.
+            ``verified`` is added here.
     """
 
-    def __init__(self, folder: Path, budget: AccuracyBudget, base: dict, recipe: dict, measured: dict):
-        self.folder, self.budget, self.base, self.recipe, self.measured = folder, budget, base, recipe, dict(measured)
+    def __init__(
+        self,
+        folder: str | Path,
+        budget: AccuracyBudget | None = None,
+        *,
+        base: dict[str, Any] | None = None,
+        recipe: dict[str, Any] | None = None,
+        measured: dict[str, Any] | None = None,
+    ):
+        self.folder, self.budget = Path(folder).expanduser(), budget
+        self.base, self.recipe, self.measured = base, recipe, measured
 
-    def on_validation_end(self, trainer, module) -> None:
-        variant = module.variants.get(str(self.budget.depth))
-        if variant is None or not trainer.is_global_zero:
+    def on_test_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if self.budget is None and _budget_of(trainer) is None:
+            raise InputError(
+                "ExportArtifact has no AccuracyBudget that chooses a depth: name one in the same trainer's callbacks, "
+                "as in Trainer(callbacks=[AccuracyBudget(), ExportArtifact(folder)])."
+            )
+
+    def on_test_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        budget = self.budget or _budget_of(trainer)
+        if not isinstance(module, Evaluation) or budget.chosen not in module.variants:
             return
-        self.measured["verified"] = self.budget.promise()
-        write_artifact(
-            self.folder,
-            plan=variant.plan,
-            kind=variant.projections.kind,
-            state=variant.projections.fitted_state(),
-            base=self.base,
-            recipe=self.recipe,
-            measured=self.measured,
-        )
+        model = module.decoder.model
+        # Weights in shards are read by all processes together.
+        base = self.base or base_identity(model, model.name_or_path)
+        measured = {"curve": list(budget.measured.values())} if self.measured is None else self.measured
+        recipe = _recipe_of(trainer.datamodule) if self.recipe is None else self.recipe
+        if trainer.is_global_zero:
+            export(
+                self.folder,
+                module.variants[budget.chosen],
+                base=base,
+                recipe=recipe,
+                measured=measured | {"verified": budget.promise()},
+            )
+
+
+def export(
+    folder: Path, variant: Variant, *, base: dict[str, Any], recipe: dict[str, Any], measured: dict[str, Any]
+) -> None:
+    """Write ``variant`` as an artifact, whole or not at all.
+
+    Raises:
+        InputError: ``folder`` holds something else, or cannot be written.
+    """
+    write_artifact(
+        folder,
+        plan=variant.plan,
+        kind=variant.projections.kind,
+        state=variant.projections.fitted_state(),
+        base=base,
+        recipe=recipe,
+        measured=measured,
+    )
+
+
+def _budget_of(trainer: lightning.Trainer) -> AccuracyBudget | None:
+    return next((each for each in trainer.callbacks if isinstance(each, AccuracyBudget)), None)
+
+
+def _recipe_of(data: object) -> dict[str, Any]:
+    calibration = getattr(data, "calibration", None)
+    named = isinstance(calibration, str) or (
+        isinstance(calibration, list) and all(isinstance(each, str) for each in calibration)
+    )
+    return {"data": {"calibration": calibration}} if named else {}

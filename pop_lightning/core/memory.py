@@ -61,8 +61,9 @@ def memory_advice(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # On a CPU PyTorch says so in words alone.
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        # On a CPU PyTorch says so in words alone, and so do the libraries that it calls on a GPU.
+        words = ("can't allocate memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
         if not full:
             raise
         raise InputError(f"memory ran out; {advice}.") from error

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.data.module import real_rows
-from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, prompt_means, response_metrics
+from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, prompt_means, response_metrics, summary
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.module import DecoderModule
 from pop_lightning.pruning.passes import student_logits, teacher_pass
@@ -25,6 +26,7 @@ class Variant:
     Attributes:
         context_visible: False is "no KV projection": the pruned layers see no context.
         remove_layers: True drops the pruned layers in both stages, as older pruning does.
+        steps: how many steps the projections were trained for.
 
     Raises:
         InputError: the plan prunes at another depth than the one that the projections were made for.
@@ -34,6 +36,12 @@ class Variant:
     projections: KVProjections
     context_visible: bool = True
     remove_layers: bool = False
+    steps: int = 0
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether it is measured for comparison only and cannot be exported."""
+        return self.remove_layers or not self.context_visible
 
     def __post_init__(self):
         # At depth L nothing is pruned, so projections of any depth do.
@@ -130,3 +138,18 @@ class Evaluation(DecoderModule):
     def rows(self, name: str) -> dict[str, Tensor]:
         """Per-row metrics of one variant and each row's ``prompt``, ``[rows]`` each (:meth:`RowMetrics.compute`)."""
         return self.meters[self._names.index(name)].compute()
+
+    def entries(self, metric: str, confidence: float, prompts: int | None = None) -> dict[str, dict[str, Any]]:
+        """What the last pass measured, by variant: plan, projections and :func:`~.metrics.summary`, as plain data.
+
+        Args:
+            prompts: number of prompts in the verify split, for the bound to expect there; as many as here unless given.
+        """
+        entries = {}
+        for name, variant in self.variants.items():
+            rows, plan = self.rows(name), variant.plan
+            entry = {"depth": plan.depth, "projection": variant.projections.kind, "boundary": plan.boundary}
+            if variant.steps:
+                entry["steps"] = variant.steps
+            entries[name] = entry | summary(rows, metric, confidence, prompts or len(rows["prompt"].unique()))
+        return entries

@@ -86,6 +86,48 @@ class Budget:
         return f"{round(loss, 4) + 0.0:.4f} {self.unit}"  # no negative zero
 
 
+def unit_of(metric: str) -> str:
+    """The unit of a metric's losses, for the lines."""
+    return "nats per response token" if metric == "nll_increase" else f"{metric} (fraction)"
+
+
+def settle(
+    measured: Sequence[Measured], budget: Budget, training: "Training | None" = None
+) -> Generator[Proposal, Measured, list[Choice]]:
+    """What to verify, shallowest pruning first, from measurements of untrained projections.
+
+    Proposes what to train and is sent what was measured there; without a ``training`` it proposes nothing.
+
+    Args:
+        measured: what is worth an artifact: one measurement per depth where a loss is the condition.
+    """
+    if budget.max_drop is None:
+        sequence = yield from least_loss(measured, budget, training)
+    elif training is None:
+        sequence = untrained(measured, budget)
+    else:
+        sequence = yield from within_budget(measured, budget, training)
+    text = ", ".join(map(str, sequence)) or "nothing, no depth that is worth an artifact keeps the budget"
+    budget.say(f"search: to verify, shallowest pruning first: {text}")
+    return sequence
+
+
+def finish(
+    proposals: Generator[Proposal, Measured, list[Choice]], measure: Callable[[Choice], Measured] | None = None
+) -> list[Choice]:
+    """Do what :func:`settle` proposes until it knows what to verify.
+
+    Args:
+        measure: trains a choice and measures it; not needed where nothing is trained.
+    """
+    found = None
+    try:
+        while True:
+            found = measure(proposals.send(found).choice)
+    except StopIteration as end:
+        return end.value
+
+
 def untrained(measured: Sequence[Measured], budget: Budget) -> list[Choice]:
     """Where nothing is trained: every depth whose mean fits, shallowest pruning first.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.rows import Row
+from pop_lightning.evaluation.bounds import rows_needed, smallest_certifiable
 from pop_lightning.fitting.importance import candidates as place_candidates
 from pop_lightning.fitting.regressions import Shape, passes
 from pop_lightning.models.decoder import Decoder
@@ -15,15 +16,60 @@ from pop_lightning.pruning.flops import speedup
 from pop_lightning.run.recipe import Budget, Recipe
 
 
+def condition(recipe: Recipe) -> float | None:
+    """The loss that may not be exceeded; None where the recipe gives a depth or a speedup instead."""
+    given = recipe.depth is not None or recipe.budget.speedup is not None
+    return None if given else recipe.budget.max_drop
+
+
+def check_target(recipe: Recipe, decoder: Decoder, boundaries: Sequence[int], tokens: int, prompts: int) -> None:
+    """Refuse a target that no depth can reach, or that the verify rows cannot show to be kept.
+
+    Args:
+        boundaries: :func:`possible_boundaries`.
+        tokens: prompt length that a wanted speedup is counted at.
+        prompts: number of prompts in the verify split.
+
+    Raises:
+        InputError: names the key to change.
+    """
+    budget = recipe.budget
+    if recipe.depth is not None:
+        if recipe.depth >= decoder.num_layers:
+            raise InputError(
+                "prunes nothing", key="depth", found=recipe.depth, expected=f"at most {decoder.num_layers - 1}"
+            )
+        decoder.check_depth(recipe.depth)
+        if recipe.boundary == "auto":
+            raise InputError(
+                f"boundary: auto is chosen by the depths it makes possible, and depth {recipe.depth} is given: give "
+                "boundary as a number."
+            )
+    elif budget.speedup is not None:
+        reaching(budget, decoder, boundaries, tokens)
+    else:
+        needed = rows_needed(budget.max_drop, budget.metric, budget.confidence)
+        if needed is not None and prompts < needed:
+            least = smallest_certifiable(prompts, budget.metric, budget.confidence)
+            certifies = "" if least is None else f" (they can show a drop of {least:.4f} at best)"
+            raise InputError(
+                f"budget.max_drop {budget.max_drop:g} at confidence {budget.confidence:g} needs {needed} different "
+                f"prompts in the verify split, found {prompts}{certifies}; give more rows or raise data.splits.verify "
+                "or budget.max_drop."
+            )
+
+
 def to_measure(
     recipe: Recipe, decoder: Decoder, prefill_importance: Sequence[float], boundaries: Sequence[int], tokens: int
 ) -> list[int]:
-    """Depths to fit and measure, shallowest pruning first: :func:`candidates`, or those that :func:`reaching` gives.
+    """Depths to fit and measure, shallowest pruning first: the given one, :func:`candidates`, or :func:`reaching`'s.
 
     Args:
         boundaries: :func:`possible_boundaries`.
         tokens: prompt length that a wanted speedup is counted at.
     """
+    if recipe.depth is not None:
+        return [recipe.depth]
     if recipe.budget.speedup is None:
         return candidates(recipe.budget, prefill_importance, decoder)
     return sorted(set(reaching(recipe.budget, decoder, boundaries, tokens).values()), reverse=True)

@@ -246,7 +246,8 @@ class Recipe:
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``lightning.Trainer``; ``class_path`` entries are imported and become objects."""
-        return trainer_arguments.instantiate(self.trainer, self.output)
+        # A copy: jsonargparse puts the objects that it makes into the lists that it is given.
+        return trainer_arguments.instantiate(copy.deepcopy(self.trainer), self.output)
 
 
 # --- keys, types and descriptions, as the JSON schema has them --------------------------------------------------------

@@ -5,9 +5,10 @@ a trainer for a pass over rows, and one whole training with its checkpoints.
 """
 
 import contextlib
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, first_sentence
 from pop_lightning.core.files import restore_folder
 from pop_lightning.models.loading import stored_dtype
 from pop_lightning.run import launch, strategies
@@ -75,7 +76,8 @@ class Trainers:
         self.strategy = given.get("strategy") or "auto"
         strategies.check(self.strategy, given.get("accelerator"))
         self._plain = "ddp" if self.strategy in strategies.DEEPSPEED else self.strategy
-        probe = _lightning_trainer(recipe.trainer_arguments() | {"strategy": self._plain})
+        # Made as the stages' own are: what does not fit is refused before the base is loaded.
+        probe = self._lightning_trainer([], strategy=self._plain)
         self.device: torch.device = probe.strategy.root_device
         self._ranked = probe.strategy if isinstance(probe.strategy, DDPStrategy) else None
         launch.check_number(probe.strategy)
@@ -155,7 +157,7 @@ class Trainers:
         last = checkpoints / "last.ckpt"
         if distributed.is_first():
             restore_folder(last)
-        start = distributed.from_first(lambda: strategies.training_step_of(last) if last.exists() else 0)
+        start = distributed.from_first(lambda: _step_of(last))
         keep = _Checkpoints(checkpoints, every)
         trainer = self._make(
             what + (f", from step {start}" if start else ""),
@@ -170,18 +172,27 @@ class Trainers:
         trainer.fit(module, loader(batches), ckpt_path=last if start else None, weights_only=True)
 
     def _make(self, what: str, callbacks, **overrides) -> "Trainer":
-        arguments = self.recipe.trainer_arguments()
         own = [*callbacks, self._sharded] if self._sharded is not None else callbacks
-        arguments["callbacks"] = [_SameSigterm(), *own, *(arguments.get("callbacks") or [])]
-        arguments |= {
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "default_root_dir": self.recipe.output,
-            "use_distributed_sampler": False,  # the loaders give each process its share, and no row twice
-            "inference_mode": False,  # what is made in one stage is trained or differentiated in another
-        } | overrides
+        trainer = Trainer(self._lightning_trainer(own, **overrides))
         print(f"{what} ...", flush=True)
-        return Trainer(_lightning_trainer(arguments))
+        return trainer
+
+    def _lightning_trainer(self, own: Sequence[lightning.Callback], **overrides) -> lightning.Trainer:
+        try:
+            arguments = self.recipe.trainer_arguments()  # makes what the recipe names by class
+            arguments["callbacks"] = [_SameSigterm(), *own, *(arguments.get("callbacks") or [])]
+            arguments |= {
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "default_root_dir": Path(self.recipe.output).expanduser(),
+                "use_distributed_sampler": False,  # the loaders give each process its share, and no row twice
+                "inference_mode": False,  # what is made in one stage is trained or differentiated in another
+            } | overrides
+            return lightning.Trainer(**{key: value for key, value in arguments.items() if value is not None})
+        except (MisconfigurationException, ImportError, RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the trainer section does not fit this machine: {first_sentence(error)}") from error
 
 
 class _Checkpoints(ModelCheckpoint):
@@ -208,7 +219,7 @@ class _SameSigterm(lightning.Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._outside)
 
-    on_train_start = on_validation_start = _restore
+    on_train_start = on_validation_start = on_test_start = _restore
 
 
 class Trainer:
@@ -223,6 +234,9 @@ class Trainer:
     def validate(self, *args, **kwargs):
         return self._call(self._trainer.validate, *args, **kwargs)
 
+    def test(self, *args, **kwargs):
+        return self._call(self._trainer.test, *args, **kwargs)
+
     def _call(self, method, *args, **kwargs):
         try:
             return method(*args, **kwargs)
@@ -232,9 +246,9 @@ class Trainer:
             raise
 
 
-def _lightning_trainer(arguments: dict) -> lightning.Trainer:
+def _step_of(checkpoint: Path) -> int:
+    """At which step a training goes on: 0 where there is no checkpoint, or none that can be read."""
     try:
-        return lightning.Trainer(**{key: value for key, value in arguments.items() if value is not None})
-    except (MisconfigurationException, ImportError, RuntimeError, ValueError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"the trainer section does not fit this machine: {first}") from error
+        return strategies.training_step_of(checkpoint) if checkpoint.exists() else 0
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return 0

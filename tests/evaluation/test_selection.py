@@ -2,12 +2,9 @@
 
 import pytest
 
-from pop_lightning.callbacks import AccuracyBudget
-from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Choice
 from pop_lightning.evaluation import search as selection
 from pop_lightning.evaluation.search import Measured, Proposal, Training
-from pop_lightning.evaluation.verdicts import Verdict
 
 BUDGET, MARGIN = 0.01, 0.002  # a bound lies MARGIN above its mean
 
@@ -158,7 +155,7 @@ def test_the_boundary_of_least_loss_is_chosen_at_a_wanted_speedup():
     assert selection.boundary_of_least_loss(by_boundary, keeper) == 4
 
 
-# --- the callback around it -----------------------------------------------------------------------------------------
+# --- from measurements to what is verified --------------------------------------------------------------------------
 
 
 def entry(depth, loss, kind="closed_form", **more):
@@ -166,38 +163,24 @@ def entry(depth, loss, kind="closed_form", **more):
     return {"depth": depth, "projection": kind} | figures | more
 
 
-def test_the_callback_leaves_out_depths_that_are_not_worth_an_artifact():
-    keeper = AccuracyBudget(max_drop=BUDGET, min_pruned=2)
-    keeper.search([entry(11, 0.0), entry(10, 0.0), entry(10, 0.5, "reuse")], "closed_form", layers=12)
-    assert keeper.propose() is None
-    assert keeper.sequence == [Choice(10, "closed_form")]
+def test_what_is_proposed_is_trained_until_it_is_known_what_to_verify():
+    lines, asked = [], []
+    answers = {Choice(10, "full", 50): 0.001, Choice(8, "full", 50): 0.4}
+
+    def measure(choice):
+        asked.append(choice)
+        return Measured.of(entry(choice.depth, answers[choice], "full", steps=50))
+
+    untrained = [Measured.of(entry(10, 0.05)), Measured.of(entry(8, 0.5))]
+    keeper = selection.Budget(BUDGET, "agreement", lines.append)
+    proposals = selection.settle(untrained, keeper, Training("full", 50, 1))
+    assert selection.finish(proposals, measure) == [Choice(10, "full", 50)]
+    assert asked == list(answers)
+    assert lines[-1] == "search: to verify, shallowest pruning first: 10 (full, 50 steps)"
 
 
-def test_the_callback_proposes_until_it_knows_what_to_verify():
-    keeper = AccuracyBudget(max_drop=BUDGET)
-    keeper.search([entry(10, 0.05), entry(8, 0.5)], "closed_form", 12, Training("full", 50, 1))
-    assert keeper.propose() == Proposal("train", Choice(10, "full", 50))
-    keeper.record(entry(10, 0.001, "full", steps=50))
-    assert keeper.propose() == Proposal("train", Choice(8, "full", 50))
-    keeper.record(entry(8, 0.4, "full", steps=50))
-    assert keeper.propose() is None
-    assert keeper.sequence == [Choice(10, "full", 50)]
-    assert keeper.decisions[-1] == "search: to verify, shallowest pruning first: 10 (full, 50 steps)"
-
-
-def test_the_verify_split_is_opened_once_and_in_the_order_of_the_search():
-    keeper = AccuracyBudget()
-    keeper.sequence = [Choice(10, "reuse"), Choice(8, "reuse"), Choice(6, "reuse")]
-    for names in ({}, {8: "8"}, {10: "10", 6: "6"}, {4: "4"}):
-        with pytest.raises(InputError, match="opened already"):
-            keeper.watch("verify", names)
-    keeper.watch("verify", {10: "10", 8: "8"})
-    keeper.verdicts = [Verdict(10, 0.0, 0.005, 600, 600, True)]
-    with pytest.raises(InputError, match="opened already"):
-        keeper.watch("verify", {10: "10"})
-    keeper.watch("verify", {8: "8"})
-    keeper.verdicts.append(Verdict(8, 0.02, 0.03, 600, 600, False))
-    assert keeper.verified
-    assert (keeper.depth, keeper.choice) == (10, Choice(10, "reuse"))
-    with pytest.raises(InputError, match="opened already"):
-        keeper.watch("verify", {6: "6"})
+def test_without_a_condition_the_least_loss_is_verified():
+    measured = [Measured.of(entry(6, 0.3, "reuse")), Measured.of(entry(6, 0.2))]
+    assert selection.finish(selection.settle(measured, selection.Budget(None, "agreement", lambda line: None))) == [
+        Choice(6, "closed_form")
+    ]

@@ -132,25 +132,25 @@ def same_result(first, second):
 @pytest.mark.parametrize(
     ("stage", "call"),
     [
-        ("_train", 2),
-        *[pytest.param(*each, marks=pytest.mark.full) for each in (("_measure", 2), ("_measure", 3))],
+        ("train", 2),
+        *[pytest.param(*each, marks=pytest.mark.full) for each in (("measure", 2), ("measure", 3))],
         pytest.param("_open_verify", 1, marks=pytest.mark.full),
     ],
 )
 def test_an_adapting_run_stopped_between_stages_resumes_to_the_same_result(
     run, adapted, just_out_of_reach, tmp_path, monkeypatch, stage, call
 ):
-    calls, whole = [], getattr(pipeline._Run, stage)
+    calls, whole = [], getattr(pipeline, stage)
 
-    def stopping(self, *args, **kwargs):
+    def stopping(*args, **kwargs):
         calls.append(stage)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return whole(self, *args, **kwargs)
+        return whole(*args, **kwargs)
 
     changes = TRAINED | {"budget__max_drop": just_out_of_reach}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, stage, stopping)
+        patch.setattr(pipeline, stage, stopping)
         assert run(output=tmp_path / "run", **changes)[0] == 130
     assert run("--resume", output=tmp_path / "run", **changes)[0] in (0, 3)
     same_result(adapted[0], tmp_path / "run")
@@ -191,9 +191,9 @@ def test_a_round_whose_last_checkpoint_was_not_written_resumes_to_the_same_bytes
 def test_a_verify_split_that_was_opened_is_not_opened_again(run, tmp_path, monkeypatch):
     changes = {"projection__kind": "reuse"}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "_compare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "compare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(output=tmp_path / "run", **changes)[0] == 130
-    monkeypatch.setattr(pipeline._Run, "_open_verify", lambda *args: pytest.fail("opened again"))
+    monkeypatch.setattr(pipeline, "_open_verify", lambda *args: pytest.fail("opened again"))
     code, output, metrics = run("--resume", output=tmp_path / "run", **changes)
     assert code == 0
     assert metrics["verified"]["rows"] == metrics["rows"]["verify"]

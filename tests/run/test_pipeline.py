@@ -216,17 +216,17 @@ def test_an_existing_output_is_refused_resumed_or_replaced(fitted, base, data, t
 def test_a_run_is_not_resumed_on_other_rows(base, tmp_path, monkeypatch, capsys):
     data, output = save_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "_search", _interrupt)
+        patch.setattr(pipeline, "search", _interrupt)
         assert fit.main(arguments(base, data, output)) == 130
     save_rows(data, seed=1)
     assert fit.main([*arguments(base, data, output), "--resume"]) == 2
-    assert "holds other rows" in capsys.readouterr().err
+    assert "has other rows" in capsys.readouterr().err
 
 
 def test_a_resumed_run_notes_other_versions(base, data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "_search", _interrupt)
+        patch.setattr(pipeline, "search", _interrupt)
         assert fit.main(arguments(base, data, output)) == 130
     state = json.loads((output / "state" / "data.json").read_text())
     state["versions"]["torch"] = "2.11.0"
@@ -238,10 +238,10 @@ def test_a_resumed_run_notes_other_versions(base, data, tmp_path, monkeypatch, c
 def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     assert fit.main(arguments(base, data, whole)) == 0
-    for stage in ("_search", "_verify", "_fit"):
+    for stage in ("search", "verify", "fit_untrained"):
         output = tmp_path / stage
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline._Run, stage, _interrupt)
+            patch.setattr(pipeline, stage, _interrupt)
             assert fit.main(arguments(base, data, output)) == 130
         assert not (output / "artifact").exists()
         assert fit.main([*arguments(base, data, output), "--resume"]) == 0

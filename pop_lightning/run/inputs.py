@@ -1,0 +1,168 @@
+"""What a run of ``pop-fit`` starts from: the base on its device, the rows with their responses, and what they allow."""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import lightning
+
+from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.memory import memory_advice
+from pop_lightning.core.plan import Choice, PruningPlan
+from pop_lightning.data.module import CalibrationData
+from pop_lightning.data.processor import vision_processor
+from pop_lightning.data.rows import Row, until_end
+from pop_lightning.evaluation.evaluate import Variant
+from pop_lightning.fitting.kinds import kind as kind_named
+from pop_lightning.generation.base_identity import base_identity
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.loading import context_length, end_tokens, load_model, load_tokenizer
+from pop_lightning.pruning.attach_check import check_decoder
+from pop_lightning.pruning.flops import speedup
+from pop_lightning.run import depths as candidates
+from pop_lightning.run.folder import RunFolder
+from pop_lightning.run.recipe import Recipe
+from pop_lightning.run.trainers import Trainers
+
+RESUME = "and give --resume, which goes on from what is finished"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage works with; of several processes each has its own, and ``folder`` writes on the first only.
+
+    Attributes:
+        base: identity of the base model.
+        boundaries: what the boundary may become, one unless the recipe leaves it to the search.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    trainers: Trainers
+    decoder: Decoder
+    data: CalibrationData
+    base: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """The prompt length that operations are counted at: the rows' median."""
+        return int(self.data.report.prompt_tokens["median"])
+
+    @property
+    def listed_boundaries(self) -> list[int]:
+        return candidates.listed_boundaries(self.recipe.budget, self.decoder, self.data.rows(), self.tokens)
+
+    @property
+    def boundaries(self) -> list[int]:
+        return candidates.possible_boundaries(self.recipe, self.listed_boundaries)
+
+    def speedup(self, depth: int, boundary: int) -> float:
+        """The counted prefill speedup at the median prompt."""
+        return speedup(self.decoder, PruningPlan(depth, boundary), self.tokens)
+
+    def variant(self, choice: Choice, boundary: int) -> Variant:
+        projections = self.folder.read_projections(self.decoder, choice)
+        return Variant(PruningPlan(choice.depth, boundary), projections, steps=choice.steps)
+
+
+def load(recipe: Recipe, folder: RunFolder, trainers: Trainers) -> Run:
+    """The base and the rows, responses included, checked against each other and against a run to be resumed."""
+    model, data = recipe.model, recipe.data
+    lightning.seed_everything(recipe.seed, verbose=False)
+    source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = distributed.first_then_others(lambda: load_tokenizer(model.base, required=True, **source))
+    with memory_advice(f"choose a narrower model.dtype, or more devices with model.device_map, {RESUME}"):
+        base = trainers.load(
+            lambda: load_model(
+                model.base,
+                dtype=model.dtype,
+                attn_implementation=model.attn_implementation,
+                device_map=model.device_map,
+                **source,
+            )
+        )
+    decoder = Decoder(base)
+    check_decoder(decoder)
+    calibration = CalibrationData(
+        data.calibration,
+        tokenizer,
+        **recipe.data_arguments(),
+        context=context_length(base),
+        end_tokens=end_tokens(base),
+        vision=vision_processor(decoder.vision_tokens, model.base, **source),
+    )
+    distributed.first_then_others(calibration.setup)
+    run = Run(recipe, folder, trainers, decoder, calibration, base_identity(base, model.base, model.revision))
+    check_same_input(run)
+    check_rows(run)  # before hours of generation
+    if calibration.missing_responses():
+        made_with = json.dumps([recipe.to_dict()["model"], data.max_response_tokens])
+        with memory_advice(f"lower data.batch_size ({data.batch_size}) or data.max_response_tokens, {RESUME}"):
+            calibration.fill_responses(
+                lambda rows: respond(run, rows), folder.state / "responses.json", made_with=made_with
+            )
+    print(f"data: {calibration.report}")
+    check_rows(run)
+    folder.settle()
+    return run
+
+
+def check_same_input(run: Run) -> None:
+    """Refuse to resume a run on other rows or another base; their content counts, not where they are."""
+    now = {"digest": run.data.digest, "base": run.base["fingerprint"], "versions": versions()}
+    stored = run.folder.once("state/data.json", lambda: now)
+    for package, before in stored["versions"].items():
+        if before != (current := version(package)):
+            print(f"note: this run was started with {package} {before} and goes on with {current}")
+    for name, key, what in (("base", "model.base", "weights"), ("digest", "data.calibration", "rows")):
+        if stored[name] != now[name]:
+            section, field = key.split(".")
+            given = getattr(getattr(run.recipe, section), field)
+            raise InputError(
+                f"{key} {given!r} has other {what} than when the run in output {run.folder} was started: resume it "
+                f"with the same {'base' if what == 'weights' else what}, or --overwrite it."
+            )
+
+
+def check_rows(run: Run) -> None:
+    """Refuse what the rows cannot give, or memory cannot hold, whatever scoring finds."""
+    recipe, decoder, boundaries = run.recipe, run.decoder, run.boundaries
+    # The deepest candidate is the same for every importance, and needs most.
+    depths = candidates.to_measure(recipe, decoder, [1.0] * decoder.num_layers, boundaries, run.tokens)
+    kind_named(start_kind(recipe)).passes(decoder, depths, recipe.projection)
+    candidates.check_images(recipe, decoder, run.data.rows(), boundaries, run.trainers.shards_base)
+    candidates.check_target(recipe, decoder, boundaries, run.tokens, run.data.prompts_of("verify"))
+
+
+def respond(run: Run, rows: list[Row]) -> list[tuple[int, ...]]:
+    """The full model's own responses."""
+    batch = run.data.batch(rows)
+    output = run.decoder.model.generate(
+        **run.decoder.inputs(batch),
+        max_new_tokens=run.recipe.data.max_response_tokens,
+        do_sample=False,
+        pad_token_id=run.data.pad_token_id,
+    )[:, batch["prompt_length"] :].tolist()
+    return [until_end(tokens, run.data.ends) for tokens in output]
+
+
+def trains(recipe: Recipe) -> bool:
+    """Whether the recipe's kind is trained."""
+    return kind_named(recipe.projection.kind).trains
+
+
+def start_kind(recipe: Recipe) -> str:
+    """The recipe's kind without training: what is measured everywhere, and where training starts."""
+    return kind_named(recipe.projection.kind).starts_from(recipe.projection)
+
+
+def untrained_kinds(recipe: Recipe) -> list[str]:
+    """What is measured at every depth."""
+    return list(dict.fromkeys(("reuse", start_kind(recipe))))
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on."""
+    return {name: version(name) for name in ("pop-lightning", "torch", "transformers", "lightning")}
