@@ -276,7 +276,8 @@ def test_a_run_killed_while_it_opened_its_folder_is_resumed(runs, tmp_path):
     assert (output / "recipe.yaml").is_file()
     for name in ("state/.4711.search.json", ".12.report.html"):
         (output / name).write_text("half of a")
-    pipeline.RunFolder(recipe, resume=True)
+    with pipeline.RunFolder(recipe, resume=True).at_work():
+        pass
     assert set(snapshot(output)) == {"recipe.yaml"}
 
 
