@@ -67,13 +67,3 @@ def arguments(base: Path, data: Path, output: Path, **changes) -> list[str]:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def tensor_bytes(path: Path) -> bytes | None:
-    """The tensors of a safetensors file, None where there is none: an artifact's metadata depends on its recipe."""
-    if not path.exists():
-        return None
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    stated = {name: entry for name, entry in json.loads(content[8:start]).items() if name != "__metadata__"}
-    return json.dumps(stated, sort_keys=True).encode() + content[start:]
