@@ -84,7 +84,7 @@ def make_folder(folder: str | Path) -> Path:
     Raises:
         InputError: it cannot be made or written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,6 +1,7 @@
-"""Files that are installed with the library, by name: ``bundled:facts-gemma3`` and what lies in it."""
+"""Where a name leads: a file of the library (``bundled:facts-gemma3``), a path in the home folder, or itself."""
 
 import importlib.resources
+import os
 from pathlib import Path
 
 from pop_lightning.core.errors import InputError, Key
@@ -9,13 +10,13 @@ _BUNDLED = "bundled:"
 
 
 def resolve_bundled(name: str) -> str:
-    """The path behind ``bundled:NAME``, a file or folder installed with the library; any other name unchanged.
+    """The path of ``bundled:NAME``, a file or folder installed with the library; other names with ``~`` expanded.
 
     Raises:
         InputError: nothing of that name is bundled; the message lists what is.
     """
     if not name.startswith(_BUNDLED):
-        return name
+        return os.path.expanduser(name)
     root = Path(str(importlib.resources.files("pop_lightning.checkpoints"))).resolve()
     inside = name.removeprefix(_BUNDLED)
     path = (root / inside).resolve()

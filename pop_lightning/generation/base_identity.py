@@ -29,6 +29,7 @@ _PLAIN = {f"{dtype}".removeprefix("torch."): dtype for dtype in (torch.float64, 
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parts
 _BOTH_HALF = {"bfloat16", "float16"}
 
 
@@ -51,7 +52,7 @@ def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | Non
     return {
         "id": str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
         "revision": getattr(model.config, "_commit_hash", None) or revision,
-        "class": type(model).__name__,
+        "class": _class(model),
         "model_type": model.config.model_type,
         "layers": config.get("num_hidden_layers"),
         "config": config,
@@ -93,13 +94,13 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
     name = getattr(model, "name_or_path", "") or "the loaded model"
     intro = (
         f"the artifact {folder} was made for {base.get('id')} ({base.get('class')}, {base.get('layers')} "
-        f"layers), the given base {name} ({type(model).__name__}, {given.get('num_hidden_layers')} layers) "
+        f"layers), the given base {name} ({_class(model)}, {given.get('num_hidden_layers')} layers) "
     )
     advice = "; give the base it was made for (--base)."
     adapter = find_adapter(model)
     if adapter is not None:
         raise InputError(f"{intro}has an adapter on {adapter} that is not merged{_MERGE}.")
-    if type(model).__name__ != base.get("class"):
+    if _class(model) != base.get("class"):
         raise InputError(f"{intro}is of another class{advice}")
     if _hash(given) != base.get("config_hash"):
         stored = base.get("config")
@@ -125,11 +126,16 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, tied ones once, and the buffers that a checkpoint holds."""
-    yield from model.named_parameters()
+    for name, parameter in model.named_parameters():
+        yield name.replace(COMPILED, ""), parameter
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield (f"{prefix}.{name}" if prefix else name), buffer
+                yield (f"{prefix}.{name}" if prefix else name).replace(COMPILED, ""), buffer
+
+
+def _class(model: nn.Module) -> str:
+    return type(getattr(model, "_orig_mod", model)).__name__
 
 
 def _stable_config(model: PreTrainedModel) -> dict[str, Any]:

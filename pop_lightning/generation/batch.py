@@ -146,7 +146,7 @@ def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> No
         InputError: no row can be read, or ``output`` cannot be written, or stands there already.
     """
     read_examples(data)
-    output = Path(output)
+    output = Path(output).expanduser()
     with _writing(output):
         if output.is_dir():
             raise InputError(f"--output {output} is a folder; name a file.")
@@ -196,7 +196,7 @@ def generate_file(
     """
     tokenizer = _tokenizer(generator)
     rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls, max_prompt_tokens)
-    rows, output = rows[:limit], Path(output)
+    rows, output = rows[:limit], Path(output).expanduser()
     results: dict[int, dict] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
     for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch"):

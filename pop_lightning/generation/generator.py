@@ -283,6 +283,8 @@ class StageAwareGenerator:
             )
             return self._leave(self.model.generate(inputs, **kwargs), shift)
         self._follow_base()
+        if kwargs.get("use_cache") is None and self.model.generation_config.use_cache is False:
+            kwargs["use_cache"] = True  # saved so by training with gradient checkpointing; nobody asked for it here
         self._refuse(lambda name: self._setting(kwargs, name))
         cache = kwargs.get("past_key_values")
         cached = self._claim(cache)

@@ -76,7 +76,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.name = type(model).__name__
+        self.name = type(getattr(model, "_orig_mod", model)).__name__  # torch.compile wraps
         if getattr(model.config, "is_encoder_decoder", False):
             raise InputError(f"{self.name} is an encoder-decoder; pruning the prefill needs a decoder-only model.")
         self.body, self.norm = self._find_body(model)
@@ -285,12 +285,29 @@ class Decoder:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``position_ids``, and with images their tensors and which tokens they
-            stand at. ``forward`` and ``generate`` both take them.
+            stand at. ``forward`` and ``generate`` both accept them.
+
+        Raises:
+            InputError: a token has no embedding.
         """
         device = self.model.device
+        self._check_embedded(batch["input_ids"])
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         vision = self.vision.on(device, batch, ids)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": self.positions(ids, mask, vision), **vision}
+
+    def _check_embedded(self, ids: Tensor) -> None:
+        """Raise where a token has no embedding: the lookup would fail in words of its own, on a GPU in none at all."""
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        if rows is None or ids.device.type != "cpu" or not ids.numel():  # on a GPU, looking would make the host wait
+            return
+        beyond = ids[(ids >= rows) & ~torch.isin(ids, torch.tensor(self.vision_tokens, dtype=ids.dtype))]
+        if len(beyond):
+            raise InputError(
+                f"token {int(beyond[0])} has no embedding in {self.name}, which has {rows}: it was added to the "
+                f"tokenizer and not to the model; call model.resize_token_embeddings(len(tokenizer)), or leave the "
+                f"token out of the text."
+            )
 
     # --- a whole pass ---------------------------------------------------------------------------------------------
 

@@ -1,9 +1,14 @@
 """Loading a base model, its tokenizer and its processor: from the hub, a folder, or the bundled checkpoints."""
 
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -17,10 +22,14 @@ from transformers import (
 )
 
 from pop_lightning.core.bundled import resolve_bundled
-from pop_lightning.core.errors import InputError, first_sentence
+from pop_lightning.core.errors import InputError, Key, first_sentence
 from pop_lightning.models.decoder import Decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# What safetensors and torch.load raise over damaged weights, and Transformers over whatever else it cannot load.
+_DAMAGED = (EOFError, SafetensorError, UnpicklingError)
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, *_DAMAGED)
 
 
 def load_model(
@@ -42,31 +51,105 @@ def load_model(
         others: what else ``from_pretrained`` takes, such as ``quantization_config``.
 
     Raises:
-        InputError: nothing loadable stands under that name, or ``from_pretrained`` takes no such argument.
+        InputError: no loadable model with that name, one that lacks tensors, or an adapter; or ``from_pretrained`` has
+            no such argument.
     """
     path = resolve_bundled(name)
+    _refuse_adapter(name, path)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        model = auto_class(config).from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             path,
+            output_loading_info=True,
             revision=revision,
             dtype=dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             device_map=device_map,
-            **others,
+            **others | {"ignore_mismatched_sizes": True},  # they are refused below, by name
         )
-    except TypeError as error:
-        if not others:
-            raise
-        raise InputError(f"model.base {name!r} cannot be loaded like this: {first_sentence(error)}") from error
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as error:
+        if isinstance(error, TypeError) and others:
+            problem = f"{name!r} cannot be loaded like this: {first_sentence(error)}"
+            raise InputError(problem, key="model.base") from error
         check_attention(f"model.base {name!r}", attn_implementation, error)
-        raise InputError(
-            f"no model could be loaded from model.base {name!r} (a hub id or a folder with config.json and safetensors "
-            f"was expected): {first_sentence(error)}"
-        ) from error
+        expected = "config.json and weights that load (safetensors, or pytorch_model.bin)"
+        raise _not_loaded(name, path, "is not a model that loads", expected, error) from error
+    _check_complete(name, report)
     return model.eval().requires_grad_(False)
+
+
+def _check_complete(name: str, report: dict) -> None:
+    """Raise where Transformers filled tensors with random numbers: those absent, or of another shape."""
+    random = sorted(report["missing_keys"])
+    random += [f"{key} of {list(there)} instead of {list(here)}" for key, there, here in report["mismatched_keys"]]
+    if random:
+        count = "1 tensor" if len(random) == 1 else f"{len(random)} tensors"
+        raise InputError(
+            f"{name!r} lacks {count} of the model that its config.json describes ({', '.join(random[:3])}"
+            f"{', ...' if len(random) > 3 else ''}), which would be random numbers",
+            key="model.base",
+            advice="download it again, or correct its config.json (for a missing lm_head: tie_word_embeddings)",
+        )
+
+
+def _refuse_adapter(name: str, path: str) -> None:
+    """Raise where a folder holds a PEFT adapter, which is a change to a model and not a model."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise InputError(
+        f"{name!r} is an adapter{f' of {base}' if base else ''}, not a model",
+        key="model.base",
+        advice="merge it into its base (peft's merge_and_unload) and give the saved result, or name the base itself",
+    )
+
+
+def _not_loaded(name: str, path: str, problem: str, expected: str, error: Exception) -> InputError:
+    """The sentence for what could not be loaded: the network's fault, the name's, or else ``problem``."""
+    causes = list(_causes(error))
+    # torch.load advises to trust such a file; whatever it says, the user's remedy is another copy.
+    no_opcode = isinstance(error, KeyError) and isinstance(error.args[0], int)  # in what is read as a pickle
+    if isinstance(error, _DAMAGED) or no_opcode or "PytorchStreamReader" in str(error):
+        return InputError(
+            f"{name!r} has weights that cannot be read: the file is damaged, cut off, or not one of weights",
+            key="model.base",
+            advice="download it again",
+        )
+    if Path(path).exists():
+        return InputError(f"{name!r} {problem} (expected {expected}): {first_sentence(error)}", key="model.base")
+    if any(isinstance(each, GatedRepoError) for each in causes):
+        advice = "accept its terms on huggingface.co and log in (hf auth login)"
+        return InputError(f"{name!r} is gated on the hub", key="model.base", advice=advice)
+    # Raised as well where the hub is not asked at all (HF_HUB_OFFLINE).
+    if any(isinstance(each, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for each in causes):
+        return InputError(
+            f"{name!r} is not on this machine, and huggingface.co could not be reached",
+            key="model.base",
+            advice="check the connection, or give a folder that holds the model",
+        )
+    unknown = any(isinstance(each, RepositoryNotFoundError) for each in causes)
+    if unknown or path.startswith((os.sep, ".", "~")) or path.count("/") > 1:
+        return InputError(
+            f"{name!r} does not exist",
+            key="model.base",
+            expected="a folder with config.json and weights, or the id of a model on the hub",
+            advice=("if it was moved, give its new place with ", Key("model.base")),
+        )
+    return InputError(f"{name!r} {problem} (expected {expected}): {first_sentence(error)}", key="model.base")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def as_decoder(model: "str | Path | PreTrainedModel | Decoder", **options) -> Decoder:
@@ -110,16 +193,16 @@ def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remot
     """What :func:`load_model` would load ``name`` in; ``auto`` is the checkpoint's own.
 
     Raises:
-        InputError: nothing loadable stands under that name.
+        InputError: no config with that name.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
+    path = resolve_bundled(name)
+    _refuse_adapter(name, path)
     try:
-        config = AutoConfig.from_pretrained(
-            resolve_bundled(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.base {name!r} has no config.json that loads: {first_sentence(error)}") from error
+        raise _not_loaded(name, path, "has no config.json that loads", "a model's folder", error) from error
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
@@ -127,7 +210,7 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
     """Where a base lies on this machine: its folder, or the hub's cache. None where it does not; the hub is not asked.
 
     Raises:
-        InputError: ``bundled:NAME`` of something that is not.
+        InputError: ``bundled:NAME`` of something that is not bundled.
     """
     path = Path(resolve_bundled(name))
     if path.is_dir():
@@ -141,30 +224,44 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, required: bool = True
 ) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer, padding on the left; None where there is none and ``required`` is False."""
+    """The base's tokenizer, padding on the left; None where there is none and ``required`` is False.
+
+    Padding is masked, so any token serves: where there is no pad token, or one that was added to the tokenizer without
+    a row in the embeddings, it is the end token.
+    """
     path = resolve_bundled(name)
+    _refuse_adapter(name, path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if not required:
+        unreached = any(isinstance(each, LocalEntryNotFoundError) for each in _causes(error))
+        if not required and not unreached:
             return None
-        raise InputError(
-            f"model.base {name!r} has no tokenizer that loads (tokenizer.json was expected beside its config): "
-            f"{first_sentence(error)}"
-        ) from error
+        expected = "tokenizer.json next to its config.json"
+        raise _not_loaded(name, path, "has no tokenizer that loads", expected, error) from error
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
+    embedded = _vocab_size(path, revision, trust_remote_code)
+    if tokenizer.pad_token_id is None or (embedded is not None and tokenizer.pad_token_id >= embedded):
         tokenizer.pad_token = (
             tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
         )
     return tokenizer
 
 
+def _vocab_size(path: str, revision: str | None, trust_remote_code: bool) -> int | None:
+    """How many tokens the base has embeddings for, or None where it has no config."""
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def choose_device(name: str | None) -> torch.device:
     """``cpu``, ``cuda`` or ``cuda:N`` as a device; None takes a GPU where there is one.
 
     Raises:
-        InputError: no such device, or none that this PyTorch sees.
+        InputError: no such device, or one that this PyTorch does not see.
     """
     if name is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

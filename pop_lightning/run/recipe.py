@@ -10,6 +10,7 @@ import copy
 import difflib
 import importlib.resources
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -35,6 +36,7 @@ AtLeast0 = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Words = Annotated[str, Field(pattern=r"\S")]
+Place = Annotated[Words, AfterValidator(os.path.expanduser)]  # a path, or a name that is not one
 TrainerArguments = trainer_arguments.typed()
 _TOGETHER = "together"
 
@@ -50,7 +52,7 @@ def _together(problem: str, key: str, found: str) -> PydanticCustomError:
 class Model:
     """The base model and how it is loaded."""
 
-    base: Words = Field(description="hub id, folder or bundled:NAME of the base model")
+    base: Place = Field(description="hub id, folder or bundled:NAME of the base model")
     revision: Words | None = Field(None, description="commit or tag of the hub repository; null: the newest")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored")
     attn_implementation: Words | None = Field(None, description="such as sdpa or eager; null: Transformers' choice")
@@ -79,7 +81,7 @@ class Splits:
 class Data:
     """The calibration data and its lengths, in tokens."""
 
-    calibration: Words | Annotated[list[Words], Field(min_length=1)] = Field(
+    calibration: Place | Annotated[list[Place], Field(min_length=1)] = Field(
         description="JSON Lines or text file, hub dataset or bundled:NAME/FILE; a list combines several"
     )
     split: Words | None = Field(None, description="split of a hub dataset; null: train")
@@ -192,7 +194,7 @@ class Recipe:
     """Every choice of a run. ``trainer`` holds arguments of ``lightning.Trainer`` as plain data."""
 
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of splits, targets and training")
-    output: Words = Field("runs/pop", description="folder of the run")
+    output: Place = Field("runs/pop", description="folder of the run")
     boundary: Index | Literal["auto"] = Field(
         1, description="number of last prompt tokens that run in full; auto: chosen from budget.boundaries"
     )
@@ -396,8 +398,8 @@ def read(name: str) -> str:
     """
     stem = name.removeprefix("recipes/").removesuffix(".yaml")
     try:
-        if name and Path(name).is_file():
-            return Path(name).read_text(encoding="utf-8")
+        if name and (path := Path(name).expanduser()).is_file():
+            return path.read_text(encoding="utf-8")
         if stem in bundled_recipes():
             return (importlib.resources.files("pop_lightning.recipes") / f"{stem}.yaml").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
