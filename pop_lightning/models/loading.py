@@ -84,7 +84,9 @@ def load_model(
 def _check_complete(name: str, report: dict) -> None:
     """Raise where Transformers filled tensors with random numbers: those absent, or of another shape."""
     random = sorted(report["missing_keys"])
-    random += [f"{key} of {list(there)} instead of {list(here)}" for key, there, here in report["mismatched_keys"]]
+    random += [
+        f"{key} of {list(there)} instead of {list(here)}" for key, there, here in sorted(report["mismatched_keys"])
+    ]
     if random:
         count = "1 tensor" if len(random) == 1 else f"{len(random)} tensors"
         raise InputError(
