@@ -5,7 +5,6 @@ its content, so the order of a file changes nothing.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,6 @@ MIN_TEXT_TOKENS = 8
 _EMPTY_PROMPT = "empty prompt"
 EMPTY_RESPONSE = "empty response"
 _LONG_PROMPT = "prompt longer than max_prompt_tokens"
-_NOT_UNICODE = "text with half of a surrogate pair, such as a cut emoji"
 _LONG_ROW = "longer than the model's context"
 _SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 
@@ -88,8 +86,6 @@ class Tokeniser:
     allow_urls: bool = False
 
     def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
-        if not _is_unicode(example):
-            return None, _NOT_UNICODE, False
         row, reason, truncated = self._row(example, origin)
         if row is not None and self.vision is not None:
             # Such tokens with no image or video behind them would be given another's features.
@@ -296,12 +292,3 @@ def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
 
 def hash63(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def _is_unicode(example: dict) -> bool:
-    """Whether tokenizers can read all text of an example: JSON can spell half of a surrogate pair, UTF-8 cannot."""
-    try:
-        json.dumps(example, ensure_ascii=False, skipkeys=True, default=lambda medium: None).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -440,14 +440,6 @@ def test_rows_left_out_are_counted_by_reason_with_the_first_of_each(tmp_path):
     assert "3 empty prompt (first: a.jsonl line 6)" in str(report)
 
 
-@pytest.mark.parametrize("row", [{"text": "w1 \ud83d " * 9}, {"prompt": "w1", "response": "\udc80"}])
-def test_a_row_with_half_of_a_surrogate_pair_is_left_out_and_counted(tmp_path, row):
-    report = load(write(tmp_path / "a.jsonl", [*pairs(5), row])).report
-    assert (report.rows, sum(report.unusable.values())) == (5, 1)
-    assert "half of a surrogate pair" in str(report)
-    assert "first: a.jsonl line 6" in str(report)
-
-
 def test_no_usable_row_is_an_input_error_with_counts_and_the_first_origin(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "", "response": "w1"}, {"prompt": "w1", "response": ""}] * 2)
     with pytest.raises(
