@@ -214,15 +214,29 @@ class _EveryBatch(DistributedSampler):
 
 
 class _Epochs(_EveryBatch):
-    """The steps of one epoch at a time, from ``start`` on."""
+    """The steps of one epoch at a time.
 
-    def __init__(self, batches: _TrainingBatches, start: int):
+    Args:
+        done: how many steps were read before, asked when an epoch begins: a checkpoint may have been restored by then.
+    """
+
+    def __init__(self, batches: _TrainingBatches, done: Callable[[], int]):
         super().__init__(batches)
-        self.start = start
+        self.done = done
 
     def __iter__(self) -> Iterator[int]:
-        first, self.start = self.start, (self.start // len(self) + 1) * len(self)
-        return iter(range(first, self.start))
+        first = self.done()
+        yield from range(first, (first // len(self) + 1) * len(self))
+
+
+class _ResumableLoader(DataLoader):
+    """A loader that Lightning knows to continue where a checkpoint was written: :class:`_Epochs` asks for the place."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        pass
 
 
 class _Steps(_EveryBatch):
@@ -438,17 +452,17 @@ class CalibrationData(lightning.LightningDataModule):
         reads follows from the seed and the step's number alone, so that a resumed training continues with the batches
         that it would have read.
         """
-        # Lightning asks for this loader after a checkpoint was restored.
-        start = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        return self._training_loader(_Epochs, self.batch_size, start)
+        batches = _TrainingBatches(self._complete("fit"), self.batch_size, self.seed)
+
+        def done() -> int:
+            return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+        return _ResumableLoader(batches, batch_size=None, sampler=_Epochs(batches, done), collate_fn=self._share)
 
     def training_steps(self, batch_size: int | None = None, start: int = 0) -> DataLoader:
         """The batches of :meth:`train_dataloader` from step ``start`` on, without end."""
-        return self._training_loader(_Steps, batch_size or self.batch_size, start)
-
-    def _training_loader(self, sampler: type[_Epochs | _Steps], batch_size: int, start: int) -> DataLoader:
-        batches = _TrainingBatches(self._complete("fit"), batch_size, self.seed)
-        return DataLoader(batches, batch_size=None, sampler=sampler(batches, start), collate_fn=self._share)
+        batches = _TrainingBatches(self._complete("fit"), batch_size or self.batch_size, self.seed)
+        return DataLoader(batches, batch_size=None, sampler=_Steps(batches, start), collate_fn=self._share)
 
     def _complete(self, name: str) -> list[Row]:
         rows = self.rows_of(name)

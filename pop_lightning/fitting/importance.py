@@ -150,14 +150,15 @@ def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int)
         ``[positions, vocabulary]`` in the dtype of ``logits``. The signs depend on (seed, row content, position) only.
     """
     residuals, vocabulary, start = torch.empty_like(logits), logits.shape[1], 0
-    bits = torch.arange(_BITS, device=logits.device)
+    bits, step = torch.arange(_BITS, device=logits.device), max(1, _CHUNK // vocabulary)
     for length, content in zip(lengths.tolist(), row_seed.tolist(), strict=True):
         generator = torch.Generator().manual_seed((content ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1))
-        for positions in torch.arange(start, start + length).split(max(1, _CHUNK // vocabulary)):
+        for first in range(start, start + length, step):
+            here = slice(first, min(first + step, start + length))
             # On the CPU, so that a device draws what another would: a word of random bits for many signs.
-            words = torch.randint(2**_BITS, (len(positions), -(-vocabulary // _BITS), 1), generator=generator)
-            signs = (words.to(logits.device) >> bits & 1).flatten(1)[:, :vocabulary] * 2 - 1
-            here = slice(int(positions[0]), int(positions[-1]) + 1)
+            shape = (here.stop - first, -(-vocabulary // _BITS), 1)
+            words = torch.randint(2**_BITS, shape, generator=generator).to(logits.device)
+            signs = (words >> bits & 1).flatten(1)[:, :vocabulary] * 2 - 1
             residuals[here] = _residuals(logits[here].float(), signs)
         start += length
     return residuals
