@@ -351,7 +351,6 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
     other = save_base(tmp_path / "other", seed=5)
     cases = [
         (["--artifact", str(tmp_path / "none"), "--prompt", "w1"], "none"),
-        (["--artifact", artifact, "--prompt", " "], "--prompt"),
         (["--artifact", artifact, "--prompt", "w1 " * 200], "context"),
         (["--artifact", artifact, "--data", str(data)], "--output"),
         (["--artifact", artifact, "--base", str(other), "--prompt", "w1"], "base"),
