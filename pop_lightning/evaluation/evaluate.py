@@ -137,7 +137,8 @@ class Evaluation(DecoderModule):
 
     def rows(self, name: str) -> dict[str, Tensor]:
         """Per-row metrics of one variant and each row's ``prompt``, ``[rows]`` each (:meth:`RowMetrics.compute`)."""
-        return self.meters[self._names.index(name)].compute()
+        # torchmetrics makes a scalar of one row.
+        return {key: values.reshape(-1) for key, values in self.meters[self._names.index(name)].compute().items()}
 
     def entries(self, metric: str, confidence: float, prompts: int | None = None) -> dict[str, dict[str, Any]]:
         """What the last pass measured, by variant: plan, projections and :func:`~.metrics.summary`, as plain data.

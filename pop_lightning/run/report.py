@@ -154,7 +154,7 @@ def headline(metrics: dict[str, Any]) -> str:
     if not verified:
         return f"{start}; no verify split was opened, so the loss of {budget['metric']} carries no bound."
     metric = verified["metric"]
-    condition = "" if wanted else f"; budget {amount(budget['max_drop'], budget['metric'])}"
+    condition = "" if _unconditional(budget) else f"; budget {amount(budget['max_drop'], budget['metric'])}"
     return (
         f"{start}{'; ' if wanted else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
@@ -162,10 +162,15 @@ def headline(metrics: dict[str, Any]) -> str:
     )
 
 
+def _unconditional(budget: dict[str, Any]) -> bool:
+    """Whether a depth or a speedup was given, so that no loss was a condition."""
+    return bool(budget.get("speedup") or budget.get("depth"))
+
+
 def advice(metrics: dict[str, Any]) -> str:
     """What to change where the verify rows are too few to show that the budget is kept; empty where they are enough."""
     budget, smallest = metrics["budget"], metrics.get("smallest_certifiable_drop")
-    if budget.get("speedup"):
+    if _unconditional(budget):
         return ""
     if smallest is None or smallest <= budget["max_drop"]:
         return _near_miss(metrics)
@@ -318,6 +323,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         speedup=ttft["full_ms"] / ttft["pruned_ms"] if ttft else None,
         noise=noise(ttft),
         wanted=metrics["budget"].get("speedup"),
+        unconditional=_unconditional(metrics["budget"]),
         boundaries=metrics.get("boundaries") or [],
         comparison=metrics.get("comparison") or [],
         verification=metrics.get("verification") or [],
@@ -385,7 +391,7 @@ def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
 
 def _loss_plot(metrics: dict[str, Any]) -> Markup:
     budget, curve = metrics["budget"], metrics["curve"]
-    metric, limit = budget["metric"], None if budget.get("speedup") else float(budget["max_drop"])
+    metric, limit = budget["metric"], None if _unconditional(budget) else float(budget["max_drop"])
 
     def draw(axes: Axes, theme: Theme) -> None:
         bounded = False

@@ -73,6 +73,11 @@ def instantiate(trainer: dict[str, Any], output: str) -> dict[str, Any]:
 
 
 def _refused(trainer: dict[str, Any], error: Exception) -> InputError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ImportError):
+            return InputError(f"the trainer section names a class whose package is missing: {first_sentence(cause)}")
+        cause = cause.__cause__
     text = " ".join(str(error).split())
     found = re.search(r'Parser key "trainer\.(\w+)', text)
     if found is None:

@@ -176,6 +176,32 @@ def test_what_was_decided_is_logged(evaluation, data, tmp_path):
     assert torch.isfinite(torch.tensor(budget.verdict.value))
 
 
+class Telling(AccuracyBudget):
+    """Writes what each process decided."""
+
+    folder = None
+
+    def on_test_end(self, trainer, module):
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps([self.decisions, self.promise()]))
+
+
+def test_two_processes_decide_the_same_as_one(evaluation, data, tmp_path):
+    one = AccuracyBudget("nll_increase", max_drop=100.0)
+    search_and_verify(trainer(one), evaluation, data)
+    budget = Telling("nll_increase", max_drop=100.0)
+    budget.folder = tmp_path
+    two = trainer(budget, ExportArtifact(tmp_path / "artifact"), devices=2, strategy="ddp_fork")
+    two.validate(evaluation, datamodule=data, verbose=False)
+    # A forked process takes what it found with it, so the sequence comes from the run of one process.
+    budget.sequence = one.sequence
+    two.test(evaluation, datamodule=data, verbose=False)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first[1]["value"] == pytest.approx(one.promise()["value"], abs=1e-6)
+    assert first[1]["prompts"] == data.prompts_of("verify")
+    assert StageAwareGenerator.from_artifact(tmp_path / "artifact").plan.depth == one.depth
+
+
 def test_modules_of_another_kind_pass_by(data, model):
     class Other(lightning.LightningModule):
         def validation_step(self, batch, index):
