@@ -14,6 +14,7 @@ from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.evaluation import search
 from pop_lightning.evaluation.evaluate import Evaluation
+from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 from pop_lightning.evaluation.metrics import prompt_losses
 from pop_lightning.evaluation.search import Measured
 from pop_lightning.evaluation.verdicts import Verdict, fixed_sequence, judge
@@ -32,7 +33,8 @@ class AccuracyBudget(lightning.Callback):
     process decides the same.
 
     Args:
-        metric: ``agreement``, ``nll_increase`` or ``exact_match``.
+        metric: ``agreement``, ``nll_increase`` or ``exact_match``; ``metric_named("nll_increase", cap=0.2)`` clips at
+            0.2 nats instead of 1.
         max_drop: absolute fraction for rates, nats per response token for NLL. None makes no loss a condition: the
             variant that loses least is taken, and verified for its loss and bound.
         confidence: of the bound on the verify split.
@@ -49,7 +51,7 @@ class AccuracyBudget(lightning.Callback):
 
     def __init__(
         self,
-        metric: str = "agreement",
+        metric: str | BudgetMetric = "agreement",
         max_drop: float | None = 0.01,
         confidence: float = 0.95,
         min_pruned: int = 2,
@@ -57,14 +59,15 @@ class AccuracyBudget(lightning.Callback):
         verify_prompts: int | None = None,
         sequence: Sequence[str] | None = None,
     ):
-        self.metric, self.max_drop, self.confidence, self.min_pruned = metric, max_drop, confidence, min_pruned
+        self.metric = metric_named(metric)
+        self.max_drop, self.confidence, self.min_pruned = max_drop, confidence, min_pruned
         self.verify_prompts = verify_prompts
         self.measured: dict[str, dict[str, Any]] = {}
         self.sequence = None if sequence is None else list(sequence)
         self.verdicts: list[Verdict] = []
         self.decisions: list[str] = []
         self._searches = sequence is None
-        self._budget = search.Budget(max_drop, search.unit_of(metric), self._say)
+        self._budget = search.Budget(max_drop, self.metric.unit, self._say)
 
     def _say(self, line: str) -> None:
         self.decisions.append(line)
@@ -164,13 +167,15 @@ class AccuracyBudget(lightning.Callback):
         if self.verdict is None:
             return None
         return {
-            "metric": self.metric,
+            "metric": self.metric.name,
             "value": self.verdict.value,
             "bound": self.verdict.bound,
             "rows": self.verdict.rows,
             "prompts": self.verdict.prompts,
             "confidence": self.confidence,
             "max_drop": self.max_drop,
+            "cap": self.verdict.cap,
+            "clipped": self.verdict.clipped,
         }
 
     def conclude(self) -> None:

@@ -90,9 +90,9 @@ def collate(
 
     Returns:
         ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
-        ``prompt_seed``, long ``[batch]``. ``attention_mask[:, P:]`` is the mask of the responses. With images or
-        videos among the rows ``vision``: the tensors of all of them, in order, by the names that the model's forward
-        gives them.
+        ``prompt_seed``, long ``[batch]``; ``origins``, where each real row comes from. ``attention_mask[:, P:]`` is the
+        mask of the responses. With images or videos among the rows ``vision``: the tensors of all of them, in order, by
+        the names that the model's forward gives them.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
@@ -111,6 +111,7 @@ def collate(
         "prompt_length": prompt_length,
         "row_seed": row_seed,
         "prompt_seed": prompt_seed,
+        "origins": [row.origin for row in share],
     }
     if any(row.media for row in share):
         batch["vision"] = vision.tensors([(row.images, row.videos) for row in share])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.data.module import real_rows
+from pop_lightning.evaluation.losses import BudgetMetric
 from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, prompt_means, response_metrics, summary
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.module import DecoderModule
@@ -140,7 +141,9 @@ class Evaluation(DecoderModule):
         # torchmetrics makes a scalar of one row.
         return {key: values.reshape(-1) for key, values in self.meters[self._names.index(name)].compute().items()}
 
-    def entries(self, metric: str, confidence: float, prompts: int | None = None) -> dict[str, dict[str, Any]]:
+    def entries(
+        self, metric: str | BudgetMetric, confidence: float, prompts: int | None = None
+    ) -> dict[str, dict[str, Any]]:
         """What the last pass measured, by variant: plan, projections and :func:`~.metrics.summary`, as plain data.
 
         Args:

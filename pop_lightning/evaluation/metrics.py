@@ -17,8 +17,10 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.evaluation.bounds import check_metric, clopper_pearson, hoeffding_bentkus, upper_bound
+from pop_lightning.evaluation.bounds import upper_bound
+from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
+LOST_NATS = 100.0  # KL and NLL of a position where the pruned model computes no distribution, and the most they can be
 ROW_METRICS = ("kl", "agreement", "nll", "teacher_nll", "nll_increase", "exact_match", "teacher_exact_match")
 
 
@@ -41,7 +43,8 @@ def response_metrics(
         `nll` and `teacher_nll` in nats per response token, `nll_increase` their difference; `exact_match` and
         `teacher_exact_match` 1.0 where the argmax equals the target at every position. Given a correct prefix greedy
         decoding emits the argmax, so by induction this is the event that greedy decoding reproduces the response token
-        for token, its end token included.
+        for token, its end token included. A position where the pruned model's logits are not finite counts as lost:
+        no agreement, no match, `LOST_NATS` nats.
 
     Raises:
         InputError: shapes that do not fit, or a row without response positions.
@@ -64,7 +67,9 @@ def response_metrics(
     positions = {name: torch.zeros(mask.shape, device=logits.device) for name in names}
     rows, columns = mask.nonzero(as_tuple=True)
     for row, column in zip(rows.split(chunk_size), columns.split(chunk_size), strict=True):
-        student = logits[row, column].float().log_softmax(-1)
+        student = logits[row, column].float()
+        broken = ~student.amax(-1).isfinite()  # NaN, +inf, or nothing but -inf: no token can be chosen from these
+        student = student.log_softmax(-1)
         teacher = teacher_logits[row, column].float().log_softmax(-1)
         target = targets[row, column]
         probability = teacher.exp()
@@ -72,11 +77,11 @@ def response_metrics(
         kl = torch.where(probability > 0, probability * (teacher - student), 0).sum(-1).clamp_min(0)
         guess, teacher_guess = student.argmax(-1), teacher.argmax(-1)
         values = {
-            "kl": kl,
-            "agreement": guess == teacher_guess,
-            "nll": -student.gather(-1, target[:, None])[:, 0],
+            "kl": torch.where(broken, LOST_NATS, kl).clamp_max(LOST_NATS),
+            "agreement": (guess == teacher_guess) & ~broken,
+            "nll": torch.where(broken, LOST_NATS, -student.gather(-1, target[:, None])[:, 0]).clamp_max(LOST_NATS),
             "teacher_nll": -teacher.gather(-1, target[:, None])[:, 0],
-            "hit": guess == target,
+            "hit": (guess == target) & ~broken,
             "teacher_hit": teacher_guess == target,
         }
         for name, value in values.items():
@@ -94,19 +99,9 @@ def response_metrics(
     }
 
 
-def row_loss(metrics: Mapping[str, Tensor], metric: str) -> Tensor:
-    """Turn the metrics of `response_metrics` into the loss `[batch]` that the budget bounds.
-
-    `agreement`: 1 - agreement, in [0, 1]. `exact_match`: 1 where the full model is right and the pruned one wrong, else
-    0; its mean is at least the drop in exact match, because rows that pruning happens to repair are not credited.
-    `nll_increase`: nats per response token, unbounded, negative where pruning helps.
-    """
-    check_metric(metric)
-    if metric == "agreement":
-        return (1 - metrics["agreement"]).clamp(0, 1)
-    if metric == "exact_match":
-        return ((metrics["teacher_exact_match"] > 0.5) & (metrics["exact_match"] < 0.5)).float()
-    return metrics["nll_increase"]
+def row_loss(metrics: Mapping[str, Tensor], metric: str | BudgetMetric) -> Tensor:
+    """The loss ``[batch]`` that the budget bounds, from the metrics of `response_metrics`; see ``losses.py``."""
+    return metric_named(metric).loss(metrics)
 
 
 @dataclass(frozen=True)
@@ -133,23 +128,13 @@ class Losses:
         """Whether some prompt has several rows, so that its loss of a 0/1 metric can lie between 0 and 1."""
         return self.rows > len(self.values)
 
-    def bound(self, metric: str, confidence: float) -> float:
-        """`upper_bound` of the mean."""
-        return upper_bound(self.values, metric, confidence, averaged=self.averaged)
+    def bound(self, metric: str | BudgetMetric, confidence: float, prompts: int | None = None) -> float:
+        """`upper_bound` of the mean; with ``prompts``, the one that so many others give if they lose as these do."""
+        return upper_bound(self.values, metric, confidence, averaged=self.averaged, draws=prompts)
 
-    def expected_bound(self, metric: str, confidence: float, prompts: int) -> float:
-        """The bound that `prompts` other prompts give if they lose as these do: what a verify split may show.
-
-        Rates: the bound at the same mean. `nll_increase`: this bound's distance from the mean shrinks (or grows) with
-        the square root of the number of prompts.
-        """
-        bound = self.bound(metric, confidence)
-        if metric == "nll_increase":
-            return self.mean + (bound - self.mean) * math.sqrt(len(self.values) / prompts)
-        total = min(self.mean, 1.0) * prompts
-        if metric == "exact_match" and not self.averaged:
-            return clopper_pearson(min(prompts, math.ceil(total - 1e-7 * prompts)), prompts, confidence)
-        return hoeffding_bentkus(total, prompts, confidence)
+    def clipped(self, cap: float) -> float:
+        """The share of prompts that lose more than ``cap``."""
+        return sum(value > cap for value in self.values) / len(self.values)
 
 
 def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
@@ -158,12 +143,14 @@ def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
     return torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values.cpu().double()) / rows
 
 
-def prompt_losses(rows: Mapping[str, Tensor], metric: str) -> Losses:
+def prompt_losses(rows: Mapping[str, Tensor], metric: str | BudgetMetric) -> Losses:
     """The losses of `RowMetrics.compute`'s rows, averaged per prompt."""
     return Losses(tuple(prompt_means(row_loss(rows, metric), rows["prompt"]).tolist()), len(rows["prompt"]))
 
 
-def summary(rows: Mapping[str, Tensor], metric: str, confidence: float, prompts: int) -> dict[str, float]:
+def summary(
+    rows: Mapping[str, Tensor], metric: str | BudgetMetric, confidence: float, prompts: int
+) -> dict[str, float]:
     """What `RowMetrics.compute`'s rows come to, as plain data; every mean is one over prompts.
 
     Returns:
@@ -181,7 +168,7 @@ def summary(rows: Mapping[str, Tensor], metric: str, confidence: float, prompts:
         **means,
         "loss": losses.mean,
         "bound": losses.bound(metric, confidence),
-        "expected_bound": losses.expected_bound(metric, confidence, prompts),
+        "expected_bound": losses.bound(metric, confidence, prompts),
     }
 
 

@@ -86,11 +86,6 @@ class Budget:
         return f"{round(loss, 4) + 0.0:.4f} {self.unit}"  # no negative zero
 
 
-def unit_of(metric: str) -> str:
-    """The unit of a metric's losses, for the lines."""
-    return "nats per response token" if metric == "nll_increase" else f"{metric} (fraction)"
-
-
 def settle(
     measured: Sequence[Measured], budget: Budget, training: "Training | None" = None
 ) -> Generator[Proposal, Measured, list[Choice]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pop_lightning.core.errors import InputError
+from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 from pop_lightning.evaluation.metrics import Losses
 
 
@@ -15,10 +16,12 @@ class Verdict:
     Attributes:
         depth: layers that context tokens run through.
         value: mean loss over the prompts (a fraction, or nats per response token for `nll_increase`).
-        bound: upper confidence bound of that mean.
+        bound: upper confidence bound of that mean, of losses clipped at ``cap``.
         rows: number of rows.
         prompts: number of different prompts, which the bound counts.
         passed: whether the bound keeps the budget; None where no budget was a condition.
+        cap: where the losses were clipped for the bound; 1 for rates, which need no clipping.
+        clipped: the share of prompts that lost more.
     """
 
     depth: int
@@ -27,12 +30,14 @@ class Verdict:
     rows: int
     prompts: int
     passed: bool | None
+    cap: float = 1.0
+    clipped: float = 0.0
 
 
 def fixed_sequence(
     depths: Sequence[int],
     losses: Mapping[int, Losses],
-    metric: str,
+    metric: str | BudgetMetric,
     max_drop: float,
     confidence: float = 0.95,
 ) -> list[Verdict]:
@@ -61,8 +66,8 @@ def fixed_sequence(
     return verdicts
 
 
-def judge(depth: int, losses: Losses, metric: str, confidence: float, max_drop: float | None) -> Verdict:
+def judge(depth: int, losses: Losses, metric: str | BudgetMetric, confidence: float, max_drop: float | None) -> Verdict:
     """One depth's verdict; without a `max_drop` nothing can fail."""
-    bound = losses.bound(metric, confidence)
+    bound, cap = losses.bound(metric, confidence), metric_named(metric).cap
     passed = None if max_drop is None else bound <= max_drop
-    return Verdict(depth, losses.mean, bound, losses.rows, len(losses.values), passed)
+    return Verdict(depth, losses.mean, bound, losses.rows, len(losses.values), passed, cap, losses.clipped(cap))

@@ -7,6 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.layer_parts import of_tokens
@@ -32,7 +33,32 @@ def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False
 def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tensor]:
     """:func:`teacher_trace`, and the logits at the loss positions ``[batch, response, vocabulary]``."""
     trace = teacher_trace(decoder, batch, first)
-    return trace, decoder.logits(_at_loss_positions(decoder, trace, batch["prompt_length"]))
+    logits = decoder.logits(_at_loss_positions(decoder, trace, batch["prompt_length"]))
+    refuse_broken(logits, batch)
+    return trace, logits
+
+
+def refuse_broken(logits: Tensor, batch: dict) -> None:
+    """Refuse rows on which the base itself computes no distribution: nothing could be compared with it.
+
+    Args:
+        logits: of the base at the loss positions, ``[batch, response, vocabulary]``.
+
+    Raises:
+        InputError: logits are NaN or infinite; the sentence names the first such row.
+    """
+    real = batch["attention_mask"][:, batch["prompt_length"] :].bool().to(logits.device)
+    broken = (real & ~logits.amax(-1).isfinite()).any(1)
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        where = batch["origins"][row] if "origins" in batch else f"row {row + 1} of a batch"
+        raise InputError(
+            f"the base gives logits that are not finite on {where}",
+            key="model.dtype",
+            found=str(logits.dtype).removeprefix("torch."),
+            expected="finite logits on every row",
+            advice="float16 overflows where bfloat16 and float32 do not; leave the row out if these give none either",
+        )
 
 
 def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:

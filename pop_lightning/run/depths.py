@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.rows import Row
-from pop_lightning.evaluation.bounds import rows_needed, smallest_certifiable
+from pop_lightning.evaluation.bounds import Certifiable
 from pop_lightning.fitting.importance import candidates as place_candidates
 from pop_lightning.fitting.regressions import Shape, passes
 from pop_lightning.models.decoder import Decoder
@@ -22,13 +22,15 @@ def condition(recipe: Recipe) -> float | None:
     return None if given else recipe.budget.max_drop
 
 
-def check_target(recipe: Recipe, decoder: Decoder, boundaries: Sequence[int], tokens: int, prompts: int) -> None:
+def check_target(
+    recipe: Recipe, decoder: Decoder, boundaries: Sequence[int], tokens: int, certifiable: Certifiable
+) -> None:
     """Refuse a target that no depth can reach, or that the verify rows cannot show to be kept.
 
     Args:
         boundaries: :func:`possible_boundaries`.
         tokens: prompt length that a wanted speedup is counted at.
-        prompts: number of prompts in the verify split.
+        certifiable: what the verify split can show.
 
     Raises:
         InputError: names the key to change.
@@ -48,15 +50,7 @@ def check_target(recipe: Recipe, decoder: Decoder, boundaries: Sequence[int], to
     elif budget.speedup is not None:
         reaching(budget, decoder, boundaries, tokens)
     else:
-        needed = rows_needed(budget.max_drop, budget.metric, budget.confidence)
-        if needed is not None and prompts < needed:
-            least = smallest_certifiable(prompts, budget.metric, budget.confidence)
-            certifies = "" if least is None else f" (they can show a drop of {least:.4f} at best)"
-            raise InputError(
-                f"budget.max_drop {budget.max_drop:g} at confidence {budget.confidence:g} needs {needed} different "
-                f"prompts in the verify split, found {prompts}{certifies}; give more rows or raise data.splits.verify "
-                "or budget.max_drop."
-            )
+        certifiable.refuse_too_few()
 
 
 def to_measure(

@@ -236,7 +236,7 @@ def sources(recipe: Recipe) -> list[str]:
 
 def certifying_rows(recipe: Recipe) -> int | None:
     """How many verify rows certify the budget at best; None where it has no such number."""
-    return rows_needed(recipe.budget.max_drop, recipe.budget.metric, recipe.budget.confidence)
+    return rows_needed(recipe.budget.max_drop, recipe.budget.loss, recipe.budget.confidence)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

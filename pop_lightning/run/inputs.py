@@ -14,6 +14,7 @@ from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row, until_end
+from pop_lightning.evaluation.bounds import Certifiable, certifiable
 from pop_lightning.evaluation.evaluate import Variant
 from pop_lightning.fitting.kinds import kind as kind_named
 from pop_lightning.generation.base_identity import base_identity
@@ -57,6 +58,13 @@ class Run:
     @property
     def boundaries(self) -> list[int]:
         return candidates.possible_boundaries(self.recipe, self.listed_boundaries)
+
+    @property
+    def certifiable(self) -> Certifiable:
+        """What the verify split can show for the budget."""
+        budget, prompts = self.recipe.budget, self.data.prompts_of("verify")
+        several = len(self.data.rows_of("verify")) > prompts
+        return certifiable(prompts, budget.loss, budget.max_drop, budget.confidence, averaged=several)
 
     def speedup(self, depth: int, boundary: int) -> float:
         """The counted prefill speedup at the median prompt."""
@@ -105,6 +113,8 @@ def load(recipe: Recipe, folder: RunFolder, trainers: Trainers) -> Run:
             )
     print(f"data: {calibration.report}")
     check_rows(run)
+    if candidates.condition(recipe) is not None:
+        print(f"budget: {run.certifiable}")
     folder.settle()
     return run
 
@@ -133,7 +143,7 @@ def check_rows(run: Run) -> None:
     depths = candidates.to_measure(recipe, decoder, [1.0] * decoder.num_layers, boundaries, run.tokens)
     kind_named(start_kind(recipe)).passes(decoder, depths, recipe.projection)
     candidates.check_images(recipe, decoder, run.data.rows(), boundaries, run.trainers.shards_base)
-    candidates.check_target(recipe, decoder, boundaries, run.tokens, run.data.prompts_of("verify"))
+    candidates.check_target(recipe, decoder, boundaries, run.tokens, run.certifiable)
 
 
 def respond(run: Run, rows: list[Row]) -> list[tuple[int, ...]]:

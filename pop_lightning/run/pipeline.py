@@ -16,7 +16,6 @@ from pop_lightning.core.memory import memory_advice
 from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.evaluation import search as selection
-from pop_lightning.evaluation.bounds import smallest_certifiable
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.search import Measured, Training
 from pop_lightning.evaluation.verdicts import Verdict
@@ -201,7 +200,7 @@ def search(run: Run, depths: list[int]) -> Found:
         decisions.append(line)
         print(line, flush=True)
 
-    budget = selection.Budget(candidates.condition(recipe), selection.unit_of(recipe.budget.metric), say)
+    budget = selection.Budget(candidates.condition(recipe), recipe.budget.loss.unit, say)
     choices = [Choice(depth, kind) for depth in depths for kind in untrained_kinds(recipe)]
     curve = measure(run, "searching", choices, run.boundaries, "state/search.json")
     boundary = run.boundaries[0] if recipe.boundary != "auto" else choose_boundary(run, curve, depths, budget)
@@ -277,7 +276,7 @@ def measure(
     if file is None:
         return compute()["curve"]
     asked = {"choices": choices, "boundaries": boundaries, "prompts": prompts}
-    asked |= {"metric": budget.metric, "confidence": budget.confidence}
+    asked |= {"metric": budget.metric, "cap": budget.loss.cap, "confidence": budget.confidence}
     return run.folder.once(file, compute, asked)["curve"]
 
 
@@ -287,7 +286,7 @@ def evaluate(run: Run, what: str, variants: dict[str, Variant]) -> dict[str, dic
     evaluation = Evaluation(run.decoder, variants)
     with memory_advice(f"lower data.batch_size ({run.recipe.data.batch_size}), {RESUME}"):
         run.trainers.make(what).validate(evaluation, run.data.loader("search"), verbose=False)
-    return evaluation.entries(budget.metric, budget.confidence, run.data.prompts_of("verify"))
+    return evaluation.entries(budget.loss, budget.confidence, run.data.prompts_of("verify"))
 
 
 def _one_round_each(curve: list[dict], budget: selection.Budget) -> list[dict]:
@@ -310,7 +309,7 @@ def verify(run: Run, found: Found) -> AccuracyBudget:
     """Open the verify split once, and export what it lets through."""
     recipe, settings = run.recipe, run.recipe.budget
     budget = AccuracyBudget(
-        settings.metric,
+        settings.loss,
         candidates.condition(recipe),
         settings.confidence,
         settings.min_pruned,
@@ -386,7 +385,8 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
         "rows": {name: len(run.data.rows_of(name)) for name in ("fit", "tune", "search", "verify")}
         | {"unusable": dict(run.data.report.unusable)},
         "prompts": {name: prompts(name) for name in ("search", "verify")},
-        "smallest_certifiable_drop": smallest_certifiable(prompts("verify"), budget.metric, budget.confidence),
+        "smallest_certifiable_drop": run.certifiable.smallest,
+        "largest_certified_loss": run.certifiable.largest_loss,
         "verified": budget.promise(),
         "verification": [
             asdict(verdict) | {"projection": used[verdict.depth].projection} for verdict in budget.verdicts

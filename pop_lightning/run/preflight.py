@@ -20,7 +20,7 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.core.tables import text_table
 from pop_lightning.data.examples import check_exists
-from pop_lightning.evaluation.bounds import smallest_certifiable
+from pop_lightning.evaluation.bounds import largest_certified_loss, smallest_certifiable
 from pop_lightning.fitting.kinds import kind
 from pop_lightning.fitting.regressions import GROUPINGS, Shape, held_bytes
 from pop_lightning.models.decoder import Decoder
@@ -351,16 +351,19 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     budget, prompts = recipe.budget, rows.prompts
     if budget.speedup is not None:
         return f"budget: a speedup of {budget.speedup:g} is wanted, under which the loss is no condition.", True
-    least = smallest_certifiable(prompts, budget.metric, budget.confidence)
+    least = smallest_certifiable(prompts, budget.loss, budget.confidence)
     label = " (assumed)" if rows.assumed else ""
-    if least is None:
-        return f"budget: {budget.metric} has no smallest drop that {prompts} verify rows{label} can certify.", True
-    unit = f"{least:.2%} of {'answers' if budget.metric == 'exact_match' else 'tokens'}"
+    unit = budget.loss.amount(least)
     how = f"at best, at {budget.confidence:.0%} confidence"
     text = f"budget: {prompts} verify rows{label} can certify a drop of {unit} {how}"
     needed = certifying_rows(recipe)
     if needed is None or prompts >= needed:
-        return f"{text}; budget.max_drop is {budget.max_drop}.", True
+        loss = largest_certified_loss(prompts, budget.loss, budget.max_drop, budget.confidence)
+        spread = "" if budget.loss.binary else " at least, and more where it is spread over many"
+        return (
+            f"{text}, and budget.max_drop {budget.max_drop:g} for a mean loss of {budget.loss.amount(loss)}{spread}.",
+            True,
+        )
     share = needed / rows.total
     more = math.ceil(needed / recipe.data.splits.verify)
     keys = [f"data.splits.verify to at least {math.ceil(100 * share) / 100:g}"] if share < 0.9 else []

@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from pop_lightning.core.errors import InputError, Key, raise_all, show
+from pop_lightning.evaluation.losses import METRICS, BudgetMetric, metric_named
 from pop_lightning.run import trainer_arguments, yaml_text
 
 # YAML has types of its own, so nothing is converted: true is not 1, and "2" is not 2.
@@ -166,10 +167,13 @@ class Projection:
 class Budget:
     """How much may be lost, or how fast it must be, and which depths are tried."""
 
-    metric: Literal["agreement", "nll_increase", "exact_match"] = Field(
+    metric: Literal[*METRICS] = Field(
         "agreement", description="agreement: same next token; exact_match: same response; nll_increase: nats per token"
     )
     max_drop: AtLeast0 = Field(0.01, description="largest loss: an absolute fraction, nats for nll_increase")
+    nll_cap: Positive = Field(
+        1.0, description="nats per token at which the losses of nll_increase are clipped, which makes its bound valid"
+    )
     speedup: Annotated[float, Field(strict=True, gt=1)] | None = Field(
         None, description="prefill speedup to reach instead, at the least loss; max_drop is then no condition"
     )
@@ -181,10 +185,21 @@ class Budget:
     boundaries: list[Index] = Field([1, 4, 16, 64], description="boundaries whose loss and cost are reported")
     extensions: Index = Field(2, description="how often lora and full may train `steps` more where that may decide")
 
+    @property
+    def loss(self) -> BudgetMetric:
+        """The metric, with its cap."""
+        return metric_named(self.metric, self.nll_cap)
+
     @model_validator(mode="after")
     def _fraction(self):
-        if self.metric != "nll_increase" and self.max_drop > 1:
+        metric = self.loss
+        if metric.rate and self.max_drop > 1:
             problem = f"is an absolute fraction, at most 1 for {self.metric}"
+            raise _together(problem, "budget.max_drop", f"{self.max_drop:g}")
+        if not metric.rate and self.max_drop >= metric.cap and self.speedup is None:
+            problem = (
+                f"must be below budget.nll_cap, {metric.cap:g}, where losses are clipped: it would promise nothing"
+            )
             raise _together(problem, "budget.max_drop", f"{self.max_drop:g}")
         return self
 

@@ -19,20 +19,10 @@ from pop_lightning.core.files import write_text
 from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import text_table
 from pop_lightning.evaluation.bounds import rows_needed
+from pop_lightning.evaluation.losses import metric_named, number, percent
 
 DASH = "–"
 NOISY = 0.2  # a p90 this share above the median is worth a warning
-
-_LOSS_NAMES = {
-    "agreement": "response tokens where the pruned model's choice differs from the full model's",
-    "exact_match": "responses that the full model gets right and the pruned model wrong",
-    "nll_increase": "increase of the negative log-likelihood, in nats per response token",
-}
-_LOSS_AXES = {
-    "agreement": "loss (1 - agreement)",
-    "exact_match": "loss (responses lost)",
-    "nll_increase": "loss (nats per token)",
-}
 
 
 def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path) -> None:
@@ -175,10 +165,12 @@ def advice(metrics: dict[str, Any]) -> str:
     if smallest is None or smallest <= budget["max_drop"]:
         return _near_miss(metrics)
     verify = {"rows": metrics["rows"]["verify"], "prompts": (metrics.get("prompts") or {}).get("verify")}
-    found = f"The {draws(verify)} can certify no drop below {percent(smallest)}"
+    found = f"The {draws(verify)} can certify no drop below {amount(smallest, budget['metric'])}"
     if budget["max_drop"] <= 0:
         return f"{found}, and no number of rows certifies 0; raise budget.max_drop."
-    needed = rows_needed(budget["max_drop"], budget["metric"], budget["confidence"])
+    needed = rows_needed(
+        budget["max_drop"], metric_named(budget["metric"], budget.get("nll_cap")), budget["confidence"]
+    )
     return f"{found}; give at least {needed} verify rows of different prompts, or raise budget.max_drop."
 
 
@@ -228,34 +220,9 @@ def ratio(value: float | None) -> str:
     return DASH if value is None else f"{value:.2f}x"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, a dash for a missing value; an exact zero stays a bare 0."""
-    if value is None or math.isnan(value):
-        return DASH
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value == 0:
-        return "0"
-    return (
-        f"{value:.{digits - 1}e}" if abs(value) < 1e-4 else f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.2f}"
-    )
-
-
-def percent(value: float | None) -> str:
-    """A fraction as percent with two decimals; a nonzero value never prints as zero, nor one below 1 as 100%."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    text = f"{100 * value:.2f}%"
-    if (text == "0.00%" and value) or (text == "100.00%" and value < 1):
-        return f"{100 * value:.3g}%" if abs(value) < 0.5 else ">99.99%"
-    return text
-
-
 def amount(value: float | None, metric: str) -> str:
-    """A loss, drop or bound in the metric's own unit: percent for rates, nats for `nll_increase`."""
-    if metric != "nll_increase":
-        return percent(value)
-    return number(value) if value is None or not math.isfinite(value) else f"{number(value)} nats"
+    """A loss, drop or bound in the metric's own unit."""
+    return metric_named(metric).amount(value)
 
 
 def confidence(value: float) -> str:
@@ -314,7 +281,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         layers=metrics["layers"],
         headline=headline(metrics),
         advice=advice(metrics),
-        loss_name=_LOSS_NAMES.get(metric, metric),
+        loss_name=metric_named(metric).what,
         chosen=chosen,
         verified=metrics.get("verified") or None,
         arithmetic=arithmetic,
@@ -418,15 +385,15 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
         axes.set_ylim(min(0.0, *finite) - 0.06 * threshold, max(finite) * 1.4 + 0.06 * threshold)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
         axes.yaxis.set_minor_locator(NullLocator())
-        unit = (lambda value: f"{100 * value:.3g}%") if metric != "nll_increase" else (lambda value: f"{value:.3g}")
-        axes.yaxis.set_major_formatter(lambda value, _: unit(value))
+        scale, sign = (100, "%") if metric_named(metric).rate else (1, "")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")
         depths = sorted({row["depth"] for row in curve})
         if len(depths) <= 14:
             axes.xaxis.set_major_locator(FixedLocator(depths))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("depth: layers that context tokens run through")
-        axes.set_ylabel(_LOSS_AXES.get(metric, "loss"))
+        axes.set_ylabel(metric_named(metric).axis)
 
     return picture(draw, "Loss against depth with upper bounds and the budget")
 

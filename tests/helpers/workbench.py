@@ -56,6 +56,7 @@ def arguments(base: Path, data: Path, output: Path, **changes) -> list[str]:
         "output": output,
         "budget.metric": "nll_increase",
         "budget.max_drop": 100.0,
+        "budget.nll_cap": 101.0,
         "budget.candidates": "all",
         "projection.ridge": [0.1],
         "importance.rows": 8,

@@ -136,7 +136,7 @@ def test_prompt_streams_and_prints_the_ttft(fitted, capsys):
 
 def test_no_depth_within_the_budget_exits_3_and_exports_nothing(base, data, tmp_path, capsys):
     output = tmp_path / "run"
-    assert fit.main(arguments(base, data, output, budget__max_drop=1e-9)) == 3
+    assert fit.main(arguments(base, data, output, budget__max_drop=1e-9, budget__nll_cap=5e-9)) == 3
     assert json.loads((output / "metrics.json").read_text())["depth"] is None
     assert not (output / "artifact").exists()
     assert "reuse" in capsys.readouterr().out
@@ -316,7 +316,7 @@ def test_bad_input_is_one_sentence_and_exit_2(base, data, tmp_path, capsys):
         ({"data__calibration": tmp_path / "empty.jsonl"}, "empty.jsonl"),
         ({"data__calibration": long}, "max_prompt_tokens"),
         ({"data__calibration": chat}, "chat template"),
-        ({"data__calibration": few, "budget__metric": "agreement", "budget__max_drop": 0.01}, "299"),
+        ({"data__calibration": few, "budget__metric": "agreement", "budget__max_drop": 0.01}, "349"),
         ({"budget__candidates": [9]}, "1..4"),
         ({"model__base": truncated}, "model.base"),
         ({"trainer__accelerator": "tpu"}, "trainer section"),

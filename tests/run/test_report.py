@@ -207,7 +207,7 @@ def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
     Outline(page)
     assert "No depth qualified: none that prunes at least 2 layers of 12" in page
     assert "nothing was exported" in page
-    assert "can certify no drop below 2.95%; give at least 299 verify rows of different prompts" in page
+    assert "can certify no drop below 2.95%; give at least 349 verify rows of different prompts" in page
     assert "pruned in prefill" not in page
     assert "tr.chosen" in page
     assert 'class="chosen"' not in page

@@ -1,0 +1,134 @@
+"""The metrics that a budget can be stated in: one object each, in one registry.
+
+To add one, write its :class:`BudgetMetric` here (or in a file of its own) and enter it into :data:`METRICS`. Recipe,
+bounds, callback, check and report ask these objects for everything that differs between metrics. Nothing heavy is
+imported, because the command line lists the names.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pop_lightning.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class BudgetMetric:
+    """What a row loses, and what is known about such losses before any of them is seen.
+
+    Attributes:
+        name: in recipes, artifacts and reports.
+        unit: of a loss, as it is read in a sentence.
+        what: what a loss is, for a caption.
+        axis: the label of a plot's axis.
+        loss: from a batch's row metrics (:func:`pop_lightning.evaluation.metrics.response_metrics`), each ``[batch]``,
+            to the loss ``[batch]`` that the budget bounds.
+        binary: a row's loss is 0 or 1.
+        rate: losses lie in [0, 1] and read as percentages; otherwise they are unbounded and are clipped for the bound.
+        cap: the largest loss; where losses are unbounded, they are clipped here, and a budget must be smaller. Such a
+            promise is one on clipped losses: a sample shows nothing about how large a loss can become that it has not
+            drawn. A small cap needs few prompts, a large one counts rare damage in full.
+    """
+
+    name: str
+    unit: str
+    what: str
+    axis: str
+    loss: Callable[[Mapping[str, Any]], Any]
+    binary: bool = False
+    rate: bool = True
+    cap: float = 1.0
+
+    def amount(self, value: float | None) -> str:
+        """A loss, drop or bound in the metric's unit: percent for rates, nats otherwise."""
+        if self.rate:
+            return percent(value)
+        return number(value) if value is None or not math.isfinite(value) else f"{number(value)} nats"
+
+
+def _agreement(metrics: Mapping[str, Any]) -> Any:
+    return (1 - metrics["agreement"]).clamp(0, 1)
+
+
+def _exact_match(metrics: Mapping[str, Any]) -> Any:
+    # The mean is at least the drop in exact match, because rows that pruning happens to repair are not credited.
+    return ((metrics["teacher_exact_match"] > 0.5) & (metrics["exact_match"] < 0.5)).float()
+
+
+def _nll_increase(metrics: Mapping[str, Any]) -> Any:
+    return metrics["nll_increase"]
+
+
+METRICS: dict[str, BudgetMetric] = {
+    metric.name: metric
+    for metric in (
+        BudgetMetric(
+            "agreement",
+            "agreement (fraction)",
+            "response tokens where the pruned model's most likely token differs from the full model's",
+            "loss (1 - agreement)",
+            _agreement,
+        ),
+        BudgetMetric(
+            "nll_increase",
+            "nats per response token",
+            "increase of the negative log-likelihood, in nats per response token",
+            "loss (nats per token)",
+            _nll_increase,
+            rate=False,
+        ),
+        BudgetMetric(
+            "exact_match",
+            "exact_match (fraction)",
+            "responses that the full model gets right and the pruned model wrong",
+            "loss (responses lost)",
+            _exact_match,
+            binary=True,
+        ),
+    )
+}
+
+
+def metric_named(name: "str | BudgetMetric", cap: float | None = None) -> BudgetMetric:
+    """The metric of a name.
+
+    Args:
+        name: in :data:`METRICS`; a metric itself is returned as it is.
+        cap: where losses are clipped (``budget.nll_cap``), if the metric's are unbounded.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(name, BudgetMetric):
+        return name
+    if name in METRICS and cap is not None and not METRICS[name].rate:
+        return replace(METRICS[name], cap=cap)
+    if name not in METRICS:
+        raise InputError(
+            f"unknown metric {name!r}", key="budget.metric", found=name, expected=f"one of {', '.join(METRICS)}"
+        )
+    return METRICS[name]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, a dash for a missing value; an exact zero stays a bare 0."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    return (
+        f"{value:.{digits - 1}e}" if abs(value) < 1e-4 else f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.2f}"
+    )
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percent with two decimals; a nonzero value never prints as zero, nor one below 1 as 100%."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    text = f"{100 * value:.2f}%"
+    if (text == "0.00%" and value) or (text == "100.00%" and value < 1):
+        return f"{100 * value:.3g}%" if abs(value) < 0.5 else ">99.99%"
+    return text
