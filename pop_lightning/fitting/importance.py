@@ -21,7 +21,7 @@ from pop_lightning.data.module import real_rows
 from pop_lightning.fitting.gates import gate_gradients, probed
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.pruning.module import DecoderModule, outside_inference, resting
-from pop_lightning.pruning.passes import teacher_trace
+from pop_lightning.pruning.passes import refuse_broken, teacher_trace
 
 _CHUNK = 2**24  # numbers of a residual that are made at a time
 _BITS = 32  # random bits, and so signs, of one drawn integer
@@ -67,7 +67,10 @@ class ImportanceScoring(DecoderModule):
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         # The square is taken per row, before any sum over rows or processes.
-        self.sums += self.gradients(batch).double().pow(2).sum(0)
+        gradients = self.gradients(batch)
+        finite = gradients.isfinite().flatten(1).all(1)
+        refuse_broken(finite, batch, "gate gradients", self.decoder.model.dtype)
+        self.sums += gradients.double().pow(2).sum(0)
         self.counted += real_rows(batch)
 
     def on_validation_epoch_end(self) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.layer_parts import of_tokens
@@ -26,6 +26,10 @@ def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False
     masks = masks or (decoder.vision.see_ahead and bool(batch.get("vision")))
     with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
         decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
+    last = trace.hidden[decoder.num_layers]
+    # The largest magnitude of a token: an overflow in any layer stays in the running sum, as inf or NaN.
+    finite = last.abs().amax(-1).isfinite() | ~batch["attention_mask"].bool()
+    refuse_broken(finite.all(1), batch, "hidden states", last.dtype)
     return trace
 
 
@@ -34,31 +38,34 @@ def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tens
     """:func:`teacher_trace`, and the logits at the loss positions ``[batch, response, vocabulary]``."""
     trace = teacher_trace(decoder, batch, first)
     logits = decoder.logits(_at_loss_positions(decoder, trace, batch["prompt_length"]))
-    refuse_broken(logits, batch)
+    real = batch["attention_mask"][:, batch["prompt_length"] :].bool()
+    finite = (logits.amax(-1).isfinite() | ~real).all(1)
+    refuse_broken(finite, batch, "logits", logits.dtype)
     return trace, logits
 
 
-def refuse_broken(logits: Tensor, batch: dict) -> None:
-    """Refuse rows on which the base itself computes no distribution: nothing could be compared with it.
+def refuse_broken(finite: Tensor, batch: dict, what: str, dtype: torch.dtype) -> None:
+    """Refuse rows on which the base itself computes NaN or inf: nothing can be compared with it or learned from it.
 
     Args:
-        logits: of the base at the loss positions, ``[batch, response, vocabulary]``.
+        finite: ``[batch]``, whether everything of a row is; padding rows count as finite.
+        what: was computed, for the sentence.
 
     Raises:
-        InputError: logits are NaN or infinite; the sentence names the first such row.
+        InputError: some row is not finite; the sentence names the first one by its origin.
     """
-    real = batch["attention_mask"][:, batch["prompt_length"] :].bool().to(logits.device)
-    broken = (real & ~logits.amax(-1).isfinite()).any(1)
-    if broken.any():
-        row = int(broken.nonzero()[0])
-        where = batch["origins"][row] if "origins" in batch else f"row {row + 1} of a batch"
-        raise InputError(
-            f"the base gives logits that are not finite on {where}",
-            key="model.dtype",
-            found=str(logits.dtype).removeprefix("torch."),
-            expected="finite logits on every row",
-            advice="float16 overflows where bfloat16 and float32 do not; leave the row out if these give none either",
-        )
+    if finite.is_meta or finite.all():  # a base without storage has shapes only
+        return
+    row = int((~finite).nonzero()[0])
+    where = batch["origins"][row] if "origins" in batch else f"row {row + 1} of a batch"
+    raise InputError(
+        f"the base's {what} on {where} are not finite (computed in {str(dtype).removeprefix('torch.')})",
+        advice=(
+            "float16 overflows where bfloat16 and float32 do not: change ",
+            Key("model.dtype"),
+            ", or leave the row out",
+        ),
+    )
 
 
 def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
