@@ -86,6 +86,21 @@ def read_examples(
     return examples
 
 
+def given_examples(rows: Iterable[object], columns: Mapping[str, str] | None = None) -> list[tuple[dict, str]]:
+    """What :func:`read_examples` returns, of rows in memory: dictionaries, such as those of a ``datasets.Dataset``."""
+
+    def shaped(row: object, where: str) -> dict:
+        if not isinstance(row, Mapping):
+            raise _bad_row(f"{where} is a {type(row).__name__}, not a dictionary", SHAPES)
+        return _shape(_renamed(dict(row), dict(columns or {}), where), where)
+
+    places = ((row, f"row {number}") for number, row in enumerate(rows, start=1))
+    examples = [(_attempt(partial(shaped, row, where)), where) for row, where in places]
+    if not examples:
+        raise InputError("holds no rows", key=_CALIBRATION, expected=SHAPES)
+    return examples
+
+
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.files import write_json
-from pop_lightning.data.examples import read_examples
+from pop_lightning.data.examples import given_examples, read_examples
 from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.data.rows import EMPTY_RESPONSE, Row, Tokeniser, hash63
+from pop_lightning.models.loading import load_tokenizer
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 _DUPLICATE = "duplicate"
@@ -258,9 +259,10 @@ class CalibrationData(lightning.LightningDataModule):
     """The calibration rows in four disjoint splits: ``fit``, ``tune``, ``search`` and ``verify``.
 
     Args:
-        calibration: what :func:`read_examples` reads, or several of these.
+        calibration: what :func:`read_examples` reads, or several of these; or the rows themselves: a list of
+            dictionaries, or a ``datasets.Dataset``.
         split, name, columns: as for :func:`read_examples`.
-        tokenizer: the base model's.
+        tokenizer: the base model's, or the base's hub id or folder.
         split: the split of a dataset that has several.
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
         max_response_tokens: longer responses are cut.
@@ -280,8 +282,8 @@ class CalibrationData(lightning.LightningDataModule):
 
     def __init__(
         self,
-        calibration: str | Path | Sequence[str | Path],
-        tokenizer: PreTrainedTokenizerBase,
+        calibration: str | Path | Sequence[str | Path] | Sequence[Mapping],
+        tokenizer: PreTrainedTokenizerBase | str,
         *,
         split: str | None = None,
         name: str | None = None,
@@ -298,6 +300,7 @@ class CalibrationData(lightning.LightningDataModule):
         allow_urls: bool = False,
     ):
         super().__init__()
+        tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         _check_counts(
             {
                 "data.max_prompt_tokens": max_prompt_tokens,
@@ -306,9 +309,11 @@ class CalibrationData(lightning.LightningDataModule):
                 "data.batch_size": batch_size,
             }
         )
-        sources = [calibration] if isinstance(calibration, (str, Path)) else calibration
-        self.sources = [str(source) for source in sources]
-        self.calibration, self.split, self.limit = ", ".join(self.sources), split, limit
+        sources = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
+        self._given = sources if any(isinstance(each, Mapping) for each in sources) else None
+        self.sources = [] if self._given else [str(source) for source in sources]
+        self.calibration = "rows in memory" if self._given else ", ".join(self.sources)
+        self.split, self.limit = split, limit
         self.name, self.columns = name, columns
         self.batch_size, self.seed = batch_size, seed
         self.fractions = _check_fractions(splits)
@@ -344,10 +349,11 @@ class CalibrationData(lightning.LightningDataModule):
             InputError: nothing usable.
         """
         number = count()
-        sources = [
-            [(next(number), each) for each in read_examples(source, self.split, name=self.name, columns=self.columns)]
-            for source in self.sources
-        ]
+        if self._given:
+            read = [given_examples(self._given, self.columns)]
+        else:
+            read = [read_examples(each, self.split, name=self.name, columns=self.columns) for each in self.sources]
+        sources = [[(next(number), each) for each in examples] for examples in read]
         if self.limit is not None:
             # A sample by content, not the head of the file, which is often sorted by topic or difficulty.
             for source in sources:

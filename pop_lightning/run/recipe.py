@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from pop_lightning.core.errors import InputError, Key, raise_all, show
+from pop_lightning.core.kinds import KINDS
 from pop_lightning.evaluation.losses import METRICS, BudgetMetric, metric_named
 from pop_lightning.run import trainer_arguments, yaml_text
 
@@ -127,7 +128,7 @@ class Lora:
 class Projection:
     """Where the pruned layers' keys and values come from, and how those maps are fitted."""
 
-    kind: Literal["reuse", "closed_form", "lora", "full"] = Field(
+    kind: Literal[*KINDS] = Field(
         "closed_form", description="reuse: nothing fitted; closed_form: regression; lora and full: trained"
     )
     ridge: Annotated[list[Positive], Field(min_length=1)] = Field(
