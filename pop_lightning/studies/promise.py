@@ -1,0 +1,154 @@
+"""Does the promise hold? The budget's whole path on simulated losses whose true means are known.
+
+Every draw is a run: losses on a search split decide which depths are verified (:func:`~.search.untrained`), losses on
+an independent verify split are tested in a fixed sequence (:func:`~.verdicts.fixed_sequence`). A run whose chosen depth
+truly loses more than the budget is a violation; at 95% confidence at most 5% of the runs may be one.
+
+    python -m pop_lightning.studies.promise [--quick] [--draws N] [--output FOLDER]
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pop_lightning.core.plan import Choice
+from pop_lightning.core.tables import text_table
+from pop_lightning.evaluation.bounds import smallest_certifiable
+from pop_lightning.evaluation.losses import METRICS, metric_named
+from pop_lightning.evaluation.metrics import Losses, prompt_means
+from pop_lightning.evaluation.search import Budget, Measured, untrained
+from pop_lightning.evaluation.verdicts import fixed_sequence
+
+PROMPTS = (24, 100, 400, 1000)
+TRUE = {5: 0.0, 4: 0.4, 3: 1.02, 2: 3.0}  # what each depth truly loses, as a share of the budget
+BUDGET = 2.5  # the budget, as a multiple of the smallest drop that the prompts can certify
+REPEATS = 4  # rows of one prompt where losses are duplicated or averaged
+
+
+def normal(rng: np.random.Generator, prompts: int, mean: float) -> np.ndarray:
+    """Narrow around the mean, and cut at the same distance on both sides, so that the mean is exact."""
+    room = min(mean, 1 - mean)
+    return mean + rng.normal(0, room / 4, prompts).clip(-room, room)
+
+
+def heavy_tailed(rng: np.random.Generator, prompts: int, mean: float) -> np.ndarray:
+    """Most lose next to nothing, some nearly everything: a beta distribution with a first parameter of 0.2."""
+    return rng.beta(0.2, 0.2 * (1 - mean) / mean, prompts) if mean else np.zeros(prompts)
+
+
+def rare_damage(rng: np.random.Generator, prompts: int, mean: float) -> np.ndarray:
+    """A prompt loses nothing, or all it can."""
+    return (rng.random(prompts) < mean).astype(float)
+
+
+LAWS: dict[str, tuple[Callable[..., np.ndarray], bool]] = {  # and whether every prompt has several equal rows
+    "normal": (normal, False),
+    "heavy-tailed": (heavy_tailed, False),
+    "rare damage": (rare_damage, False),
+    "duplicated": (rare_damage, True),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of many runs: how many chose a depth that loses more than the budget, and one that loses two fifths of it."""
+
+    metric: str
+    losses: str
+    prompts: int
+    max_drop: float
+    runs: int
+    violations: int
+    accepted: int
+
+    @property
+    def share(self) -> float:
+        return self.violations / self.runs
+
+
+def draw(rng: np.random.Generator, metric: str, law: str, prompts: int, mean: float) -> Losses:
+    """Losses of one variant; ``mean`` is the true one as a share of what a prompt can lose."""
+    make, duplicated = LAWS[law]
+    kind, values = metric_named(metric), make(rng, prompts, min(mean, 1.0))
+    rows = prompts
+    if kind.binary and law in ("normal", "heavy-tailed"):  # several rows of a prompt, each lost or not
+        values, rows = rng.binomial(REPEATS, values.clip(0, 1)) / REPEATS, prompts * REPEATS
+    if duplicated:
+        repeated = torch.tensor(np.repeat(values, REPEATS)), torch.arange(prompts).repeat_interleave(REPEATS)
+        values, rows = prompt_means(*repeated).numpy(), prompts * REPEATS
+    return Losses((kind.cap * values).tolist(), rows)
+
+
+def simulate(
+    metric: str, law: str, prompts: int, runs: int, *, confidence: float = 0.95, claimed: float = 0.95, seed: int = 0
+) -> Outcome:
+    """Run the budget's path ``runs`` times.
+
+    Args:
+        confidence: of the bounds; ``claimed`` sets the size of the budget, so that a test can see bounds fail.
+    """
+    rng, kind = np.random.default_rng([seed, prompts, *law.encode(), *metric.encode()]), metric_named(metric)
+    max_drop = min(0.3 * kind.cap, BUDGET * smallest_certifiable(prompts, kind, claimed, averaged=True))
+    budget = Budget(max_drop, kind.unit, lambda line: None)
+    truth = {depth: share * max_drop for depth, share in TRUE.items()}
+    violations = accepted = 0
+    for _ in range(runs):
+        search, verify = (
+            {depth: draw(rng, metric, law, prompts, mean / kind.cap) for depth, mean in truth.items()} for _ in "12"
+        )
+        measured = [
+            Measured(Choice(depth, "reuse"), losses.mean, losses.bound(kind, confidence, prompts), losses.mean)
+            for depth, losses in search.items()
+        ]
+        sequence = [choice.depth for choice in untrained(measured, budget)]
+        passed = [v.depth for v in fixed_sequence(sequence, verify, metric, max_drop, confidence) if v.passed]
+        violations += bool(passed) and truth[passed[-1]] > max_drop
+        accepted += bool(passed) and passed[-1] <= 4
+    return Outcome(metric, law, prompts, max_drop, runs, violations, accepted)
+
+
+def table(outcomes: list[Outcome]) -> list[list[str]]:
+    return [
+        [
+            each.metric,
+            each.losses,
+            f"{each.prompts}",
+            metric_named(each.metric).amount(each.max_drop),
+            f"{100 * each.share:.1f}%",
+            f"{100 * each.accepted / each.runs:.0f}%",
+        ]
+        for each in outcomes
+    ]
+
+
+COLUMNS = ["metric", "losses", "prompts", "budget", "violations", "depth at 0.4 budgets kept"]
+
+
+def markdown(outcomes: list[Outcome]) -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *table(outcomes)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Simulate how often the budget's promise is broken.")
+    parser.add_argument("--quick", action="store_true", help="24 and 100 prompts, 40 runs each")
+    parser.add_argument("--draws", type=int, default=200, help="runs of each row of the table")
+    parser.add_argument("--output", type=Path, help="folder for promise.json and promise.md")
+    args = parser.parse_args(argv)
+    sizes, runs = (PROMPTS[:2], 40) if args.quick else (PROMPTS, args.draws)
+    outcomes = [simulate(metric, law, n, runs) for metric in METRICS for law in LAWS for n in sizes]
+    print(text_table(COLUMNS, table(outcomes)))
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "promise.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+        (args.output / "promise.md").write_text(markdown(outcomes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
