@@ -33,7 +33,7 @@ def test_the_study_measures_every_kind_at_every_depth_and_saves_what_it_prints(i
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "study.json").read_text())
     kinds = {"reuse", "closed form", "LoRA, rank 2", "full"}
-    fitted = {f"closed form: {objective}" for objective in ("plain", "token", "attention", "refit")}
+    fitted = {f"closed form: {objective}" for objective in ("plain", "attention", "refit")}
     found = {depth: {row["projection"] for row in result["table"] if row["depth"] == depth} for depth in (1, 3)}
     assert found == {1: kinds | fitted, 3: kinds}  # depth L-1: nothing to fit
     assert set(result["learning_rates"]) == {"LoRA, rank 2", "full"}
