@@ -184,7 +184,8 @@ class AccuracyBudget(lightning.Callback):
             outcome = {True: ": passed", False: ": failed, stop", None: ""}[verdict.passed]
             self._say(
                 f"verify: depth {verdict.depth} loses {self._budget.amount(verdict.value)}, at most "
-                f"{verdict.bound:.4f} at {100 * self.confidence:g}% confidence on {verdict.prompts} prompts{outcome}"
+                f"{verdict.bound:.4f} at {100 * self.confidence:g}% confidence on {verdict.prompts} prompts"
+                f"{self.metric.clipping(verdict.cap, verdict.clipped)}{outcome}"
             )
         if self.depth is None:
             self._say(f"verify: no depth keeps the budget of {self.max_drop:g}: nothing is exported")

@@ -40,6 +40,12 @@ class BudgetMetric:
     rate: bool = True
     cap: float = 1.0
 
+    def clipping(self, cap: float | None, clipped: float | None) -> str:
+        """What a bound of clipped losses leaves out, as the end of a sentence; empty for rates, which are not clipped."""
+        if self.rate or cap is None:
+            return ""
+        return f", where the loss of a prompt counts as {cap:g} nats at most ({percent(clipped or 0.0)} lost more)"
+
     def amount(self, value: float | None) -> str:
         """A loss, drop or bound in the metric's unit: percent for rates, nats otherwise."""
         if self.rate:

@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.evaluation.losses import METRICS
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _COLUMNS = ("depth", "projection", "kl", "agreement", "nll_increase", "exact_match")
@@ -47,6 +48,7 @@ def model_card(
         curve=curve,
         columns=[key for key in _COLUMNS if any(key in row for row in curve)],
         figure=_figure,
+        clipping=_clipping(verified),
     )
     return str(card)
 
@@ -64,6 +66,11 @@ def _result(verified: dict[str, Any], sources: list[str], split: str | None) -> 
         metric_value=verified.get("value"),
         metric_args={key: value for key, value in verified.items() if key not in _PROMISE[:2] and value is not None},
     )
+
+
+def _clipping(verified: dict[str, Any] | None) -> str:
+    known = METRICS.get((verified or {}).get("metric"))
+    return "" if known is None else known.clipping(verified.get("cap"), verified.get("clipped"))
 
 
 def _is_hub_id(name: str) -> bool:

@@ -148,7 +148,7 @@ def headline(metrics: dict[str, Any]) -> str:
     return (
         f"{start}{'; ' if wanted else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
-        f"({draws(verified)}{condition})."
+        f"({draws(verified)}{condition}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
     )
 
 

@@ -313,6 +313,16 @@ def test_terminal_table_holds_curve_comparison_and_choice(metrics):
     assert print_table(nothing_qualified(metrics)).splitlines()[-1].startswith("No depth qualified")
 
 
+def test_a_bound_of_clipped_losses_says_so(metrics, tmp_path):
+    metrics["budget"]["metric"] = "nll_increase"
+    metrics["verified"] |= {"metric": "nll_increase", "cap": 1.0, "clipped": 0.02}
+    clipped = "where the loss of a prompt counts as 1 nats at most (2.00% lost more)"
+    assert clipped in headline(metrics)
+    assert clipped in written(metrics, tmp_path)
+    metrics["verified"]["metric"] = "agreement"
+    assert "at most (" not in headline(metrics)
+
+
 def test_numbers_neither_hide_a_small_loss_nor_invent_one():
     assert [percent(value) for value in (0, 1, 0.5, 1e-6, 0.999999, None, math.inf)] == [
         "0.00%", "100.00%", "50.00%", "0.0001%", ">99.99%", "–", "∞",
