@@ -41,7 +41,7 @@ class BudgetMetric:
     cap: float = 1.0
 
     def clipping(self, cap: float | None, clipped: float | None) -> str:
-        """What a bound of clipped losses leaves out, as the end of a sentence; empty for rates, which are not clipped."""
+        """What a bound of clipped losses leaves out, as the end of a sentence; empty for rates."""
         if self.rate or cap is None:
             return ""
         return f", where the loss of a prompt counts as {cap:g} nats at most ({percent(clipped or 0.0)} lost more)"
