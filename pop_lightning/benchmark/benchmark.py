@@ -1,7 +1,7 @@
 """What pruning buys in milliseconds: plain and pruned prefill side by side, and how far both are from the bounds.
 
 ``pop-generate bench`` calls :func:`load` and :func:`run`; the pipeline calls :func:`measure_ttft`. Every ratio
-comes from passes that alternate in one run after warm-up, on a synchronised device. Two bounds stand beside it: the
+comes from passes that alternate in one run after warm-up, on a synchronized device. Two bounds stand beside it: the
 *counted* one divides operations (``flops.py``), the *measured* one times what cannot be avoided (``bound.py``).
 ``benchmark_report.py`` shows the result to a person.
 """
@@ -341,13 +341,13 @@ def _alternate(
 def _lap(steps: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, list[float]]:
     """Wall time of all steps, and of each; on a GPU a step's share is read from events, with no wait between steps."""
     kept = []  # results live until the clock has stopped: a prefill's cache and logits are what it is run for
-    synchronise(device)
+    synchronize(device)
     marks = [_mark(device)]
     start = time.perf_counter()
     for step in steps:
         kept.append(step())
         marks.append(_mark(device))
-    synchronise(device)
+    synchronize(device)
     total = 1000 * (time.perf_counter() - start)
     return total, [_between(before, after) for before, after in pairwise(marks)]
 
@@ -364,7 +364,7 @@ def _between(before, after) -> float:
     return 1000 * (after - before) if isinstance(before, float) else before.elapsed_time(after)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -103,9 +103,9 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """Speedup against prompt length, both bounds beside it; one panel per batch size, one colour per depth.
+    """Speedup against prompt length, both bounds beside it; one panel per batch size, one color per depth.
 
-    With one length and several depths the axis is the number of pruned layers, and a colour is a batch size.
+    With one length and several depths the axis is the number of pruned layers, and a color is a batch size.
     """
     points = result["points"]
     by_depth = len({p["prompt_tokens"] for p in points}) == 1 and len({p["depth"] for p in points}) > 1

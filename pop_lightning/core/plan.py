@@ -40,7 +40,7 @@ class PruningPlan:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash that caches carry, so that a cache made under another plan is recognised."""
+        """A short hash that caches carry, so that a cache made under another plan is recognized."""
         return hashlib.sha256(f"pop depth={self.depth} boundary={self.boundary}".encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """From files, folders and data sets to examples: plain dictionaries of the known shapes, each with its origin.
 
-First in the flow of the data: ``rows.py`` tokenises what is read here. Images and videos are kept apart from the text,
+First in the flow of the data: ``rows.py`` tokenizes what is read here. Images and videos are kept apart from the text,
 unread.
 """
 

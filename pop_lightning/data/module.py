@@ -25,7 +25,7 @@ from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.files import write_json
 from pop_lightning.data.examples import given_examples, read_examples
 from pop_lightning.data.processor import VisionProcessor
-from pop_lightning.data.rows import EMPTY_RESPONSE, Row, Tokeniser, hash63
+from pop_lightning.data.rows import EMPTY_RESPONSE, Row, RowTokenizer, hash63
 from pop_lightning.models.loading import load_tokenizer
 
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
@@ -324,7 +324,7 @@ class CalibrationData(lightning.LightningDataModule):
         self.report: DataReport | None = None
         self.vision = vision
         self.ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
-        self._tokenise = Tokeniser(
+        self._tokenize = RowTokenizer(
             tokenizer,
             max_prompt_tokens,
             max_response_tokens,
@@ -336,7 +336,7 @@ class CalibrationData(lightning.LightningDataModule):
         self._splits: dict[str, list[Row]] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and split, once: Lightning calls this for every stage."""
+        """Read, tokenize and split, once: Lightning calls this for every stage."""
         if not self._splits:
             self._splits = split_rows(self.read_rows(), self.fractions, self.seed)
 
@@ -373,7 +373,7 @@ class CalibrationData(lightning.LightningDataModule):
             try:
                 if "error" in example:
                     raise example["error"]
-                row, reason, cut = self._tokenise(example, origin)
+                row, reason, cut = self._tokenize(example, origin)
             except InputError as error:
                 problem = problem or error
                 row, reason, cut, origin = None, _BROKEN, False, str(error).rstrip(".")
@@ -397,7 +397,7 @@ class CalibrationData(lightning.LightningDataModule):
                 f"{self.calibration!r} has no usable row: {self.report._unusable()}",
                 key="data.calibration",
                 advice=(
-                    *("change the rows, ", Key("data.max_prompt_tokens"), f" ({self._tokenise.max_prompt}) or "),
+                    *("change the rows, ", Key("data.max_prompt_tokens"), f" ({self._tokenize.max_prompt}) or "),
                     *(Key("data.max_response_tokens"), f" ({self.max_response_tokens})"),
                 ),
             )
@@ -408,7 +408,7 @@ class CalibrationData(lightning.LightningDataModule):
         read = {key: value for key, value in example.items() if key != "ignored"}
         written = json.dumps(read, sort_keys=True, default=lambda unwritten: None)
         key = hash63(self.seed, written)
-        return (key, _ByMedia(partial(self._tokenise.media, example, origin)))
+        return (key, _ByMedia(partial(self._tokenize.media, example, origin)))
 
     def rows(self) -> Iterator[Row]:
         """The rows of all splits."""

@@ -28,7 +28,7 @@ _SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised row; ``response_ids`` is None until the full model has generated it.
+    """One tokenized row; ``response_ids`` is None until the full model has generated it.
 
     ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` and ``videos`` the ids of
     the prompt hold a token for every feature; they are opened when a batch wants their tensors.
@@ -71,7 +71,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tokeniser:
+class RowTokenizer:
     """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
 
     ``vision`` is None where the model reads text alone.

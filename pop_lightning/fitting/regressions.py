@@ -199,7 +199,7 @@ class ClosedFormFit(_Regressions):
         seen = _Full(self.decoder, batch, context, end, min(self.depths))
         real = seen.mask[:, :context].bool()
         fitted = [depth for depth in self.depths if depth + 1 in layers]
-        normed = {depth: _with_one(self.decoder.normalise(seen.hidden(depth)[:, :context])) for depth in fitted}
+        normed = {depth: _with_one(self.decoder.normalize(seen.hidden(depth)[:, :context])) for depth in fitted}
         inputs = {depth: n[real] for depth, n in normed.items()}
         for layer in layers:
             kv = seen.kv(layer)
@@ -280,7 +280,7 @@ class ValueRefit(_Regressions):
             with decoder.tracing(range(depth, decoder.num_layers)) as pruned:
                 student_logits(start, PruningPlan(depth, self.boundary), seen.trace, seen.mask, batch["prompt_length"])
             hidden = seen.hidden(depth)[:, :context]
-            n = decoder.normalise(hidden)
+            n = decoder.normalize(hidden)
             for layer in start.fitted_layers:
                 if layer not in pruned.hidden:
                     continue  # boundary 0 and responses of one token: nothing runs above the depth
@@ -416,7 +416,7 @@ class _Asked:
     def key_weights(self, kv: Tensor) -> Tensor:
         """sum_q a_qt^2 |v_t - o_q|^2 over the layer's queries, ``[batch, context]``.
 
-        Where the family normalises keys an error counts relative to its key's length.
+        Where the family normalizes keys an error counts relative to its key's length.
         """
         values, squared = self.values[:, :, : self.context], self.of_context.square()
         output = self.read()
@@ -548,7 +548,7 @@ def _plain_tensors(projections: KVProjections) -> KVProjections:
     missing: Iterable[int] = (layer for layer in projections.fitted_layers if str(layer) not in projections.maps)
     if (layer := next(iter(missing), None)) is not None:
         raise InputError(
-            f"the weights of layer {layer} are no plain tensors (quantised or offloaded), and closed form starts from "
-            "them; load the base unquantised (model.dtype, model.device_map) or set projection.kind to reuse."
+            f"the weights of layer {layer} are no plain tensors (quantized or offloaded), and closed form starts from "
+            "them; load the base unquantized (model.dtype, model.device_map) or set projection.kind to reuse."
         )
     return projections

@@ -208,7 +208,7 @@ class KVProjectionTraining(DecoderModule):
         context = max(0, prompt - self.plan.boundary)
         real = mask[:, :context].bool()
         hidden = trace.hidden[self.plan.depth][:, :context]
-        normed = self.decoder.normalise(hidden)
+        normed = self.decoder.normalize(hidden)
         errors = []
         for layer in self.projections.fitted_layers:
             with torch.no_grad():

@@ -81,7 +81,7 @@ def find_adapter(model: nn.Module) -> str | None:
 def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) -> None:
     """Refuse a base that an artifact was not made for.
 
-    Weights that hold no plain numbers (quantised, offloaded) cannot be compared; all others are.
+    Weights that hold no plain numbers (quantized, offloaded) cannot be compared; all others are.
 
     Args:
         base: its :func:`base_identity`, as the artifact holds it.
@@ -114,7 +114,7 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
         return
     names = {name for name, _ in _tensors(model)}
     missing = [name for name in samples if name not in names]
-    # A quantisation may store a weight under other names (packed values, scales).
+    # A quantization may store a weight under other names (packed values, scales).
     if missing and getattr(model.config, "quantization_config", None) is None:
         raise InputError(f"{intro}names its weights otherwise: {missing[0]} was expected{advice}")
     mine = _fingerprint(model, samples)["samples"]
@@ -179,7 +179,7 @@ def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether the elements are plain numbers at hand; a quantised weight can claim a dtype that it only computes in."""
+    """Whether the elements are plain numbers at hand; a quantized weight can claim a dtype that it only computes in."""
     return (
         len(distributed.whole_shape(tensor)) >= 1
         and (tensor.numel() > 0 or distributed.is_sharded(tensor))

@@ -83,7 +83,7 @@ def _parts(decoder: Decoder, layers: range) -> list[nn.Module]:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    """Whether these are plain numbers at hand: not quantised, in shards, or waiting to be loaded."""
+    """Whether these are plain numbers at hand: not quantized, in shards, or waiting to be loaded."""
     plain = type(weight) is nn.Parameter and weight.dtype in _PLAIN and weight.dim() in (1, 2)
     return plain and weight.numel() > 0 and not weight.is_meta
 

@@ -4,7 +4,7 @@ The last part of the flow: it holds a base, a plan and projections, and lets Tra
 stand on the pruned layers until the prompt has been read (``prefill.py``); decode steps meet none. Works: sampling,
 beams, several return sequences, logits processors, guidance, stopping criteria, streamers, assisted and prompt-lookup
 decoding, chunked prefill, prefixes, second turns, ``inputs_embeds``, images and videos; dynamic, static, sliding and
-quantised caches; compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantised bases; sdpa,
+quantized caches; compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantized bases; sdpa,
 eager, flash and flex attention; several threads at once. Where pruning shows:
 
 - ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,

@@ -34,7 +34,7 @@ from pop_lightning.models.vision_tokens import VisionTokens
 
 @dataclass(frozen=True)
 class AffineMap:
-    """``y = weight @ n + bias`` on the normalised hidden state n(h); weight ``[2 kv_dim, hidden]``, float32."""
+    """``y = weight @ n + bias`` on the normalized hidden state n(h); weight ``[2 kv_dim, hidden]``, float32."""
 
     weight: Tensor
     bias: Tensor | None
@@ -62,7 +62,7 @@ class Decoder:
     Of a model that reads images as well it is the text decoder; ``vision`` has what images change about a pass.
 
     Args:
-        model: a Transformers model with a language modelling head.
+        model: a Transformers model with a language modeling head.
 
     Raises:
         InputError: the model is not a decoder of the supported shape, or no depth could prune it; the sentence names
@@ -84,7 +84,7 @@ class Decoder:
         self.layers: nn.ModuleList = self.body.layers
         self.head: nn.Module = model.get_output_embeddings()
         if self.head is None:
-            raise InputError(f"{self.name} has no language modelling head; load it with AutoModelForCausalLM.")
+            raise InputError(f"{self.name} has no language modeling head; load it with AutoModelForCausalLM.")
         self.num_layers = len(self.layers)
         # The cache that Transformers itself would build knows which layer slides, and how far.
         windows = [getattr(layer, "sliding_window", None) for layer in self.new_cache().layers]
@@ -166,7 +166,7 @@ class Decoder:
         linear = self.parts[layer].keys.linear
         anchor = self.parts[layer].norm.module or linear
         device = getattr(getattr(anchor, "_hf_hook", None), "execution_device", None)
-        dtype = linear.weight.dtype if _is_plain(linear) else self.model.dtype  # a quantised weight has another one
+        dtype = linear.weight.dtype if _is_plain(linear) else self.model.dtype  # a quantized weight has another one
         return torch.device(anchor.weight.device if device is None else device), dtype
 
     @property
@@ -199,8 +199,8 @@ class Decoder:
             )
         return found
 
-    def normalise(self, hidden: Tensor) -> Tensor:
-        """The unweighted normalised hidden state n(h), ``[..., hidden]``: all layers normalise alike but for weights.
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """The unweighted normalized hidden state n(h), ``[..., hidden]``: all layers normalize alike but for weights.
 
         Post-norm families project h itself, so that n(h) is h there.
         """
@@ -210,7 +210,7 @@ class Decoder:
     def reuse_map(self, layer: int) -> AffineMap | None:
         """The layer's own keys and values as one map of n(h): W diag(w_LN).
 
-        None where the weights cannot be read as numbers (quantised, offloaded).
+        None where the weights cannot be read as numbers (quantized, offloaded).
         """
         parts = self.parts[layer]
         rows = (parts.keys, parts.values)
@@ -344,7 +344,7 @@ class Decoder:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantised, not offloaded.
+    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantized, not offloaded.
 
     An offloaded weight waits on the meta device for its hook; without one, the whole model is a shape (``dry_run.py``).
     """

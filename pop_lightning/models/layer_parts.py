@@ -63,13 +63,13 @@ class InputNorm:
     Attributes:
         module: the norm, or None where a layer projects h itself (post-norm families: OLMo 2, EXAONE 4); n(h) is h.
         eps: what is added to the mean square.
-        centred: whether n(h) has its mean subtracted (LayerNorm).
+        centered: whether n(h) has its mean subtracted (LayerNorm).
         offset: the scale minus the stored weight: 1 in families that store the scale's distance from 1 (Gemma).
     """
 
     module: nn.Module | None = None
     eps: float = 0.0
-    centred: bool = False
+    centered: bool = False
     offset: float = 0.0
 
     @classmethod
@@ -87,7 +87,7 @@ class InputNorm:
             scale = forward(plain, torch.tensor([1.0, -1.0, 1.0, -1.0]))[0].item()
             mean = forward(plain, torch.ones(4)).mean().item()
         eps = getattr(module, "variance_epsilon", None) or module.eps
-        return cls(module, eps, centred=abs(mean) < 0.5, offset=float(round(scale - 1.0)))
+        return cls(module, eps, centered=abs(mean) < 0.5, offset=float(round(scale - 1.0)))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The input of the linear maps, through the layer's own norm."""
@@ -98,7 +98,7 @@ class InputNorm:
         if self.module is None:
             return hidden
         x = hidden.float()
-        if self.centred:
+        if self.centered:
             x = x - x.mean(-1, keepdim=True)
         return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
 
@@ -120,8 +120,8 @@ class LayerParts:
         norm: what is applied to the layer's input first.
         queries, keys, values: rows of the linear maps that follow it; keys and values may be the same rows.
         head_dim: width of one head.
-        q_norm, k_norm, v_norm: what normalises each head, or None.
-        norms_join_heads: whether q_norm and k_norm normalise all heads together, as one vector (OLMo 2).
+        q_norm, k_norm, v_norm: what normalizes each head, or None.
+        norms_join_heads: whether q_norm and k_norm normalize all heads together, as one vector (OLMo 2).
         rotate: RoPE, ``([batch, heads, tokens, head_dim], Tables)`` to the same shape, or None (NoPE).
         norms_after_rotation: whether q_norm and k_norm follow RoPE.
         window: how many tokens back a token sees, itself included, or None for all.
@@ -158,9 +158,9 @@ class LayerParts:
         return self.queries.count // self.head_dim
 
     def place(self, x: Tensor, norm: nn.Module | None, tables: Tables | None) -> Tensor:
-        """Queries or keys ``[batch, heads, tokens, head_dim]`` normalised and rotated, in the family's order."""
+        """Queries or keys ``[batch, heads, tokens, head_dim]`` normalized and rotated, in the family's order."""
         if norm is not None and not self.norms_after_rotation:
-            x = self._normalise(x, norm)
+            x = self._normalize(x, norm)
         if self.rotate is not None and tables is not None:
             x = self.rotate(x, tables)
         return norm(x) if norm is not None and self.norms_after_rotation else x
@@ -170,14 +170,14 @@ class LayerParts:
         squares = keys.square().mean(-1, keepdim=True)
         return squares.mean(-2, keepdim=True).expand_as(squares) if self.norms_join_heads else squares
 
-    def _normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+    def _normalize(self, x: Tensor, norm: nn.Module) -> Tensor:
         if not self.norms_join_heads:
             return norm(x)
         return norm(x.transpose(1, 2).flatten(2)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> LayerParts | str:
-    """Read one decoder layer, or say why its keys and values are not a linear map of its normalised input.
+    """Read one decoder layer, or say why its keys and values are not a linear map of its normalized input.
 
     This is where a family is added: a part that has another name or another place is found here and put into the
     field of :class:`LayerParts` that says what it does.
@@ -335,6 +335,6 @@ def _rotate_halves(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
-    """RoPE on neighbouring features as complex numbers, in float32; ``turns`` complex, ``[batch, tokens, dim / 2]``."""
+    """RoPE on neighboring features as complex numbers, in float32; ``turns`` complex, ``[batch, tokens, dim / 2]``."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).type_as(x)

@@ -63,7 +63,7 @@ def _compare_with_plain(decoder: Decoder, ids: Tensor) -> None:
         else:
             weight = reuse.weight.to(hidden.dtype)
             bias = None if reuse.bias is None else reuse.bias.to(hidden.dtype)
-            kv = torch.nn.functional.linear(decoder.normalise(hidden), weight, bias)
+            kv = torch.nn.functional.linear(decoder.normalize(hidden), weight, bias)
         keys, values = decoder.to_cache(layer, kv, trace.kwargs[layer].get("position_embeddings"))
         held = cache.layers[layer].keys.shape[-2]
         for name, ours, theirs in (

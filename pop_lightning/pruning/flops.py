@@ -20,7 +20,7 @@ class PrefillFlops:
         attention: scores and weighted values, over the pairs that causality and the layer's window leave. (PyTorch's
             own counter counts every pair of the dense product.)
         projections: the context's keys and values of the pruned layers.
-        head: the language modelling head on the last token.
+        head: the language modeling head on the last token.
     """
 
     linear: int

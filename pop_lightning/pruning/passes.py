@@ -118,7 +118,7 @@ def student_hidden(
     context = max(0, prompt_length - plan.boundary)
     source = trace.hidden[depth][:, :tokens]
     hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
-    normed = decoder.normalise(source[:, :context])
+    normed = decoder.normalize(source[:, :context])
 
     def run(layer: int, hidden: Tensor) -> Tensor:
         # A cache of its own, so that a layer can be run twice.

@@ -40,7 +40,7 @@ class ContextProjector:
         self.place = {layer: (stack, i) for stack in stacks for i, layer in enumerate(stack.layers)}
         self.length = hidden.shape[1]
         self.at_once = self._share(stacks)
-        self.normed = self.decoder.normalise(hidden) if stacks else None
+        self.normed = self.decoder.normalize(hidden) if stacks else None
         # Whoever is in a stack needs n(h) alone; h itself is kept for the others.
         others = set(range(projections.depth, self.decoder.num_layers)) - set(self.place)
         self.hidden = hidden if others else None

@@ -94,7 +94,7 @@ class KVProjections(nn.Module):
         """
         if str(layer) not in self.maps:
             return self.decoder.own_kv(layer, hidden)
-        normed = self.decoder.normalise(hidden) if normed is None else normed
+        normed = self.decoder.normalize(hidden) if normed is None else normed
         linear = self.maps[str(layer)]
         return linear(normed.to(linear.weight.dtype)).to(normed.dtype)
 

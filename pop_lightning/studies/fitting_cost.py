@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pop_lightning.benchmark.benchmark import synchronise
+from pop_lightning.benchmark.benchmark import synchronize
 from pop_lightning.core.memory import peak_bytes
 from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.training import KVProjectionTraining
@@ -154,10 +154,10 @@ def _plain_loss(decoder: Decoder, batch: dict) -> Tensor:
 
 def _seconds(once: Callable[[], None], device: torch.device) -> float:
     gc.collect()
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     once()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -18,7 +18,7 @@ from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError
 from pop_lightning.data.examples import read_examples
 from pop_lightning.data.module import SPLITS, CalibrationData, collate, split_rows
-from pop_lightning.data.rows import MIN_TEXT_TOKENS, Row, Tokeniser
+from pop_lightning.data.rows import MIN_TEXT_TOKENS, Row, RowTokenizer
 
 WORDS = [f"w{number}" for number in range(200)]
 SPECIAL = ["<unk>", "<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
@@ -142,8 +142,8 @@ def test_long_text_is_cut_to_what_prompt_and_response_may_hold(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(7, 199), prompt=st.integers(1, 60), response=st.integers(1, 60), context=st.integers(8, 90))
 def test_text_of_any_length_keeps_every_limit(length, prompt, response, context):
-    tokenise = Tokeniser(make_tokenizer(), prompt, response, context)
-    row, reason, truncated = tokenise({"text": words(*range(length))}, "here")
+    tokenize = RowTokenizer(make_tokenizer(), prompt, response, context)
+    row, reason, truncated = tokenize({"text": words(*range(length))}, "here")
     if prompt + response < MIN_TEXT_TOKENS:
         assert row is None
         assert "text shorter" in reason

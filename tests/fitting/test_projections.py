@@ -74,7 +74,7 @@ def test_closed_form_predicts_as_a_float64_least_squares_solution(family):
     for batch in batches:
         trace, _ = teacher_pass(decoder, batch, 0)
         real = batch["attention_mask"][:, : batch["prompt_length"] - 1].bool()
-        inputs.append(decoder.normalise(trace.hidden[depth][:, : real.shape[1]][real]).double())
+        inputs.append(decoder.normalize(trace.hidden[depth][:, : real.shape[1]][real]).double())
         for layer in targets:
             targets[layer].append(decoder.own_kv(layer, trace.hidden[layer][:, : real.shape[1]][real]).double())
     n = torch.cat(inputs)
@@ -194,7 +194,7 @@ def test_attention_weighted_fits_equal_a_loop_over_rows_queries_and_heads(family
     for batch in batches:
         for row in range(len(batch["input_ids"])):
             trace, attention, context, queries = one_row_at_a_time(decoder, batch, row)
-            n = with_one(decoder.normalise(trace.hidden[depth][0, :context]))
+            n = with_one(decoder.normalize(trace.hidden[depth][0, :context]))
             kv = decoder.own_kv(layer, trace.hidden[layer])[0].double()
             keys, values = kv[:, :kv_dim].unflatten(1, (kv_heads, -1)), kv[:, kv_dim:].unflatten(1, (kv_heads, -1))
             lengths = torch.ones(len(kv), kv_heads, dtype=torch.float64)
@@ -259,7 +259,7 @@ def test_second_pass_fits_values_to_what_the_pruned_models_own_queries_ask(famil
             cache.layers[above].keys, cache.layers[above].values = keys, values
         pruned = model(input_ids=ids[:, context:-1], past_key_values=cache, output_attentions=True).attentions
         own = cache.layers[layer].values[0].transpose(0, 1).flatten(1).double()
-        n = with_one(decoder.normalise(hidden[0]))
+        n = with_one(decoder.normalize(hidden[0]))
         for head in range(COMMON["num_attention_heads"]):
             group = head // share
             for position, query in enumerate(queries):
@@ -285,7 +285,7 @@ def test_closed_form_does_not_depend_on_how_rows_are_batched(family):
     fits = [ClosedFormFit(Decoder(model), [1, 2], queries=2) for _ in range(2)]
     for fit, batches in zip(fits, (together, apart), strict=True):
         trainer().validate(fit, loader(batches), verbose=False)
-    n = Decoder(model).normalise(torch.randn(50, COMMON["hidden_size"]))
+    n = Decoder(model).normalize(torch.randn(50, COMMON["hidden_size"]))
     for objective in OBJECTIVES:
         first, second = (fit.solve(1, 0.1, objective) for fit in fits)
         for layer in first.fitted_layers:
@@ -305,7 +305,7 @@ def test_a_bfloat16_base_is_fitted_like_its_float32_copy(objective):
         trainer().validate(fit, loader(batches), verbose=False)
         solved.append(fit.solve(1, 0.1, objective))
     assert solved[0].maps["3"].weight.dtype == torch.bfloat16
-    n = Decoder(copy).normalise(torch.randn(50, COMMON["hidden_size"]))
+    n = Decoder(copy).normalize(torch.randn(50, COMMON["hidden_size"]))
     for layer in (2, 3):
         ours, reference = (each(layer, None, n) for each in solved)
         assert ((ours - reference).norm() / reference.norm()).item() < 0.03
@@ -659,7 +659,7 @@ def test_adapters_reload_onto_the_projections_they_started_from(start_kind, dtyp
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {name: config[name] for name in arguments} == arguments
     again = PeftModel.from_pretrained(start, str(tmp_path)).eval()
-    n = Decoder(model).normalise(torch.randn(40, COMMON["hidden_size"], dtype=dtype))
+    n = Decoder(model).normalize(torch.randn(40, COMMON["hidden_size"], dtype=dtype))
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     moved = 0.0
     for layer in range(1, LAYERS):

@@ -228,7 +228,7 @@ def test_a_base_that_lacks_a_sampled_weight_is_refused(folder):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_the_base_quantised_is_accepted_and_another_one_is_not(tmp_path, weights):
+def test_the_base_quantized_is_accepted_and_another_one_is_not(tmp_path, weights):
     for seed in (0, 1):
         model(seed).save_pretrained(tmp_path / f"{seed}")
     artifact = read_artifact(write(tmp_path / "artifact"))

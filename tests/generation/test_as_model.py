@@ -140,15 +140,15 @@ def test_a_home_folder_is_expanded(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_an_artifact_runs_on_its_base_quantised(folder, tmp_path, weights):
+def test_an_artifact_runs_on_its_base_quantized(folder, tmp_path, weights):
     from transformers import QuantoConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     StageAwareGenerator(model, PruningPlan(1), fitted(model)).save_pretrained(tmp_path / "artifact")
-    quantised = StageAwareGenerator.from_artifact(
+    quantized = StageAwareGenerator.from_artifact(
         tmp_path / "artifact", quantization_config=QuantoConfig(weights=weights), device_map="cpu"
     )
-    assert quantised.generate(IDS, **GREEDY).shape == (1, 38)
+    assert quantized.generate(IDS, **GREEDY).shape == (1, 38)
 
 
 # --- a base that changes --------------------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_an_offloaded_cache_is_refused():
 
 
 class RoundedLayer(DynamicLayer):
-    """A cache layer that stores less than it is given, as quantised ones do: only what it holds is rounded."""
+    """A cache layer that stores less than it is given, as quantized ones do: only what it holds is rounded."""
 
     def update(self, keys, values, *args, **kwargs):
         old = (self.keys, self.values) if self.is_initialized else (keys[:, :, :0], values[:, :, :0])
@@ -722,7 +722,7 @@ def test_decode_runs_compiled_and_prefills_never_share_their_code(compiled, cach
 
 
 class HalvedLinear(torch.nn.Linear):
-    """A stand-in for a quantised layer: its weight alone is not what it multiplies with."""
+    """A stand-in for a quantized layer: its weight alone is not what it multiplies with."""
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight * 0.5, self.bias)
@@ -753,7 +753,7 @@ if importlib.util.find_spec("torchao"):
 
 @pytest.mark.parametrize("kind", ["reuse", "replaced"])
 @pytest.mark.parametrize("integration", QUANTISED)
-def test_a_quantised_base(tmp_path, kind, integration):
+def test_a_quantized_base(tmp_path, kind, integration):
     base("llama").save_pretrained(tmp_path)
     settings = QUANTISED[integration]()
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu").eval()

@@ -107,7 +107,7 @@ FAMILIES = {
     "olmo3": lambda: Olmo3ForCausalLM(Olmo3Config(**HEADLESS, sliding_window=WINDOW, layer_types=SLIDING)),
     # The same with a norm for each head; the global layers have no RoPE.
     "exaone4": lambda: Exaone4ForCausalLM(Exaone4Config(**COMMON, sliding_window=WINDOW, layer_types=SLIDING)),
-    # Attention and feed-forward branch of one centred norm, pairwise RoPE in sliding layers only, scaled logits.
+    # Attention and feed-forward branch of one centered norm, pairwise RoPE in sliding layers only, scaled logits.
     "cohere2": lambda: Cohere2ForCausalLM(
         Cohere2Config(**COMMON, sliding_window=WINDOW, layer_types=SLIDING, logit_scale=0.25)
     ),

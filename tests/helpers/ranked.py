@@ -120,7 +120,7 @@ def losses(run):
 
 
 def predictions(run, depth, kind, inputs):
-    """What the fitted maps of a run make of normalised hidden states ``[tokens, hidden]``."""
+    """What the fitted maps of a run make of normalized hidden states ``[tokens, hidden]``."""
     state = safetensors.torch.load_file(run / f"state/{kind}-depth{depth}.safetensors")
     layers = {name.rpartition(".")[0] for name in state}
     return {name: inputs @ state[f"{name}.weight"].T + state[f"{name}.bias"] for name in sorted(layers)}
@@ -140,7 +140,7 @@ def assert_same_run(two: Path, one: Path, base: Path) -> None:
     rows = [Row(tuple(range(4, 20)), (7, 8), "row"), Row(tuple(range(30, 60)), (9,), "row")]
     for depth in (2, 1):
         trace = teacher_trace(decoder, collate(rows, 0), depth)
-        inputs = decoder.normalise(trace.hidden[depth]).flatten(0, 1)
+        inputs = decoder.normalize(trace.hidden[depth]).flatten(0, 1)
         found, wanted = (predictions(run, depth, "closed_form", inputs) for run in (two, one))
         assert found.keys() == wanted.keys()
         for name, predicted in wanted.items():
