@@ -473,7 +473,7 @@ def test_closed_form_reads_images_whole_wherever_the_context_ends(family):
     batch = with_response(prompts(family, [[12, (4, 4)], [17], [(8, 8), 5]]))
     boundary = 1 if family == "gemma3" else 3  # behind, or inside the first row's image
     decoder, depth = Decoder(shared(family)), depths(family)[0]
-    fits = [ClosedFormFit(decoder, [depth], boundary, objectives=each) for each in (("plain",), ("plain", "token"))]
+    fits = [ClosedFormFit(decoder, [depth], boundary, grouping=each) for each in ("none", "head")]
     for fit in fits:
         fit.validation_step(batch, 0)
     stopped, whole = (fit.solve(depth, 0.1, "plain") for fit in fits)
