@@ -1,4 +1,4 @@
-"""Where a name leads: a file of the library (``bundled:facts-gemma3``), a path in the home folder, or itself."""
+"""Resolves names of models and data: ``bundled:facts-gemma3`` to a file of the library, ``~`` to the home folder."""
 
 import importlib.resources
 import os
@@ -13,7 +13,7 @@ def resolve_bundled(name: str) -> str:
     """The path of ``bundled:NAME``, a file or folder installed with the library; other names with ``~`` expanded.
 
     Raises:
-        InputError: nothing of that name is bundled; the message lists what is.
+        InputError: nothing is bundled under that name; the message lists what is.
     """
     if not name.startswith(_BUNDLED):
         return os.path.expanduser(name)

@@ -1,6 +1,6 @@
-"""What one process of a run needs to know of the others; with one process, all of it costs nothing.
+"""What one process of a run needs to know about the others; with a single process every function is a no-op.
 
-Data, statistics, training and the pipeline ask here. ``run/launch.py`` starts the processes, ``run/strategies.py`` says
+Data, statistics, training and the pipeline use it. ``run/launch.py`` starts the processes, ``run/strategies.py`` says
 what they shard.
 """
 
@@ -54,7 +54,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """Replace ``tensor`` by its sum over all processes, which is the same to the bit on each; returns it."""
+    """Replace ``tensor`` by its sum over all processes, bitwise the same on every process; returns it."""
     if _several():
         dist.all_reduce(tensor)
     return tensor
@@ -65,9 +65,9 @@ def counts(number: int, device: torch.device) -> list[int]:
     if not _several():
         return [number]
     mine = torch.tensor([number], device=device)
-    found = [torch.empty_like(mine) for _ in range(size())]
-    dist.all_gather(found, mine)
-    return torch.cat(found).tolist()
+    everyones = [torch.empty_like(mine) for _ in range(size())]
+    dist.all_gather(everyones, mine)
+    return torch.cat(everyones).tolist()
 
 
 def from_first(compute: Callable[[], T]) -> T:
@@ -94,29 +94,29 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def first_then_others(compute: Callable[[], T]) -> T:
-    """Run ``compute`` on every process, the first one ahead: what it downloads or caches is there for the others.
+    """Run ``compute`` on the first process, then on the others, which find what it downloaded or cached.
 
     Raises:
         InputError: on every process, where one of them raised it: another node may lack what the first one has.
     """
-    found: list = []
-    from_first(lambda: found.append(compute()))
+    result: list = []
+    from_first(lambda: result.append(compute()))
     problem = None
-    if not found:
+    if not result:
         try:
-            found.append(compute())
+            result.append(compute())
         except InputError as error:
             problem = str(error)
     stop_together(problem)
-    return found[0]
+    return result[0]
 
 
 def stop_together(problem: str | None) -> None:
     """Raise :class:`InputError` on every process where one has a ``problem``; the first one reports it."""
     problems = gather(problem)
-    found = next((number for number, each in enumerate(problems) if each is not None), None)
-    if found is not None:
-        text = on_process(problems[found], found)
+    failed = next((rank for rank, text in enumerate(problems) if text is not None), None)
+    if failed is not None:
+        text = on_process(problems[failed], failed)
         raise InputError(text) if is_first() else ReportedByFirst(text)
 
 
@@ -137,9 +137,9 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 def gathered(parameters: Iterable[Tensor | None]):
     """Inside, the parameters are whole and can be read; every process must enter together.
 
-    Plain parameters pass through. Modules that are called need no such care: ZeRO-3 gathers in their hooks.
+    Plain parameters pass through. Calling a module does not need this: ZeRO-3 gathers in its own hooks.
     """
-    sharded = [each for each in parameters if each is not None and is_sharded(each)]
+    sharded = [parameter for parameter in parameters if parameter is not None and is_sharded(parameter)]
     if not sharded:
         yield
         return

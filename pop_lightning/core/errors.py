@@ -1,4 +1,4 @@
-"""Bad input: the one exception for it, which names keys in a form that every front end can spell in its own way.
+"""The exception for bad input. It names keys in a form that every front end can spell in its own way.
 
 The library raises :class:`InputError` with the key of the recipe that a problem belongs to. Whoever knows how the user
 gave that key renders the sentence: a command line as its flag, everything else as the recipe key.
@@ -19,7 +19,7 @@ class Key:
 
 # A sentence or a piece of one. A sequence is joined without separators; an error inside it is rendered along.
 Text = str | Key | Exception | Sequence["str | Key | Exception"]
-# How the user writes a key; None where the front end has nothing for it.
+# How the user writes a key; None if the front end cannot set it.
 Spelling = Callable[[Key], str | None]
 
 
@@ -53,11 +53,11 @@ class InputError(ValueError):
         problem: what is wrong; without a key a whole sentence.
         key: the recipe key that it concerns, such as ``data.batch_size``.
         found: what was given: words, or any other value, which is shown with ``repr`` and cut (see :func:`show`).
-        expected: what would fit.
+        expected: what would be valid.
         advice: what to do about it. Left out where it names a :class:`Key` that the front end cannot spell, since the
             user could not follow it there.
 
-    ``problem``, ``expected`` and ``advice`` take a :data:`Text`, so that they can name further keys, as in
+    ``problem``, ``expected`` and ``advice`` accept a :data:`Text`, so that they can name further keys, as in
     ``advice=("set ", Key("data.split"), " to train")``.
     """
 
@@ -122,7 +122,7 @@ def show(value: Any) -> str:
     """A value inside a sentence: its ``repr`` on one line, cut to 80 characters; ``null`` for None."""
     try:
         text = "null" if value is None else repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python refuses to print an integer of more than 4,300 digits
         text = "a number of more than 4300 digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -147,7 +147,7 @@ def _join(text: Text, spelling: Spelling) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: it ends a run as Ctrl-C does, with exit code 143 instead of 130."""
+    """Raised on SIGTERM, which ends a run as Ctrl-C does, with exit code 143 instead of 130."""
 
 
 def on_process(problem: str, number: int) -> str:
@@ -156,5 +156,5 @@ def on_process(problem: str, number: int) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """The first line of another library's error, with a full stop; the error's type where it says nothing."""
+    """The first line of another library's error, with a full stop; the error's type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."

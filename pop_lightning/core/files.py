@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; everything that writes for the user or for a resumed run goes through here."""
+"""Atomic file writes: a file appears whole or not at all. All output and all resumable state goes through here."""
 
 import errno
 import json
@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-# What a disk reports whatever file it is asked for; any other errno needs the file's name to be put down to writing.
+# Errors of the disk itself. Any other errno counts as a write error only if it names a file in the output folder.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-# torch.save and safetensors report the errors of a disk in words alone.
+# torch.save and safetensors report disk errors only as text, without an errno.
 _TORCH = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist|cannot be opened")
 _SAFETENSORS = re.compile(r"I/O error|os error")
 
@@ -22,11 +22,11 @@ _SAFETENSORS = re.compile(r"I/O error|os error")
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file under a temporary name next to ``path``, then rename it.
 
-    It is on the disk before it has its name, so that a power cut leaves no damaged file, and has the mode of the umask,
-    whatever its writer gave it. The temporary name ends as ``path`` does, because writers of plots look at the ending.
+    The file is synced before it is renamed, so that a power cut leaves no damaged file, and gets the mode of the umask,
+    whatever mode its writer set. The temporary name keeps the suffix of ``path``, because plots are saved by suffix.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind, and an older file at ``path`` stays.
+        OSError: the file cannot be written; no temporary file remains, and an older file at ``path`` is kept.
     """
     temporary = _temporary(path)
     try:
@@ -38,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     finally:
-        with suppress(OSError):  # the folder may be gone, which the error on its way says already
+        with suppress(OSError):  # the folder may be gone, which the error being raised already says
             temporary.unlink(missing_ok=True)
 
 
@@ -74,12 +74,12 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems do not have it for folders
+    with suppress(OSError):  # some file systems cannot sync folders
         _sync(folder)
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of ``path`` and try :func:`write_whole`'s temporary file there; a file at ``path`` stays.
+    """Make the folder of ``path`` and try :func:`write_whole`'s temporary file there; a file at ``path`` is kept.
 
     Raises:
         OSError: the file could not be written.
@@ -100,7 +100,7 @@ def is_unfinished(path: Path) -> bool:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed inside :func:`write_whole` left in ``folder``, however deep."""
+    """Remove temporary files of processes killed inside :func:`write_whole`, anywhere under ``folder``."""
     for path in [*folder.rglob(".*")]:
         if is_unfinished(path) and path.is_file():
             path.unlink(missing_ok=True)
@@ -115,10 +115,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Rename the complete ``partial`` to ``folder``; an older folder is put aside, and comes back on failure.
+    """Rename the complete ``partial`` to ``folder``; an older folder is set aside, and restored on failure.
 
-    As with :func:`write_whole` all of it is on the disk first, and its files have the mode of the umask. A process
-    killed between the two renames leaves the older folder aside: :func:`restore_folder` brings it back.
+    As with :func:`write_whole`, everything is synced first, and the files get the mode of the umask. A process
+    killed between the two renames leaves the older folder aside; :func:`restore_folder` restores it.
     """
     mode = partial.stat().st_mode & 0o666
     for path in partial.rglob("*"):
@@ -141,7 +141,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Undo a :func:`replace_folder` that was cut between its renames."""
+    """Undo a :func:`replace_folder` that was interrupted between its renames."""
     if not folder.exists() and _aside(folder).is_dir():
         os.rename(_aside(folder), folder)
 

@@ -1,4 +1,4 @@
 """The names that recipes and artifacts share: kinds of projections."""
 
-# A kind is the file of that name in fitting/, which nothing below it has to import to know the name.
+# Each kind is implemented in the file of that name in fitting/. The names are here so that lower rooms can check them.
 KINDS = ("reuse", "closed_form", "lora", "full")

@@ -1,4 +1,4 @@
-"""Memory of a device, and the peak of one call above what was allocated before it, which the benchmark prints."""
+"""The memory of a device, the peak memory of one call, and advice for when memory runs out."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from pop_lightning.core.errors import InputError
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Run ``call`` once and return the most bytes of tensors that lived at one time, its result included.
+    """Run ``call`` once and return the peak bytes of tensors alive at once, its result included.
 
-    On CUDA the allocator keeps the figure. On a CPU the profiler records every allocation and release of PyTorch's
-    allocator, scratch inside an operator included (what oneDNN or the C library take for themselves is not). Recording
-    slows the call down: never time it.
+    On CUDA the allocator records the peak. On a CPU the profiler records every allocation and release of PyTorch's
+    allocator, including scratch inside an operator but not what oneDNN or the C library allocate. Recording slows the
+    call down: never time it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -40,7 +40,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     live: dict[int, int] = {}
     held = peak = 0
     for _, address, size in changes:
-        # What was allocated before the call does not count, so neither does its release.
+        # Memory allocated before the call does not count, so neither does its release.
         held += size if size > 0 else -live.pop(address, 0)
         if size > 0:
             live[address] = size
@@ -49,7 +49,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def device_bytes(device: torch.device) -> int:
-    """All memory of a device, for a CPU the machine's."""
+    """Total memory of a device; for a CPU, that of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -61,7 +61,7 @@ def memory_advice(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # On a CPU PyTorch says so in words alone, and so do the libraries that it calls on a GPU.
+        # On a CPU, and in libraries called on a GPU, only the text of a RuntimeError shows it.
         words = ("can't allocate memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
         if not full:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a plot, the same as the page's style sheet has."""
+    """Colors of a plot, the same as in the page's style sheet."""
 
     ink: str
     muted: str
@@ -30,7 +30,7 @@ DARK = Theme("#e7ebef", "#a0abb6", "#333b43", "#1e242a", "#ff7a70", ("#7db2f5", 
 def picture(draw: Callable[[Axes, Theme], None], description: str) -> Markup:
     """What ``draw`` draws, as an HTML ``picture`` that follows the reader's color scheme.
 
-    Each scheme has an SVG of its own in a data URI: a browser keeps its ids and styles apart from the page's.
+    Each scheme has its own SVG in a data URI, which keeps its ids and styles separate from those of the page.
     """
     light, dark = (_svg(draw, theme) for theme in (LIGHT, DARK))
     return Markup(
@@ -40,7 +40,7 @@ def picture(draw: Callable[[Axes, Theme], None], description: str) -> Markup:
 
 def _svg(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
     settings = {
-        "svg.hashsalt": "pop",  # ids, and so the bytes of the page, depend on the figures alone
+        "svg.hashsalt": "pop",  # ids, and therefore the bytes of the page, depend only on the figures
         "svg.fonttype": "none",  # text stays text, so a reader can search for it
         "text.parse_math": False,  # names come from the user; a dollar sign is a dollar sign
         "font.size": 9.5,

@@ -1,4 +1,4 @@
-"""What Lightning says that does not apply to the runs of this library."""
+"""Silences messages of Lightning that do not apply to this library."""
 
 import logging
 import warnings

@@ -191,7 +191,7 @@ def read_artifact(folder: str | Path) -> Artifact:
     expected = {f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     if set(stated) != expected:
         odd = sorted(set(stated) ^ expected)[0]
-        raise InputError(f"{path} lists projections of the layers {layers}, and {odd} is missing or left over.")
+        raise InputError(f"{path} lists projections of the layers {layers}, and {odd} is missing or unexpected.")
     if layers and kind == "reuse":
         raise InputError(f"{path} has projection.kind 'reuse' and stores the layers {layers}: expected none.")
     return Artifact(plan, kind, _read_tensors(folder / TENSORS, config, stated), config, folder)

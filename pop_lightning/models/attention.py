@@ -1,4 +1,4 @@
-"""How one layer spreads its attention, recomputed from its queries and cached keys, whatever kernel the model uses."""
+"""Attention weights of one layer, recomputed from its queries and cached keys, whatever kernel the model uses."""
 
 import torch
 from torch import Tensor
@@ -16,17 +16,17 @@ def attention_weights(
     keys: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """The attention weights of some rows of a layer.
+    """The attention weights of selected query tokens of a layer.
 
     Args:
-        hidden: the layer's input at the asking tokens, ``[batch, rows, hidden]``.
+        hidden: the layer's input at the query tokens, ``[batch, rows, hidden]``.
         position_embeddings: their rotary tables, ``[batch, rows, head_dim]`` each.
-        columns: their places in the sequence, ``[batch, rows]``: they see that far, and a window back.
+        columns: their positions in the sequence, ``[batch, rows]``; a query sees back from there, as far as its window.
         keys: of the whole sequence, as cached, ``[batch, kv_heads, tokens, head_dim]``.
         attention_mask: ``[batch, tokens]`` of 1 (token) and 0 (padding).
 
     Returns:
-        ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32; they sum to 1 except beside attention sinks.
+        ``[batch, kv_heads, queries per kv head, rows, tokens]``, float32; the sum is 1 without attention sinks.
     """
     attention, parts = decoder.attention(layer), decoder.parts[layer]
     queries = parts.queries(parts.norm(hidden)).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
@@ -49,6 +49,6 @@ def attention_weights(
     scores = scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
     if (sinks := getattr(attention, "sinks", None)) is None:
         return scores.softmax(-1)
-    # A score per head that belongs to no token: what it draws is read from nothing (gpt-oss).
+    # One score per head that belongs to no token; the weight that it gets is dropped (gpt-oss).
     sinks = sinks.float().view(1, keys.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]

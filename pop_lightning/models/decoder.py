@@ -1,8 +1,8 @@
-"""One view of every Hugging Face decoder: its layers, the unweighted norm and the key/value map of one layer.
+"""A uniform view of Hugging Face decoders: the layers, the unweighted norm and the key/value map of one layer.
 
-Everything above (projections, prefill, gates, training) sees a :class:`Decoder`. What differs between families is
+Everything built on it (projections, prefill, gates, training) uses a :class:`Decoder`. What differs between families is
 written down per layer in a :class:`LayerParts` (``layer_parts.py``, the file to change for a new family) when a model
-is attached; the attach check in ``pruning/attach_check.py`` tries what was read on the model itself.
+is attached; the attach check in ``pruning/attach_check.py`` verifies what was read on the model itself.
 """
 
 import functools
@@ -42,10 +42,10 @@ class AffineMap:
 
 @dataclass
 class Trace:
-    """What one full forward pass leaves behind for the pruned layers to be rerun on.
+    """The recorded state of one full forward pass, from which the pruned layers can be rerun.
 
     Attributes:
-        hidden: ``{layer: [batch, tokens, hidden]}``, each traced layer's input; key ``L`` is the last one's output.
+        hidden: ``{layer: [batch, tokens, hidden]}``, each traced layer's input; key ``L`` is the last layer's output.
         kwargs: ``{layer: keyword arguments}`` that the model passed to each layer, those with a value for each
             token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them).
         masks: ``{layer: mask}`` as the model built it, where it was asked for.
@@ -59,18 +59,18 @@ class Trace:
 class Decoder:
     """A view of a causal language model's decoder stack; it owns no weights and changes nothing.
 
-    Of a model that reads images as well it is the text decoder; ``vision`` has what images change about a pass.
+    For a model that also reads images it is the text decoder; ``vision`` has what images change in a pass.
 
     Args:
         model: a Transformers model with a language modeling head.
 
     Raises:
-        InputError: the model is not a decoder of the supported shape, or no depth could prune it; the sentence names
+        InputError: the model is not a supported decoder, or cannot be pruned at any depth; the sentence names
             the class and the reason.
 
     Attributes:
         parts: ``{layer: LayerParts}`` of the layers that can be pruned.
-        vision: which tokens are features of images; ``vision_tokens`` are their ids.
+        vision: which tokens are image features; ``vision_tokens`` are their ids.
         positions: makes the position ids of a batch.
     """
 
@@ -86,10 +86,10 @@ class Decoder:
         if self.head is None:
             raise InputError(f"{self.name} has no language modeling head; load it with AutoModelForCausalLM.")
         self.num_layers = len(self.layers)
-        # The cache that Transformers itself would build knows which layer slides, and how far.
+        # Transformers' own cache knows which layers have a sliding window, and of what size.
         windows = [getattr(layer, "sliding_window", None) for layer in self.new_cache().layers]
         if len(windows) != self.num_layers:
-            # A plain dynamic cache grows its layers on first use: none of them slides.
+            # A plain dynamic cache creates its layers on first use; none has a sliding window.
             windows = [None] * self.num_layers
         kinds = getattr(self.config, "layer_types", None) or [None] * self.num_layers
         read = [layer_parts(*each) for each in zip(self.layers, kinds, windows, strict=True)]
@@ -106,7 +106,7 @@ class Decoder:
 
     @property
     def smallest_depth(self) -> int:
-        """The smallest depth whose pruned layers all have keys and values of their own to project, above DeepStack."""
+        """The smallest depth above DeepStack whose pruned layers all have their own keys and values to project."""
         return max(1, max(self._refused, default=-1) + 1, self.vision.deepstack)
 
     def check_depth(self, depth: int) -> None:
@@ -127,7 +127,7 @@ class Decoder:
         return f"layer {layer} ({type(self.layers[layer]).__name__}) cannot be projected, {self._refused[layer]}"
 
     def _find_body(self, model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-        for module in model.get_decoder().modules():  # of the text alone: a vision tower may look the same
+        for module in model.get_decoder().modules():  # only of the text decoder: a vision tower may look the same
             norm = part_name(module, ("norm", "final_layernorm", "final_norm", "embedding_norm", "norm_f"))
             if isinstance(getattr(module, "layers", None), nn.ModuleList) and norm and hasattr(module, "config"):
                 return module, getattr(module, norm)
@@ -138,7 +138,7 @@ class Decoder:
         return DynamicCache(config=self.config)
 
     def window(self, layer: int) -> int | None:
-        """Sliding window (or chunk) of a layer in tokens, or None where it sees everything."""
+        """Sliding window (or chunk) of a layer in tokens, or None if it sees everything."""
         return self.parts[layer].window if layer in self.parts else None
 
     def visible(self, layer: int, context: int) -> int:
@@ -162,7 +162,7 @@ class Decoder:
         return self.layers[layer].self_attn
 
     def placement(self, layer: int) -> tuple[torch.device, torch.dtype]:
-        """Where a layer computes, and in what dtype; its weights may wait elsewhere (offloading)."""
+        """A layer's compute device and dtype; its weights may be elsewhere (offloading)."""
         linear = self.parts[layer].keys.linear
         anchor = self.parts[layer].norm.module or linear
         device = getattr(getattr(anchor, "_hf_hook", None), "execution_device", None)
@@ -171,16 +171,16 @@ class Decoder:
 
     @property
     def kv_dim(self) -> int:
-        """Width of the widest layer's keys (and values): what memory is bounded by."""
+        """Width of the widest layer's keys (and values), which memory bounds are computed from."""
         return max(parts.kv_dim for parts in self.parts.values())
 
     def branches(self, layer: int) -> tuple[nn.Module, ...]:
         """The modules whose outputs meet the residual stream: attention branch, feed-forward branch, and any other.
 
-        Families with post-norms (Gemma, GLM-4, OLMo 2) add a branch after its post-norm, which is the branch's end.
+        In families with post-norms (Gemma, GLM-4, OLMo 2) the post-norm is the end of a branch.
 
         Raises:
-            InputError: a layer is built otherwise.
+            InputError: a layer has another structure.
         """
         block = self.layers[layer]
         if hasattr(block, "post_feedforward_layernorm"):
@@ -194,13 +194,13 @@ class Decoder:
         found = tuple(getattr(block, end, None) for end in ends if end is not None)
         if len(found) < 2 or None in found:
             raise InputError(
-                f"{self.name} cannot be scored: what layer {layer} ({type(block).__name__}) adds to its residual "
-                f"stream was not found."
+                f"{self.name} cannot be scored: the modules through which layer {layer} ({type(block).__name__}) adds "
+                f"to its residual stream were not found."
             )
         return found
 
     def normalize(self, hidden: Tensor) -> Tensor:
-        """The unweighted normalized hidden state n(h), ``[..., hidden]``: all layers normalize alike but for weights.
+        """The unweighted normalized hidden state n(h), ``[..., hidden]``; layers differ only in the weights.
 
         Post-norm families project h itself, so that n(h) is h there.
         """
@@ -238,7 +238,7 @@ class Decoder:
     def to_cache(self, layer: int, kv: Tensor, position_embeddings: Tables | None) -> tuple[Tensor, Tensor]:
         """Turn ``[batch, tokens, 2 kv_dim]`` into cacheable keys and values ``[batch, heads, tokens, head_dim]``.
 
-        Applies what the layer has of key norm, value norm and RoPE.
+        Applies the layer's key norm, value norm and RoPE, as far as it has them.
         """
         parts = self.parts[layer]
         heads = kv.unflatten(-1, (2, -1, parts.head_dim))
@@ -248,7 +248,7 @@ class Decoder:
         return parts.place(keys, parts.k_norm, position_embeddings), values
 
     def arguments(self, layer: int, args: tuple, kwargs: dict) -> dict:
-        """What a model passes to one of its layers, by name, whether it stood in ``args`` or ``kwargs``."""
+        """The arguments that a model passes to one of its layers, all by name."""
         block = getattr(self.layers[layer], "_orig_mod", self.layers[layer])  # torch.compile wraps
         return dict(zip(_argument_names(type(block)), args, strict=False)) | kwargs
 
@@ -257,7 +257,7 @@ class Decoder:
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm, head and what the family does to logits after it: ``[..., hidden]`` to ``[..., vocabulary]``."""
+        """Final norm, head and the family's scaling of logits: ``[..., hidden]`` to ``[..., vocabulary]``."""
         logits = self.head(self.norm(hidden))
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / scaling
@@ -284,8 +284,8 @@ class Decoder:
                 tensors of the model's processor (``pixel_values``, ``image_grid_thw`` and so on).
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``position_ids``, and with images their tensors and which tokens they
-            stand at. ``forward`` and ``generate`` both accept them.
+            ``input_ids``, ``attention_mask``, ``position_ids``, and with images their tensors and token types.
+            ``forward`` and ``generate`` both accept them.
 
         Raises:
             InputError: a token has no embedding.
@@ -297,9 +297,9 @@ class Decoder:
         return {"input_ids": ids, "attention_mask": mask, "position_ids": self.positions(ids, mask, vision), **vision}
 
     def _check_embedded(self, ids: Tensor) -> None:
-        """Raise where a token has no embedding: the lookup would fail in words of its own, on a GPU in none at all."""
+        """Raise if a token has no embedding: the lookup itself would fail with an obscure error, or none on a GPU."""
         rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        if rows is None or ids.device.type != "cpu" or not ids.numel():  # on a GPU, looking would make the host wait
+        if rows is None or ids.device.type != "cpu" or not ids.numel():  # on a GPU the host would have to wait
             return
         beyond = ids[(ids >= rows) & ~torch.isin(ids, torch.tensor(self.vision_tokens, dtype=ids.dtype))]
         if len(beyond):

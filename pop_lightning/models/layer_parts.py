@@ -1,7 +1,7 @@
 """What one decoder layer is made of: the one file to change for a new family.
 
 :func:`layer_parts` reads a layer by its structure into a :class:`LayerParts`; a family's name is asked for only where
-its modules do not show what they do. The attach check (``pruning/attach_check.py``) tries what was read on the model
+its modules do not show what they do. The attach check (``pruning/attach_check.py``) verifies what was read on the model
 itself.
 """
 
@@ -15,28 +15,23 @@ from torch import Tensor, nn
 
 from pop_lightning.core import distributed
 
-# Rotary tables as a layer gets them: cos and sin ``[batch, tokens, rotary dim]``, or one complex tensor (Llama 4).
+# Rotary tables as a layer receives them: cos and sin ``[batch, tokens, rotary dim]``, or one complex tensor (Llama 4).
 Tables = tuple[Tensor, Tensor] | Tensor
 
-
+# The entries of ``layer_types`` whose layers can be pruned.
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
-
-# What a part that keeps a state is called in a layer, and what such layers are called in ``layer_types``.
+# Attributes under which layers hold a part with a recurrent state, and the names of such layers in ``layer_types``.
 RECURRENT = ("linear_attn", "mamba", "conv", "mixer", "temporal_block")
-
-
 RECURRENT_KINDS = ("linear_attention", "mamba", "mamba2", "conv", "hybrid", "hybrid_sliding", "recurrent")
 
-
+# Attributes under which layers hold their feed-forward branch.
 FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe")
 
-
-# Families whose layers rotate only where they slide, which no attribute of their attention shows.
+# Families that apply RoPE only in sliding-window layers, which no attribute of their attention shows.
 ROTATED_WHERE_SLIDING = ("cohere2",)
 
-
-# What a layer is given for each of its tokens, and along which dimension of it the tokens lie.
+# A layer's per-token arguments, and the dimension of each that runs over tokens.
 PER_TOKEN = {"position_embeddings": 1, "position_ids": -1, "per_layer_input": 1}
 
 
@@ -58,7 +53,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class InputNorm:
-    """What stands between a layer's input h and its keys and values: ``scale * n(h) + shift``, or nothing.
+    """The norm between a layer's input h and its keys and values: ``scale * n(h) + shift``, or the identity.
 
     Attributes:
         module: the norm, or None where a layer projects h itself (post-norm families: OLMo 2, EXAONE 4); n(h) is h.
@@ -77,8 +72,8 @@ class InputNorm:
         """Read what a norm does from its forward, run on the CPU with weights of one and biases of zero."""
         plain = copy.copy(module)
         plain._parameters = {
-            name: None if each is None else nn.Parameter(torch.full((4,), 0.0 if name == "bias" else 1.0))
-            for name, each in module._parameters.items()
+            name: None if value is None else nn.Parameter(torch.full((4,), 0.0 if name == "bias" else 1.0))
+            for name, value in module._parameters.items()
         }
         if isinstance(plain, nn.LayerNorm):
             plain.normalized_shape = (4,)
@@ -103,18 +98,18 @@ class InputNorm:
         return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
 
     def scale(self) -> Tensor | float:
-        """What n(h) is multiplied with, ``[hidden]`` in float32."""
+        """The factor on n(h), ``[hidden]`` in float32."""
         return 1.0 if self.module is None else self.module.weight.float() + self.offset
 
     def shift(self) -> Tensor | None:
-        """What is added to it, ``[hidden]`` in float32, or None."""
+        """The term added to the scaled n(h), ``[hidden]`` in float32, or None."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.float()
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """How one layer makes queries, keys and values out of its input; the order of the fields is that of the steps.
+    """How one layer computes queries, keys and values from its input; the fields are in the order of the steps.
 
     Attributes:
         norm: what is applied to the layer's input first.
@@ -179,8 +174,8 @@ class LayerParts:
 def layer_parts(block: nn.Module, kind: str | None, window: int | None) -> LayerParts | str:
     """Read one decoder layer, or say why its keys and values are not a linear map of its normalized input.
 
-    This is where a family is added: a part that has another name or another place is found here and put into the
-    field of :class:`LayerParts` that says what it does.
+    This is where a family is added: a part with another name or in another place is looked up here and assigned to the
+    field of :class:`LayerParts` that describes what it does.
 
     Args:
         kind: the layer's entry in the config's ``layer_types``, where it has them.

@@ -1,4 +1,4 @@
-"""Loading a base model, its tokenizer and its processor: from the hub, a folder, or the bundled checkpoints."""
+"""Loading a base model and its tokenizer from the hub, a folder, or the bundled checkpoints."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from pop_lightning.models.decoder import Decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# What safetensors and torch.load raise over damaged weights, and Transformers over whatever else it cannot load.
+# What safetensors and torch.load raise for damaged weights, and what Transformers raises if it cannot load a model.
 _DAMAGED = (EOFError, SafetensorError, UnpicklingError)
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, *_DAMAGED)
 
@@ -48,7 +48,7 @@ def load_model(
 
     Args:
         attn_implementation: Transformers' own choice unless given (sdpa where the family has it).
-        others: what else ``from_pretrained`` takes, such as ``quantization_config``.
+        others: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
         InputError: no loadable model with that name, one that lacks tensors, or an adapter; or ``from_pretrained`` has
@@ -82,7 +82,7 @@ def load_model(
 
 
 def _check_complete(name: str, report: dict) -> None:
-    """Raise where Transformers filled tensors with random numbers: those absent, or of another shape."""
+    """Raise if Transformers initialized missing or mismatched tensors with random numbers."""
     random = sorted(report["missing_keys"])
     random += [
         f"{key} of {list(there)} instead of {list(here)}" for key, there, here in sorted(report["mismatched_keys"])
@@ -98,7 +98,7 @@ def _check_complete(name: str, report: dict) -> None:
 
 
 def _refuse_adapter(name: str, path: str) -> None:
-    """Raise where a folder holds a PEFT adapter, which is a change to a model and not a model."""
+    """Raise if a folder holds a PEFT adapter, which is not a model by itself."""
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         return
@@ -114,13 +114,13 @@ def _refuse_adapter(name: str, path: str) -> None:
 
 
 def _not_loaded(name: str, path: str, problem: str, expected: str, error: Exception) -> InputError:
-    """The sentence for what could not be loaded: the network's fault, the name's, or else ``problem``."""
+    """The error for a failed load: damaged weights, no access, no such name, or else ``problem``."""
     causes = list(_causes(error))
-    # torch.load advises to trust such a file; whatever it says, the user's remedy is another copy.
-    no_opcode = isinstance(error, KeyError) and isinstance(error.args[0], int)  # in what is read as a pickle
+    # torch.load suggests weights_only=False here, which would run code from the file; downloading it again is the fix.
+    no_opcode = isinstance(error, KeyError) and isinstance(error.args[0], int)  # an unknown pickle opcode
     if isinstance(error, _DAMAGED) or no_opcode or "PytorchStreamReader" in str(error):
         return InputError(
-            f"{name!r} has weights that cannot be read: the file is damaged, cut off, or not one of weights",
+            f"{name!r} has weights that cannot be read: the file is damaged, truncated, or not a weights file",
             key="model.base",
             advice="download it again",
         )
@@ -129,7 +129,7 @@ def _not_loaded(name: str, path: str, problem: str, expected: str, error: Except
     if any(isinstance(each, GatedRepoError) for each in causes):
         advice = "accept its terms on huggingface.co and log in (hf auth login)"
         return InputError(f"{name!r} is gated on the hub", key="model.base", advice=advice)
-    # Raised as well where the hub is not asked at all (HF_HUB_OFFLINE).
+    # Also raised if the hub is never asked (HF_HUB_OFFLINE).
     if any(isinstance(each, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for each in causes):
         return InputError(
             f"{name!r} is not on this machine, and huggingface.co could not be reached",
@@ -142,20 +142,20 @@ def _not_loaded(name: str, path: str, problem: str, expected: str, error: Except
             f"{name!r} does not exist",
             key="model.base",
             expected="a folder with config.json and weights, or the id of a model on the hub",
-            advice=("if it was moved, give its new place with ", Key("model.base")),
+            advice=("if it was moved, give its new location with ", Key("model.base")),
         )
     return InputError(f"{name!r} {problem} (expected {expected}): {first_sentence(error)}", key="model.base")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
+    """An error, followed by its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def as_decoder(model: "str | Path | PreTrainedModel | Decoder", **options) -> Decoder:
-    """The base model in the form that every module works on.
+    """The base model as a :class:`Decoder`, the form that every module works on.
 
     Args:
         model: a hub id, a folder or ``bundled:NAME``, which is loaded; a Transformers model; or a :class:`Decoder`,
@@ -177,7 +177,7 @@ def as_decoder(model: "str | Path | PreTrainedModel | Decoder", **options) -> De
 
 
 def check_attention(what: str, attn_implementation: str | None, error: Exception) -> None:
-    """Raise :class:`InputError` where Transformers' ``error`` refuses an attention that the user named."""
+    """Raise :class:`InputError` if Transformers' ``error`` rejects the attention implementation that the user chose."""
     if attn_implementation is not None and "attn_implementation" in str(error):
         raise InputError(
             f"{what} does not run with model.attn_implementation {attn_implementation!r}: leave it out, or set it to "
@@ -186,13 +186,13 @@ def check_attention(what: str, attn_implementation: str | None, error: Exception
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """Which of Transformers' auto classes makes the model of a config: one that reads images has a class of its own."""
+    """Which of Transformers' auto classes builds the model of a config: models that read images have their own."""
     reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> torch.dtype:
-    """What :func:`load_model` would load ``name`` in; ``auto`` is the checkpoint's own.
+    """The dtype in which :func:`load_model` would load ``name``; ``auto`` is that of the checkpoint.
 
     Raises:
         InputError: no config with that name.
@@ -209,7 +209,7 @@ def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remot
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
-    """Where a base lies on this machine: its folder, or the hub's cache. None where it does not; the hub is not asked.
+    """The local folder of a base, which may be in the hub's cache; None if there is none. The hub is not asked.
 
     Raises:
         InputError: ``bundled:NAME`` of something that is not bundled.
@@ -219,17 +219,17 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
         return path
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or no hub id
+    except (OSError, ValueError):  # not in the cache, or not a hub id
         return None
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, required: bool = True
 ) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer, padding on the left; None where there is none and ``required`` is False.
+    """The base's tokenizer, padding on the left; None if there is none and ``required`` is False.
 
-    Padding is masked, so any token serves: where there is no pad token, or one that was added to the tokenizer without
-    a row in the embeddings, it is the end token.
+    Padding is masked, so any token will do: without a pad token, or with one that was added to the tokenizer but has no
+    row in the embeddings, the end token is used.
     """
     path = resolve_bundled(name)
     _refuse_adapter(name, path)
@@ -251,7 +251,7 @@ def load_tokenizer(
 
 
 def _vocab_size(path: str, revision: str | None, trust_remote_code: bool) -> int | None:
-    """How many tokens the base has embeddings for, or None where it has no config."""
+    """How many tokens the base has embeddings for, or None if it has no config."""
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
@@ -260,7 +260,7 @@ def _vocab_size(path: str, revision: str | None, trust_remote_code: bool) -> int
 
 
 def choose_device(name: str | None) -> torch.device:
-    """``cpu``, ``cuda`` or ``cuda:N`` as a device; None takes a GPU where there is one.
+    """``cpu``, ``cuda`` or ``cuda:N`` as a device; None uses a GPU if there is one.
 
     Raises:
         InputError: no such device, or one that this PyTorch does not see.
@@ -275,12 +275,12 @@ def choose_device(name: str | None) -> torch.device:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= there:
         found = f"{there} GPU(s), counted from cuda:0" if there else "no GPU"
-        raise InputError(f"--device {name} was asked for, this PyTorch sees {found}; take --device cpu.")
+        raise InputError(f"--device {name} was requested, but this PyTorch sees {found}; use --device cpu.")
     return torch.device("cuda", int(index or 0))
 
 
 def check_dtype(name: str | None) -> None:
-    """Raise :class:`InputError` where ``--dtype`` names none of :data:`DTYPES`."""
+    """Raise :class:`InputError` unless ``--dtype`` is one of :data:`DTYPES`."""
     if name is not None and name not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {name!r}.")
 
@@ -292,5 +292,5 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model was made for, in tokens, or None where its config names none."""
+    """The longest sequence the model was made for, in tokens, or None if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""What a layer's tokens see of a cache: masks for some last rows, and keys and values put where masks expect them."""
+"""Masks for the last rows of a prompt over a cache, and keys and values placed in the cache where masks expect them."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def layer_mask(
     """The mask for ``hidden``'s rows over what ``cache`` already holds for ``layer`` plus those rows themselves.
 
     Args:
-        hidden: ``[batch, rows, hidden]``, only its shape, dtype and device count.
+        hidden: ``[batch, rows, hidden]``, of which only shape, dtype and device are used.
         attention_mask: ``[batch, cached + rows]`` of 1 (token) and 0 (padding), or None.
     """
     parts = decoder.parts[layer]
@@ -36,37 +36,37 @@ def layer_mask(
     )
 
 
-def tail_mask(decoder: Decoder, layer: int, mask, hidden: Tensor, past: int, cache: Cache, behind: int = 0):
+def tail_mask(decoder: Decoder, layer: int, mask, hidden: Tensor, past: int, cache: Cache, following: int = 0):
     """The part of a prompt's ``mask`` for its last rows, over what ``cache`` holds for ``layer`` plus those rows.
 
     Args:
         mask: the mask that the model built for the whole prompt, in the form of its attention implementation: 4-D
             (sdpa, eager), :class:`BlockMask` (flex), 2-D padding (flash), or None.
-        hidden: ``[batch, rows, hidden]``, the last rows; only its shape and device count.
-        past: tokens in front of these rows, cached ones included.
-        behind: tokens of the mask that follow these rows and are left out.
+        hidden: ``[batch, rows, hidden]``, the last rows; only shape and device are used.
+        past: tokens before these rows, cached ones included.
+        following: tokens of the mask that follow these rows and are left out.
 
     Raises:
-        InputError: a mask of another form; the sentence names the implementation.
+        InputError: a mask of another form; the message names the implementation.
     """
     rows = hidden.shape[1]
     columns, offset = cache.get_mask_sizes(rows, layer)
     implementation = decoder.config._attn_implementation
     if mask is None:
-        # None meant "causal from the top left" over the whole prompt; these rows are at the bottom right.
+        # For the whole prompt None meant "causal from the top left", but these rows are at the bottom right.
         if "flash" in implementation or (rows == 1 and not cache.layers[layer].is_compileable):
             return None
         queries = torch.arange(past, past + rows, device=hidden.device).unsqueeze(-1)
         keys = torch.arange(offset, offset + columns, device=hidden.device)
         return (keys <= queries).expand(hidden.shape[0], 1, rows, columns)
     if isinstance(mask, Tensor) and mask.dim() == 4:
-        last, end = (length - behind for length in mask.shape[2:])
+        last, end = (length - following for length in mask.shape[2:])
         return mask[:, :, last - rows : last, end - columns : end]
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        end = mask.shape[1] - behind
+        end = mask.shape[1] - following
         return mask[:, end - columns : end]
     if isinstance(mask, BlockMask):
-        return _last_block(mask, rows, columns, behind)
+        return _last_block(mask, rows, columns, following)
     raise InputError(
         f"attn_implementation {implementation!r} builds masks of type {type(mask).__name__}, which cannot be cut "
         f"to the boundary tokens; use 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2'."
@@ -93,9 +93,9 @@ def append(cache: Cache, layer: int, keys: Tensor, values: Tensor, skipped: int 
         setattr(held, length, getattr(held, length) + skipped - zeros)
 
 
-def _last_block(mask: BlockMask, rows: int, columns: int, behind: int) -> BlockMask:
-    """The bottom right ``[rows, columns]`` of a block mask whose last ``behind`` tokens are left out."""
-    queries, keys = (length - behind - kept for length, kept in zip(mask.seq_lengths, (rows, columns), strict=True))
+def _last_block(mask: BlockMask, rows: int, columns: int, following: int) -> BlockMask:
+    """The bottom right ``[rows, columns]`` of a block mask whose last ``following`` tokens are left out."""
+    queries, keys = (length - following - kept for length, kept in zip(mask.seq_lengths, (rows, columns), strict=True))
     whole = mask.mask_mod
 
     def last(batch, head, query, key):

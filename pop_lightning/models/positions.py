@@ -1,4 +1,4 @@
-"""Where each token is: its place in the row and, for models that read images, its rotary positions on several axes."""
+"""Position ids: the position in the row and, for models that read images, rotary positions on several axes (M-RoPE)."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 class Positions:
-    """A model's position ids: plain, or with the axes time, height and width (M-RoPE) for an image's tokens.
+    """Makes a model's position ids: plain, or on the axes time, height and width (M-RoPE) for image tokens.
 
     Attributes:
         mrope: whether there are several axes.
@@ -42,8 +42,8 @@ class Positions:
             input_ids: ``[batch, tokens]``: the whole sequence, or what follows ``cached`` tokens of it.
             attention_mask: ``[batch, cached + tokens]`` of the whole sequence.
             vision: with the grids of the images (``image_grid_thw``, ``video_grid_thw``), where there are any.
-            cached: tokens in front that a cache holds already.
-            shift: their :meth:`shift`; what the model remembers of its last pass unless given.
+            cached: preceding tokens that a cache already holds.
+            shift: their :meth:`shift`; by default what the model remembers from its last pass.
 
         Returns:
             ``[batch, cached + tokens]``; for M-RoPE ``[4, batch, cached + tokens]``: the place in the row, and the
@@ -56,8 +56,8 @@ class Positions:
             shift = rope.rope_deltas
             if shift is not None and len(shift) not in (1, len(text)):
                 raise InputError(
-                    f"past_key_values do not say where their images left the rotary positions, and the model's last "
-                    f"pass was of {len(shift)} rows, not of {len(text)}; fill the cache with this generator."
+                    f"past_key_values do not record the rotary positions of their images, and the model's last pass "
+                    f"had {len(shift)} rows, not {len(text)}; fill the cache with this generator."
                 )
         rotary = text if shift is None or not cached else text + shift.to(text.device)
         rotary = rotary.expand(3, -1, -1)
@@ -71,13 +71,13 @@ class Positions:
         if not types.any():
             return torch.cat([text[None], rotary])
         mask = attention_mask[:, start:]
-        # The model's function fails on a row of padding only, which a process without a row of its own has.
+        # get_rope_index fails on an all-padding row, which a process has if the batch has fewer rows than processes.
         real = torch.where(mask.any(1, keepdim=True), mask, 1)
         names = inspect.signature(rope.get_rope_index).parameters.keys()
         names -= {"input_ids", "inputs_embeds", "attention_mask"}
         given = {name: vision[name] for name in names if vision.get(name) is not None} | {"mm_token_type_ids": types}
         seen, _ = rope.get_rope_index(input_ids, attention_mask=real, **given)
-        if start:  # they are counted from these tokens' first, which follows the largest position before it
+        if start:  # positions are relative to the first of these tokens, which follows the largest position before it
             before = rotary[:, :, :start].masked_fill(attention_mask[:, :start] == 0, -1)
             first = before.amax((0, 2)) + 1
             seen = seen + first[:, None]
@@ -93,6 +93,6 @@ class Positions:
         return (positions[1:] * attention_mask).amax((0, 2))[:, None] + 1 - attention_mask.sum(-1, keepdim=True)
 
     def remember(self, shift: Tensor | None) -> None:
-        """Leave a pass's shift where the model's own forward would, for a caller that decodes by hand."""
+        """Store a pass's shift where the model's own forward would, for a caller that decodes step by step."""
         if shift is not None:
             self._rope.rope_deltas = shift

@@ -1,7 +1,7 @@
 """Full-size shapes by name: the published dimensions of well-known decoders, as Transformers configs without weights.
 
-What a model costs in operations, bytes and milliseconds follows from its shape alone, so the counter, the benchmark
-and a preflight can speak of Llama-3.3-70B where no checkpoint of it lies. Nothing here is downloaded.
+What a model costs in operations, bytes and milliseconds depends only on its shape, so operations can be
+counted, timed and checked for Llama-3.3-70B without its checkpoint. Nothing here is downloaded.
 """
 
 import difflib
@@ -185,9 +185,9 @@ class Shape:
     """One published shape.
 
     Attributes:
-        base: the hub repository whose config it repeats; None where there is no checkpoint.
+        base: the hub repository whose config it repeats; None if there is no checkpoint.
         make: builds a new config.
-        left_out: parameters of the checkpoint that the config leaves out: Gemma's vision tower, which is loaded too.
+        left_out: parameters of the checkpoint that the config lacks: Gemma's vision tower, which is loaded as well.
     """
 
     base: str | None
@@ -195,7 +195,7 @@ class Shape:
     left_out: int = 0
 
 
-_GEMMA_TOWER = 416_866_032  # SigLIP, without the projector into the decoder's width
+_GEMMA_TOWER = 416_866_032  # parameters of SigLIP, without the projector to the decoder's width
 
 SHAPES = {
     "cpu_small": Shape(None, _cpu_small),
@@ -210,7 +210,7 @@ SHAPES = {
 
 
 def of_base(base: str) -> str | None:
-    """The name of the shape that repeats the config of a hub repository, None where there is none."""
+    """The name of the shape that repeats the config of a hub repository, or None."""
     return next((name for name, each in SHAPES.items() if each.base == base), None)
 
 
@@ -218,7 +218,7 @@ def shape(name: str) -> Shape:
     """Look a shape up.
 
     Raises:
-        InputError: there is none of that name; the sentence suggests the nearest.
+        InputError: there is none with that name; the message suggests the nearest.
     """
     if name not in SHAPES:
         near = difflib.get_close_matches(name.lower().replace("-", "_").replace(".", "_"), SHAPES, n=1, cutoff=0.4)
@@ -228,15 +228,15 @@ def shape(name: str) -> Shape:
 
 
 def meta(name: str) -> PreTrainedModel:
-    """The model of a shape on the meta device: every module and size, no memory. For counting, not for running."""
+    """The model of a shape on the meta device: all modules and sizes, no memory. It can be counted, not run."""
     return from_config(shape(name).make(), torch.bfloat16, torch.device("meta"))
 
 
 def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> PreTrainedModel:
-    """The model of a shape with random weights, made on ``device`` in ``dtype`` at once: no float32 copy on the way.
+    """The model of a shape with random weights, created directly on ``device`` in ``dtype``, without a float32 copy.
 
     Raises:
-        InputError: no shape of that name, or its weights are larger than the device's memory.
+        InputError: no shape with that name, or its weights are larger than the device's memory.
     """
     device = torch.device(device)
     _check_memory(name, dtype, device, device_bytes(device))
@@ -248,7 +248,7 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str, seed: in
 def from_config(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A frozen model in eval mode with random weights; on the meta device a shape alone.
+    """A frozen model in eval mode with random weights; on the meta device it has shapes but no values.
 
     ``attn_implementation`` is Transformers' own choice unless given (sdpa where the family has it).
     """

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are features of images and videos, and what they change about a pass."""
+"""Which tokens of a prompt are features of images and videos, and how they change a pass."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class VisionTokens:
-    """What a model's config and forward say about image and video tokens; of a text model everything is empty.
+    """What a model's config and forward say about image and video tokens; all empty for a text model.
 
     Attributes:
         image, video: the token ids that a prompt repeats once per feature, or None.
         tokens: those of the two that exist.
         types_name: the name under which the model's forward expects :meth:`types`, or None.
-        deepstack: to how many of its first layers' outputs the model adds image features, which every image token has
-            to pass (DeepStack, https://arxiv.org/abs/2406.04334).
-        see_ahead: whether an image's tokens attend among themselves, later ones included. Gemma 3 and PaliGemma, where
-            they do, have another name for :meth:`types` than models that only derive positions from it; Gemma 4 names
-            it in its config.
+        deepstack: the number of first layers to whose outputs the model adds image features, so that every image token
+            has to run through them (DeepStack, https://arxiv.org/abs/2406.04334).
+        see_ahead: whether an image's tokens attend to one another, later ones included. Gemma 3 and PaliGemma, which do
+            this, pass :meth:`types` under another name than models that only derive positions from it; Gemma 4 says so
+            in its config.
     """
 
     def __init__(self, model: PreTrainedModel, text: PreTrainedConfig):
@@ -59,7 +59,7 @@ class VisionTokens:
         return int((types > 0).sum()) == features
 
     def split_by(self, prompt: Sequence[int], boundary: int) -> bool:
-        """Whether the boundary begins inside an image whose tokens attend to later ones: no context pass equals that.
+        """Whether the boundary begins inside an image whose tokens attend to later ones: no context pass matches that.
 
         Args:
             prompt: token ids of one row, without padding after them.

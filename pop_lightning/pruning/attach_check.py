@@ -1,4 +1,4 @@
-"""The attach check: whatever was read of a model is tried on the model itself, once, before anything is pruned."""
+"""The attach check: what was read from a model's structure is verified by running the model, once, before pruning."""
 
 import weakref
 
@@ -17,11 +17,11 @@ _checked: "weakref.WeakSet" = weakref.WeakSet()
 
 @torch.no_grad()
 def check_decoder(decoder: Decoder) -> None:
-    """Refuse a model that this file would prune wrongly, by name and with what differed.
+    """Reject a model that would be pruned incorrectly, with its name and the first difference.
 
     Three facts must hold on random tokens longer than one window: projecting the true input of each layer that can be
     pruned reproduces the cache that the plain model filled, the last layer's output gives the plain model's logits, and
-    so does the pruned prefill at depth L-1. Once per model.
+    so does the pruned prefill at depth L-1. Runs once per model.
 
     Raises:
         InputError: naming the class and the first difference.
@@ -30,7 +30,8 @@ def check_decoder(decoder: Decoder) -> None:
         return
     if "flash" in decoder.config._attn_implementation and any(parts.chunked for parts in decoder.parts.values()):
         raise InputError(
-            f"{decoder.name} attends in chunks, which flash attention cannot; load it with attn_implementation='sdpa'."
+            f"{decoder.name} attends in chunks, which flash attention does not support; load it with "
+            "attn_implementation='sdpa'."
         )
     window = max((decoder.window(layer) or 0 for layer in range(decoder.num_layers)), default=0)
     length = min(max(16, window + 8), getattr(decoder.config, "max_position_embeddings", 1 << 20))
@@ -105,5 +106,5 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """1e-5 in float32; in half precision two right ways differ by a few roundings of the largest element."""
+    """1e-5 in float32; in half precision two correct computations differ by a few roundings of the largest element."""
     return 1e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps

@@ -1,6 +1,6 @@
 """Operations of one prefill, counted from the model's own shapes: what pruning saves before anything is timed.
 
-The pipeline reports the count of a fit, the benchmark sets its ratio beside the measured one.
+The pipeline reports the count of a fit; the benchmark prints its ratio next to the measured one.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class PrefillFlops:
     """Operations of one prompt's prefill, 2 per multiply-add; embeddings, norms and rotary tables are left out.
 
     Attributes:
-        linear: the linear maps of the layers, over the tokens that run through them; of a mixture's experts those that
-            a token takes (and what stands before the first layer, on all tokens).
+        linear: the linear maps of the layers, over the tokens that run through them; of a mixture's experts only those
+            that a token is routed to. Includes linear maps outside the layers, over all tokens.
         attention: scores and weighted values, over the pairs that causality and the layer's window leave. (PyTorch's
             own counter counts every pair of the dense product.)
         projections: the context's keys and values of the pruned layers.
@@ -34,10 +34,10 @@ class PrefillFlops:
 
 
 def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFlops:
-    """Count the prefill of one prompt of ``tokens`` tokens; at depth L it is the plain model's.
+    """Count the prefill of one prompt of ``tokens`` tokens; depth L is the plain model.
 
-    Every linear map of a layer is taken to run on every token of it, but for experts. Of layers without queries and
-    keys (recurrent ones below the depth) the linear maps alone are counted.
+    Every linear map of a layer, except experts, is assumed to run on every token of the layer. For layers without
+    queries and keys (recurrent ones below the depth) only the linear maps are counted.
     """
     linear, attention, projections = 2 * linear_weights_outside(decoder) * tokens, 0, 0
     context = max(0, tokens - plan.boundary)

@@ -1,7 +1,7 @@
-"""What every Lightning module of the library has in common: a base model that it runs and leaves as it was.
+"""The base class of the library's Lightning modules: it runs a base model and restores its state afterwards.
 
-An ordinary ``lightning.Trainer`` is all that these modules need. The base is not one of their submodules, so
-checkpoints, optimizers and DDP see only what is trained.
+These modules work with an ordinary ``lightning.Trainer``. The base is not one of their submodules, so checkpoints,
+optimizers and DDP see only what is trained.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ from pop_lightning.models.loading import as_decoder
 
 
 class DecoderModule(lightning.LightningModule):
-    """A module over a base model, which a trainer finds in eval mode, frozen and on the trainer's device.
+    """A module over a base model, which is in eval mode, frozen and on the trainer's device during a run.
 
-    After the run, and after an exception in it, the base has its own modes and ``requires_grad`` flags again.
+    After the run, or an exception in it, the base's modes and ``requires_grad`` flags are restored.
 
     Args:
         model: a hub id or folder, a Transformers model, or a decoder.
@@ -48,7 +48,7 @@ class DecoderModule(lightning.LightningModule):
         self._release()
 
     def _release(self) -> None:
-        """Give the base back as it was, once."""
+        """Restore the base, once."""
         if self._restore is not None:
             self._restore()
         self._restore = None
@@ -66,7 +66,7 @@ class _RestoreOnException(lightning.Callback):
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is in eval mode and its weights ask for no gradient; afterwards both are as they were."""
+    """Inside, ``model`` is in eval mode and its weights require no gradient; afterwards both are restored."""
     restore = _rest(model)
     try:
         yield
@@ -75,33 +75,33 @@ def resting(model: nn.Module) -> Iterator[None]:
 
 
 def _rest(model: nn.Module) -> Callable[[], None]:
-    """Put ``model`` at rest; returns what undoes it."""
+    """Freeze ``model`` in eval mode; returns a function that undoes it."""
     training = [module for module in model.modules() if module.training]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def restore() -> None:
         for module in training:
             module.training = True
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
     for module in training:
         module.training = False
-    for parameter in asking:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     return restore
 
 
 def _can_move(model: nn.Module) -> bool:
-    """Whether the model lies in one place of its own: not spread by ``device_map``, in shards, or without values."""
+    """Whether the model can be moved as a whole: not placed by ``device_map``, in shards, or on the meta device."""
     placed = getattr(model, "hf_device_map", None) is not None
     return not placed and not any(each.is_meta or distributed.is_sharded(each) for each in model.parameters())
 
 
 def outside_inference(batch):
-    """``batch`` with tensors that autograd can save: those of ``torch.inference_mode`` are copied.
+    """``batch`` with tensors that autograd can save: inference tensors are copied.
 
-    To be called inside ``torch.inference_mode(False)``.
+    Call it inside ``torch.inference_mode(False)``.
     """
     if isinstance(batch, torch.Tensor):
         return batch.clone() if batch.is_inference() else batch

@@ -1,7 +1,7 @@
-"""Passes over recorded rows: one full pass of the teacher, and the pruned layers alone as the student.
+"""Passes over recorded rows: one full pass as the teacher, and only the pruned layers as the student.
 
-Teacher and student share everything below the depth, so training and teacher-forced evaluation run the pruned layers
-alone over what one full pass leaves behind."""
+Teacher and student share everything below the depth, so training and teacher-forced evaluation rerun only the pruned
+layers on the recorded state of one full pass."""
 
 import torch
 import torch.utils.checkpoint
@@ -22,12 +22,12 @@ def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False
 
     ``masks`` records the model's own masks whatever the rows hold, so that whole layers can be run again.
     """
-    # Where images see ahead, a boundary that holds one is rerun under the model's own masks.
+    # If image tokens attend to later ones, a boundary that holds an image needs the model's own masks.
     masks = masks or (decoder.vision.see_ahead and bool(batch.get("vision")))
     with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
         decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
     last = trace.hidden[decoder.num_layers]
-    # The largest magnitude of a token: an overflow in any layer stays in the running sum, as inf or NaN.
+    # The last hidden state is enough: an overflow in any layer stays in the residual stream as inf or NaN.
     finite = last.abs().amax(-1).isfinite() | ~batch["attention_mask"].bool()
     refuse_broken(finite.all(1), batch, "hidden states", last.dtype)
     return trace
@@ -45,14 +45,14 @@ def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tens
 
 
 def refuse_broken(finite: Tensor, batch: dict, what: str, dtype: torch.dtype) -> None:
-    """Refuse rows on which the base itself computes NaN or inf: nothing can be compared with it or learned from it.
+    """Reject rows on which the base itself computes NaN or inf, which cannot be compared with or learned from.
 
     Args:
-        finite: ``[batch]``, whether everything of a row is; padding rows count as finite.
-        what: was computed, for the sentence.
+        finite: ``[batch]``, whether all values of a row are finite; padding rows count as finite.
+        what: the name of these values, for the message.
 
     Raises:
-        InputError: some row is not finite; the sentence names the first one by its origin.
+        InputError: a row is not finite; the message names the origin of the first one.
     """
     if finite.is_meta or finite.all():  # a base without storage has shapes only
         return
@@ -100,11 +100,11 @@ def student_hidden(
     context_visible: bool = True,
     checkpoint: bool = False,
 ) -> Tensor:
-    """What the pruned model hands to its final norm, rerunning only the pruned layers over a recorded full pass.
+    """The input of the pruned model's final norm, from rerunning only the pruned layers over a recorded full pass.
 
     Args:
         trace: a full pass over ``[prompt | response]`` with the prompts left-padded and the responses right-padded, so
-            that the split stands at the same column for all rows.
+            that the split is at the same column in all rows.
         attention_mask: ``[batch, tokens]``.
         prompt_length: the padded prompts' width.
         context_visible: False hides the context from the pruned layers (the "no KV projection" ablation).
@@ -121,14 +121,14 @@ def student_hidden(
     normed = decoder.normalize(source[:, :context])
 
     def run(layer: int, hidden: Tensor) -> Tensor:
-        # A cache of its own, so that a layer can be run twice.
+        # Its own cache, so that gradient checkpointing can run the layer twice.
         cache, kwargs = decoder.new_cache(), trace.kwargs[layer]
         if context and context_visible:
             visible = slice(context - decoder.visible(layer, context), context)
             kv = projections(layer, source[:, visible], normed[:, visible])
             cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
         if (whole := trace.masks.get(layer)) is not None:
-            seen = tail_mask(decoder, layer, whole, hidden, context, cache, behind=1)
+            seen = tail_mask(decoder, layer, whole, hidden, context, cache, following=1)
         else:
             seen = layer_mask(decoder, layer, hidden, mask, cache)
         return decoder.run_layer(

@@ -1,8 +1,8 @@
 """The stage-aware prefill: context tokens stop at the plan's depth, boundary tokens and decode run every layer.
 
 Two ways into the pruned layers share the functions below. Generation attaches pre-hooks to the pruned layers of an
-unchanged model (:class:`StageAwarePrefill`); training and evaluation rerun the pruned layers alone over a recorded full
-pass (:func:`student_logits`), because the layers below the depth are the same in both.
+unchanged model (:class:`StageAwarePrefill`); training and evaluation rerun only the pruned layers over a recorded full
+pass (``passes.py``), because the layers below the depth are the same in both.
 """
 
 import threading
@@ -23,11 +23,11 @@ from pop_lightning.pruning.projections import KVProjections, Stack
 
 
 class ContextProjector:
-    """Keys and values of one context for all pruned layers, made in as few products as memory allows.
+    """Keys and values of one context for all pruned layers, computed in as few products as memory allows.
 
     Layers that see the same span share one product (:meth:`KVProjections.stack`), and a sliding layer's product covers
     only the last window-1 tokens. The products that wait for their layers never hold more than ``2 mlp_dim`` numbers
-    per context token, over all spans, unless one layer alone is larger: less than a plain feed-forward branch holds
+    per context token, over all spans, unless a single layer needs more: less than a plain feed-forward branch holds
     (gate, up and their product), so the prefill's peak memory stays below the plain model's.
 
     Args:
@@ -41,13 +41,13 @@ class ContextProjector:
         self.length = hidden.shape[1]
         self.at_once = self._share(stacks)
         self.normed = self.decoder.normalize(hidden) if stacks else None
-        # Whoever is in a stack needs n(h) alone; h itself is kept for the others.
+        # Stacked layers need only n(h); h itself is kept for the others.
         others = set(range(projections.depth, self.decoder.num_layers)) - set(self.place)
         self.hidden = hidden if others else None
         self.waiting: dict[int, Tensor] = {}
 
     def take(self, layer: int) -> Tensor:
-        """``[k|v]`` of a layer before k_norm and RoPE, ``[batch, visible context, 2 kv_dim]``; each layer once."""
+        """``[k|v]`` of a layer before k_norm and RoPE, ``[batch, visible context, 2 kv_dim]``; call once per layer."""
         skipped = self.length - self.decoder.visible(layer, self.length)
         if layer not in self.place:
             return self.projections(layer, self.hidden[:, skipped:])
@@ -56,19 +56,19 @@ class ContextProjector:
         return self.waiting.pop(layer)
 
     def _share(self, stacks: tuple[Stack, ...]) -> dict[tuple[int, ...], int]:
-        """How many layers of each stack may wait at once: all, or an even share of the bound, smallest need first."""
-        each = {stack.layers: stack.height * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
+        """How many layers of each stack may wait at once: all, or an even share of the bound, smallest first."""
+        need = {stack.layers: stack.height * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
         left, counts = 2 * mlp_dim(self.decoder.config) * self.length, {}
-        for layers in sorted(each, key=lambda layers: each[layers] * len(layers)):
-            share = left // (len(each) - len(counts))
-            counts[layers] = min(len(layers), max(1, share // max(1, each[layers])))
-            left -= counts[layers] * each[layers]
+        for layers in sorted(need, key=lambda layers: need[layers] * len(layers)):
+            share = left // (len(need) - len(counts))
+            counts[layers] = min(len(layers), max(1, share // max(1, need[layers])))
+            left -= counts[layers] * need[layers]
         return counts
 
     def _project(self, stack: Stack, first: int, skipped: int) -> None:
         count = min(len(stack.layers) - first, self.at_once[stack.layers])
         weight, bias = stack.rows(first, count)
-        # Flat, because a cut along the tokens would otherwise become one product per row of the batch.
+        # Flattened, because a slice along the tokens would otherwise be multiplied one row of the batch at a time.
         normed = self.normed[:, skipped:].flatten(0, 1).to(weight)
         product = torch.nn.functional.linear(normed, weight, bias).to(self.normed.dtype)
         product = product.unflatten(0, (-1, self.length - skipped))
@@ -93,10 +93,10 @@ def cache_context(
 class StageAwarePrefill:
     """Pre-hooks on the pruned layers of a model; :meth:`attached` owns them and always removes them.
 
-    The split follows from positions alone: tokens before ``prompt_length - boundary`` are context, the rest run in
+    The split depends only on positions: tokens before ``prompt_length - boundary`` are context, the rest run in
     full. So the first forward of a generation may hold the prompt, a chunk of it, what follows a cached prefix, or the
-    prompt with candidate tokens behind it. The hooks go with the forward that reads the prompt's end, so decode steps
-    see none. They act on the thread that attached them alone, so several threads can prefill one model.
+    prompt followed by candidate tokens. The hooks are removed in the forward that reads the prompt's end, so decode
+    steps have none. They act only on the thread that attached them, so several threads can prefill one model.
     """
 
     def __init__(self, projections: KVProjections, plan: PruningPlan):
@@ -111,9 +111,9 @@ class StageAwarePrefill:
 
         Args:
             prompt_length: tokens of the prompt, cached prefix and left padding included.
-            cached: how many of them the cache holds already.
-            last: False where more of the prompt will follow: every token is context and no logits are wanted.
-            compiled: the caller will run the prompt through ``torch.compile``; a compiled model is noticed anyway.
+            cached: how many of them the cache already holds.
+            last: False if more of the prompt will follow: every token is context and no logits are needed.
+            compiled: the caller will run the prompt through ``torch.compile``; a compiled model is detected anyway.
         """
         run = _Run(self, prompt_length, prompt_length - (self.plan.boundary if last else 0), cached)
         try:
@@ -126,12 +126,12 @@ class StageAwarePrefill:
 
 
 class _Run:
-    """One prefill in flight: what the hooks hand to one another."""
+    """The state of one running prefill, shared by its hooks."""
 
     def __init__(self, prefill: StageAwarePrefill, prompt_length: int, context_end: int, seen: int):
         self.decoder, self.projections, self.plan = prefill.decoder, prefill.projections, prefill.plan
         self.prompt_length, self.context_end = prompt_length, context_end
-        self.seen = seen  # tokens read so far: counted here, because a static cache knows it on the device alone
+        self.seen = seen  # tokens read so far: counted here, because a static cache counts them only on the device
         self.keep = self.logits = 0
         self.context: ContextProjector | None = None
         self.last: Tensor | None = None
@@ -151,7 +151,7 @@ class _Run:
         thread = threading.get_ident()
 
         def hook(module, args, kwargs=None):
-            # Another thread may run the model meanwhile, and even meet this hook half registered, without kwargs.
+            # Another thread may run the model meanwhile and call this hook half registered, without kwargs.
             return act(args, kwargs) if threading.get_ident() == thread else None
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -161,12 +161,12 @@ class _Run:
             self.handles.pop().remove()
 
     def start(self, args: tuple, kwargs: dict):
-        """Before the forward: how many rows of logits are wanted (0 for all)."""
+        """Before the forward: how many rows of logits are requested (0 for all)."""
         wanted = kwargs.get("logits_to_keep")
         self.logits = wanted if isinstance(wanted, int) else 0
 
     def split(self, layer: int, args: tuple, kwargs: dict):
-        """At the first pruned layer: keep the context aside, pass the boundary tokens on."""
+        """At the first pruned layer: set the context aside and pass on the boundary tokens."""
         kwargs = self.decoder.arguments(layer, args, kwargs)
         hidden = kwargs.pop("hidden_states")
         if kwargs.get("past_key_values") is None:
@@ -180,8 +180,8 @@ class _Run:
         self.context = ContextProjector(self.projections, context)
         if not self.keep or self.plan.boundary == 0:
             self.last = context[:, -1:].clone()
-        # Attention cannot be run on no rows: where every token is context, the last one goes on as a placeholder.
-        # A copy, because linear maps of a view would become one product per row where no norm comes first.
+        # Attention needs at least one row: if every token is context, the last one goes on as a placeholder. It is
+        # copied, because without a norm first a view would be multiplied one row of the batch at a time.
         tail = hidden[:, rows - max(self.keep, 1) :].clone(memory_format=torch.contiguous_format)
         return self.follow(layer, (tail,), kwargs)
 
@@ -198,12 +198,12 @@ class _Run:
             mask = kwargs.get("attention_mask")
             kwargs["attention_mask"] = tail_mask(self.decoder, layer, mask, hidden, self.seen - rows, cache)
         else:
-            # The placeholder sees itself alone and leaves no key behind: its projected one is in the cache already.
+            # The placeholder attends only to itself and caches no key: its projected one is already in the cache.
             kwargs["attention_mask"] = kwargs["past_key_values"] = None
         return (hidden,), kwargs
 
     def finish(self, args: tuple, kwargs: dict):
-        """Before the final norm: where the last prompt token was context, its h_d takes its place."""
+        """Before the final norm: if the last prompt token was context, put back its h_d."""
         hidden = args[0]
         if self.last is not None:
             last = self.last.to(hidden.device)
@@ -212,9 +212,9 @@ class _Run:
         return (hidden, *args[1:]), kwargs
 
     def head(self, args: tuple, kwargs: dict):
-        """Before the head: only rows whose logits are wanted go in; where the prompt has been read, hooks go.
+        """Before the head: pass only rows whose logits are requested; remove the hooks once the prompt is read.
 
-        A model that finds fewer rows than tokens may take them for the wanted ones (Gemma 4).
+        The model may not slice the rows itself: Gemma 4 takes fewer rows than tokens for the requested ones.
         """
         if self.seen >= self.prompt_length:
             self.release()
@@ -222,9 +222,9 @@ class _Run:
 
 
 class _Compiler:
-    """torch.compile set aside while hooks are attached: code compiled without them would run past them.
+    """Turns torch.compile off while hooks are attached, because code compiled without them would skip them.
 
-    torch keeps one stance for the whole process, so threads share it: the first prefill sets it, the last restores it.
+    The stance is global to the process, so threads share it: the first prefill sets it, the last one restores it.
     """
 
     def __init__(self):
@@ -240,7 +240,7 @@ class _Compiler:
         return self
 
     def remove(self) -> None:
-        """The end of one pause, by the name that hook handles have."""
+        """End one pause; named like the method of hook handles."""
         with self.lock:
             self.users -= 1
             if not self.users:
@@ -248,6 +248,3 @@ class _Compiler:
 
 
 _compiler = _Compiler()
-
-
-# --- the attach check -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Where the pruned layers' context keys and values come from: one linear map of n(h_d) per layer, whatever its kind.
+"""The pruned layers' context keys and values: one linear map of n(h_d) per layer, whatever its kind.
 
-Prefill, fitting, training and export all see a :class:`KVProjections`. The first pruned layer reads its true input, so
+Prefill, fitting, training and export all use a :class:`KVProjections`. The first pruned layer reads its true input, so
 its own weights are exact and are never replaced; the kinds differ in the layers after it (reuse, closed form, LoRA,
 full).
 """
@@ -16,17 +16,17 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.core.kinds import KINDS
 from pop_lightning.models.decoder import Decoder
 
-_SAMPLES = 64  # numbers of each fitted map that its fingerprint reads
+_SAMPLES = 64  # numbers of each fitted map that go into its fingerprint
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The maps of all pruned layers that see the same span of the context and are of one width, as one.
+    """The maps of all pruned layers that see the same span of the context and have one width, stacked.
 
     Attributes:
         layers: in order.
-        weight: ``[layers * 2 kv_dim, hidden]``; every layer's own weight is a view of it, so nothing is held twice.
-        bias: ``[layers * 2 kv_dim]``, zeros for a layer that has none; None where none has one.
+        weight: ``[layers * 2 kv_dim, hidden]``; every layer's own weight is a view of it, so nothing is stored twice.
+        bias: ``[layers * 2 kv_dim]``, zeros for a layer without one; None if no layer has one.
     """
 
     layers: tuple[int, ...]
@@ -47,15 +47,15 @@ class Stack:
 class KVProjections(nn.Module):
     """``[k|v]_l = W'_l n(h_d) + b'_l`` for the pruned layers ``depth .. L-1``, before k_norm and RoPE.
 
-    Starts as reuse: W' and b' are the layer's own with its norm's weight folded in. :meth:`replace` puts fitted maps in
-    their place. Where the base's weights are no plain tensors, reuse runs the layer's own modules instead.
+    Starts as reuse: W' and b' are the layer's own with its norm's weight folded in. :meth:`replace` installs fitted
+    maps. If the base's weights are not plain tensors (quantized, offloaded), reuse runs the layer's own modules.
 
     Args:
         decoder: the base.
         depth: the first pruned layer, 1..L.
 
     Raises:
-        InputError: a layer above the depth has no keys and values of its own to project.
+        InputError: a pruned layer has no keys and values of its own to project.
     """
 
     def __init__(self, decoder: Decoder, depth: int):
@@ -87,7 +87,7 @@ class KVProjections(nn.Module):
 
         Args:
             hidden: h_d, ``[batch, context, hidden]``.
-            normed: n(h_d), same shape, where the caller has it already.
+            normed: n(h_d), same shape, if the caller already has it.
 
         Returns:
             ``[batch, context, 2 kv_dim]``.
@@ -101,12 +101,12 @@ class KVProjections(nn.Module):
     # --- stacked, for inference -----------------------------------------------------------------------------------
 
     def stack(self) -> tuple[Stack, ...]:
-        """The maps of layers of one span and width, stacked for one product; layers that cannot be are in none.
+        """The maps of layers of one span and width, stacked for one product; layers that cannot be are left out.
 
-        Made on the first call: each layer's weight becomes a view of its stack. A map that was replaced, moved, cast or
-        put under training since then is no longer such a view, which is noticed here and stacked anew, so the stacks
-        never answer with stale weights. A layer is in no stack where its map is trained, is no plain linear layer
-        (LoRA), or does not exist (the base's own modules run).
+        Built on the first call: each layer's weight becomes a view of its stack. A map that was replaced, moved, cast
+        or put under training since then is no longer such a view; this is detected here and the map stacked again, so
+        the stacks never hold stale weights. A layer is left out if its map is being trained, is not a plain linear
+        layer (LoRA), or does not exist (the base's own modules run).
         """
         maps, spans = dict(self.maps.items()), {}
         for layer in range(self.depth, self.decoder.num_layers):
@@ -121,14 +121,14 @@ class KVProjections(nn.Module):
         return self._stacks
 
     def __getstate__(self) -> dict:
-        """A copy stacks its own weights."""
+        """Leaves out the stacks: a copy builds its own."""
         return self.__dict__ | {"_stacks": ()}
 
     @torch.no_grad()
     def _stack(self, layers: tuple[int, ...]) -> Stack:
         linears = [self.maps[str(layer)] for layer in layers]
         height, width = linears[0].weight.shape
-        with torch.inference_mode(False):  # the weights can be trained later, wherever they were stacked
+        with torch.inference_mode(False):  # so that the weights can be trained later, even if stacked in inference mode
             weight = linears[0].weight.new_empty(len(layers) * height, width)
             bias = None
             if any(linear.bias is not None for linear in linears):
@@ -141,7 +141,7 @@ class KVProjections(nn.Module):
         return Stack(layers, weight, bias)
 
     def _holds(self, stack: Stack) -> bool:
-        """Whether every layer's weight and bias still are the stack's own memory."""
+        """Whether every layer's weight and bias are still views of the stack's memory."""
         for i, layer in enumerate(stack.layers):
             linear, (weight, bias) = self.maps[str(layer)], stack.rows(i, 1)
             if linear.weight.data_ptr() != weight.data_ptr():
@@ -169,7 +169,7 @@ class KVProjections(nn.Module):
         return self
 
     def fitted_state(self) -> dict[str, Tensor]:
-        """What an artifact stores: the replaced maps alone. A layer that reuses its weights has nothing to store."""
+        """The tensors that an artifact stores: only replaced maps, as layers that reuse their weights need none."""
         return {
             f"layers.{layer}.{name}": tensor.detach().contiguous()
             for layer in sorted(self.replaced)
@@ -181,7 +181,7 @@ class KVProjections(nn.Module):
         """The inverse of :meth:`fitted_state`.
 
         Raises:
-            InputError: a tensor is missing, of an unknown name, or of another shape.
+            InputError: a tensor is missing, has an unknown name, or another shape.
         """
         projections = cls(decoder, depth)
         if kind not in KINDS:
@@ -190,23 +190,23 @@ class KVProjections(nn.Module):
         expected = {f"layers.{layer}.{name}" for layer in layers for name in ("weight", "bias")}
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)[0]
-            raise InputError(f"the projections do not fit depth {depth}: {odd} is missing or left over.")
+            raise InputError(f"the projections do not fit depth {depth}: {odd} is missing or unexpected.")
         maps = {layer: (state[f"layers.{layer}.weight"], state[f"layers.{layer}.bias"]) for layer in layers}
         return projections.replace(maps, kind)
 
     def copy(self, kind: str | None = None) -> "KVProjections":
-        """Projections of their own, with the same maps in the base's dtype and of the same ``kind`` unless given."""
+        """Independent projections with the same maps in the base's dtype, of the same ``kind`` unless given."""
         return KVProjections.from_state(self.decoder, self.depth, kind or self.kind, self.fitted_state())
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of some numbers of every fitted map: caches carry it. All reuse projections share one."""
+        """A short hash of sampled numbers of every fitted map, stored on caches. All reuse projections share one."""
         return fingerprint(self.fitted_state())
 
     def place(self) -> "KVProjections":
-        """Follow the model: every map goes where its layer computes, in that layer's dtype; returns self.
+        """Move every map to the device and dtype in which its layer computes; returns self.
 
-        A map that is trained, or that adapters sit on, stays as it is.
+        A map that is being trained or has adapters is left as it is.
         """
         for layer, linear in self.maps.items():
             if type(linear) is nn.Linear and not linear.weight.requires_grad:

@@ -695,6 +695,6 @@ def test_projections_survive_their_stored_state(kind):
     for layer in range(1, LAYERS):
         assert torch.equal(again(layer, None, n), projections(layer, None, n))
     state.pop(next(iter(state)))
-    with pytest.raises(InputError, match="missing or left over"):
+    with pytest.raises(InputError, match="missing or unexpected"):
         KVProjections.from_state(Decoder(model), 1, kind, state)
     assert KVProjections(Decoder(model), 1).fitted_state() == {}

@@ -411,7 +411,7 @@ def test_tensors_that_are_not_the_stated_ones_are_named(folder, change, words):
         (lambda config: config.update(plan=3), "lacks the key plan.depth"),
         (lambda config: config["projection"].update(kind="magic"), "projection.kind 'magic'"),
         (lambda config: config["projection"].update(tensors=[]), "projection.tensors as"),
-        (lambda config: config["projection"].update(layers=[1, 2]), "layers.1.bias is missing or left over"),
+        (lambda config: config["projection"].update(layers=[1, 2]), "layers.1.bias is missing or unexpected"),
         (lambda config: config["projection"].pop("layers"), "lacks the key projection.layers"),
         (lambda config: config["projection"].update(kind="reuse"), "expected none"),
         (lambda config: config["base"].pop("id"), "lacks the key base.id"),

@@ -105,7 +105,7 @@ def test_a_hub_that_cannot_be_reached_is_named_as_the_reason(monkeypatch, load):
 def test_a_moved_base_names_the_flag_that_gives_its_new_place(tmp_path, load):
     with pytest.raises(InputError, match="does not exist: expected a folder") as error:
         load(str(tmp_path / "moved"))
-    assert "give its new place with --base" in error.value.render(as_flags({"model.base": "--base"}))
+    assert "give its new location with --base" in error.value.render(as_flags({"model.base": "--base"}))
 
 
 def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
