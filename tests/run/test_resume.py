@@ -86,16 +86,16 @@ def test_keys_without_an_effect_on_results_may_change(searched, base, data, tmp_
 def test_a_looser_budget_refits_nothing_until_the_verify_split_is_opened(searched, base, data, tmp_path, capsys):
     output = shutil.copytree(searched, tmp_path / "run")
     stated = (output / "state/closed_form-depth1.safetensors").stat().st_mtime_ns
-    changes = {"budget__max_drop": 200.0, "budget__confidence": 0.9}
+    changes = {"budget__max_drop": 100.5, "budget__confidence": 0.9}
     assert fit.main([*arguments(base, data, output, **changes), "--resume"]) == 0
     out = capsys.readouterr().out
     assert "closed form, pass" not in out
     assert "searching at depth" in out  # the bounds are those of another confidence
     assert (output / "state/closed_form-depth1.safetensors").stat().st_mtime_ns == stated
     assert json.loads((output / "metrics.json").read_text())["verified"]["confidence"] == 0.9
-    assert fit.main([*arguments(base, data, output, **changes | {"budget__max_drop": 300.0}), "--resume"]) == 2
+    assert fit.main([*arguments(base, data, output, **changes | {"budget__max_drop": 100.7}), "--resume"]) == 2
     message = capsys.readouterr().err
-    assert "budget.max_drop was 200.0 and is 300.0 (the verify split was opened" in message
+    assert "budget.max_drop was 100.5 and is 100.7 (the verify split was opened" in message
 
 
 def test_each_refused_key_is_named_with_both_values_and_what_depends_on_it():
