@@ -1,7 +1,7 @@
-"""From files, folders and data sets to examples: plain dictionaries of the known shapes, each with its origin.
+"""Reads files, folders and data sets into examples: plain dictionaries of the known shapes, each with its origin.
 
-First in the flow of the data: ``rows.py`` tokenizes what is read here. Images and videos are kept apart from the text,
-unread.
+The first step of the data flow: ``rows.py`` tokenizes what is read here. Images and videos are kept separate from the
+text and are not read yet.
 """
 
 import gzip
@@ -21,8 +21,8 @@ _CALIBRATION = "data.calibration"
 SHAPES = '{"prompt", "response"}, {"prompt", "completion"}, {"messages"}, {"prompt"} or {"text"}'
 _KEYS = ("messages", "prompt", "response", "completion", "text")
 _TABLES = {".csv": "csv", ".parquet": "parquet"}
-_LISTS = ("images", "videos")  # beside the text, for placeholders and for parts that name none
-_CHAT_KEYS = ("tools", "chat_template_kwargs")  # beside "messages": what apply_chat_template takes besides them
+_LISTS = ("images", "videos")  # next to the text, for placeholders and for message parts that do not name their file
+_CHAT_KEYS = ("tools", "chat_template_kwargs")  # next to "messages": further arguments of apply_chat_template
 _RENDERING = {"tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
 
 
@@ -31,9 +31,9 @@ def _bad_row(problem: str, expected: str | None = None) -> InputError:
 
 
 def check_exists(source: str | Path) -> None:
-    """Raise :class:`InputError` for a file or folder that is not there; the id of a data set of the hub passes."""
+    """Raise :class:`InputError` for a file or folder that does not exist; the id of a data set on the hub passes."""
     path = Path(resolve_bundled(str(source)))
-    # No hub id looks like this: asking the hub would only cost its retries.
+    # Not a hub id: asking the hub would only waste its retries.
     named = _kind(path) in (".jsonl", ".json", ".txt", *_TABLES) or path.suffix.lower() == ".gz"
     if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
         raise InputError(
@@ -44,7 +44,7 @@ def check_exists(source: str | Path) -> None:
 
 
 def _kind(path: Path) -> str:
-    """The suffix in front of a ``.gz``."""
+    """The suffix before ``.gz``, if any."""
     return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
 
 
@@ -53,8 +53,8 @@ def read_examples(
 ) -> list[tuple[dict, str]]:
     """All examples of ``source`` with their origins, in file order, each brought into one of the known shapes.
 
-    An example that has none of them is ``{"error": InputError}``: the caller decides how many of these are too many.
-    Where an example has keys that are not read, ``"ignored"`` lists them.
+    An example with none of them is ``{"error": InputError}``: the caller decides how many of these are too many.
+    ``"ignored"`` lists the keys of an example that are not read.
 
     Args:
         source: a ``.jsonl`` or ``.json`` file (JSON Lines or one array; also ``.gz``), a ``.csv`` or ``.parquet`` file,
@@ -87,7 +87,7 @@ def read_examples(
 
 
 def given_examples(rows: Iterable[object], columns: Mapping[str, str] | None = None) -> list[tuple[dict, str]]:
-    """What :func:`read_examples` returns, of rows in memory: dictionaries, such as those of a ``datasets.Dataset``."""
+    """As :func:`read_examples`, for rows in memory: dictionaries, such as those of a ``datasets.Dataset``."""
 
     def shaped(row: object, where: str) -> dict:
         if not isinstance(row, Mapping):
@@ -119,7 +119,7 @@ def _read_json(path: Path, columns: Mapping[str, str]) -> list[tuple[dict, str]]
         try:
             listed = json.loads("".join(line for _, line in lines))
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"{str(path)!r} begins with '[' and is not a JSON array ({_json_reason(error)})"
+            problem = f"{str(path)!r} begins with '[' but is not a JSON array ({_json_reason(error)})"
             raise _bad_row(problem, f"an array of objects, or one object per line, {SHAPES}") from error
         given = [(f"entry {number}", lambda each=each: each) for number, each in enumerate(listed, start=1)]
     else:
@@ -151,7 +151,7 @@ def _json_reason(error: Exception) -> str:
 
 
 def _attempt(read: Callable[[], dict]) -> dict:
-    """What ``read`` gives, or ``{"error": InputError}``."""
+    """What ``read`` returns, or ``{"error": InputError}``."""
     try:
         return read()
     except InputError as error:
@@ -191,7 +191,7 @@ def _read_dataset(
     columns: Mapping[str, str],
     reader: str | None = None,
 ) -> list[tuple[dict, str]]:
-    import datasets  # pulls in pyarrow and pandas, which plain files do without
+    import datasets  # imports pyarrow and pandas, which plain files do not need
 
     wanted = split or "train"
     try:
@@ -201,7 +201,7 @@ def _read_dataset(
             dataset = datasets.load_from_disk(str(path))
         else:
             dataset = datasets.load_dataset(str(path) if path.exists() else source, name, split=wanted)
-    except Exception as error:  # every loader of `datasets` raises its own kind, all of them about the source
+    except Exception as error:  # every loader of `datasets` raises its own exceptions, all about the source
         raise InputError(
             (
                 f"{source!r} (",
@@ -241,7 +241,7 @@ def _read_dataset(
         column = dataset.select_columns([key])
         shown[key] = column.cast_column(key, _undecoded(column.features[key]))
     examples = []
-    # Other columns may be images or audio, which are decoded when a row is read.
+    # Only these columns: others may be images or audio, which would be decoded when a row is read.
     for number, example in enumerate(dataset.select_columns(known + chat)):
         lazy = {key: partial(_cells, column, key, number) for key, column in shown.items()}
         where = f"{source!r} row {number}"
@@ -253,7 +253,7 @@ def _read_dataset(
 
 
 def _undecoded(feature):
-    """A feature of `datasets` whose images and videos come as the bytes they are stored as."""
+    """A feature of `datasets` with images and videos left as the bytes in which they are stored."""
     import datasets
 
     if isinstance(feature, datasets.Image | datasets.Video):
@@ -265,19 +265,19 @@ def _undecoded(feature):
 
 
 def _cells(dataset, key: str, row: int) -> list[Callable]:
-    """A dataset row's images or videos, each to be read when it is wanted."""
-    found = dataset[row][key]
-    count = len(found) if isinstance(found, list) else int(found is not None)
+    """A dataset row's images or videos, each read when it is needed."""
+    cell = dataset[row][key]
+    count = len(cell) if isinstance(cell, list) else int(cell is not None)
     return [partial(_cell, dataset, key, row, index) for index in range(count)]
 
 
 def _cell(dataset, key: str, row: int, index: int):
-    found = dataset[row][key]
-    return found[index] if isinstance(found, list) else found
+    cell = dataset[row][key]
+    return cell[index] if isinstance(cell, list) else cell
 
 
 def _without_nulls(value):
-    """A table's rows share their keys at every depth: those that a row does not have are null there, and go."""
+    """``value`` without null keys at any depth: the rows of a table share their keys, and missing ones are null."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
@@ -286,8 +286,8 @@ def _without_nulls(value):
 def _shape(example: dict, where: str) -> dict:
     """``example`` reduced to the keys of its shape; a key whose value is null counts as absent, as in a table.
 
-    Images and videos are kept apart from the text: under ``parts`` the messages' parts that show one, in order, under
-    ``images`` and ``videos`` those that stand in a list beside the text, or a call that gives that list.
+    Images and videos are kept separate from the text: ``parts`` holds the messages' image and video parts, in order;
+    ``images`` and ``videos`` those listed next to the text, or a callable that returns the list.
     """
     found = _as_ours({key: value for key, value in example.items() if value is not None})
     ignored = sorted(found.keys() - {*_KEYS, *_CHAT_KEYS, *_LISTS})
@@ -306,15 +306,15 @@ def _as_ours(found: dict) -> dict:
 
 
 def _reduced(found: dict, example: dict, where: str) -> dict:
-    """The keys of a row's shape."""
-    beside = {key: found[key] for key in _LISTS if found.get(key)}
-    for key, listed in beside.items():
+    """The row with only the keys of its shape; raises if it has none of the known shapes."""
+    media = {key: found[key] for key in _LISTS if found.get(key)}
+    for key, listed in media.items():
         if not (isinstance(listed, list) or callable(listed)):
             raise _bad_row(f'{where} has "{key}" of type {type(listed).__name__}', "a list")
     if "messages" in found:
         messages, parts = _messages(found["messages"], where)
         shown = {"parts": parts} if parts else {}
-        return {"messages": messages} | _chat_arguments(found, where) | shown | beside
+        return {"messages": messages} | _chat_arguments(found, where) | shown | media
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
         named = ", ".join(repr(key) for key in example) or "none"
@@ -322,7 +322,7 @@ def _reduced(found: dict, example: dict, where: str) -> dict:
     for key in keys:
         if not isinstance(found[key], str):
             raise _bad_row(f"{where} has a {key!r} of type {type(found[key]).__name__}", "a string")
-    return {key: found[key] for key in keys} | (beside if "prompt" in keys else {})
+    return {key: found[key] for key in keys} | (media if "prompt" in keys else {})
 
 
 def _chat_arguments(found: dict, where: str) -> dict:
@@ -350,7 +350,7 @@ def _chat_arguments(found: dict, where: str) -> dict:
 
 
 def _messages(messages, where: str) -> tuple[list[dict], list]:
-    """The messages as a chat template takes them, and their parts that show an image or a video, in order."""
+    """The messages as a chat template expects them, and their image and video parts, in order."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
@@ -369,7 +369,7 @@ def _messages(messages, where: str) -> tuple[list[dict], list]:
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise _bad_row(f'{where} has a message whose "content" is neither a string nor a list of parts')
         others = sorted({str(part.get("type")) for part in parts} - {"text", "image_url", IMAGE.name, VIDEO.name})
-        if others:  # the tokenizer alone would drop them without a word
+        if others:  # the tokenizer would silently drop them
             raise _bad_row(f"{where} has message parts of type {', '.join(others)}", "text, image or video")
         parts = [_image_of(part) if part["type"] == "image_url" else part for part in parts]
         found = [part for part in parts if part["type"] != "text"]
@@ -391,6 +391,6 @@ def _messages(messages, where: str) -> tuple[list[dict], list]:
 
 
 def _image_of(part: dict) -> dict:
-    """OpenAI's ``image_url`` part as Transformers takes it."""
+    """OpenAI's ``image_url`` part in the form that Transformers expects."""
     address = part.get("image_url")
     return {"type": IMAGE.name, "url": address.get("url") if isinstance(address, dict) else address}

@@ -1,7 +1,7 @@
-"""Images of rows: what they hash to, and their pixels.
+"""Images of rows: their hashes and their pixels.
 
-``rows.py`` gives every row its images, and ``vision.py`` opens them batch by batch. Bytes are read and decoded when a
-tensor is wanted, so that no decoded image is held for a row that waits.
+``rows.py`` gives every row its images, and ``processor.py`` opens them batch by batch. Bytes are read and decoded only
+when a tensor is needed, so that no decoded image is kept for a row that waits.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ IMAGE = Medium(
 
 @dataclass(frozen=True)
 class RowImage:
-    """One image of a row; equal where the content is.
+    """One image of a row; equal if the content is.
 
     Attributes:
         digest: SHA-256 of the encoded bytes (of a PIL image: of its pixels).
-        source: a path, encoded bytes, a PIL image, or a call that gives one of these.
-        where: the row and the image's place in it, for messages.
+        source: a path, encoded bytes, a PIL image, or a callable that returns one of these.
+        where: the row and the image's number in it, for messages.
     """
 
     digest: str
@@ -40,10 +40,10 @@ class RowImage:
 
     @classmethod
     def of(cls, given: Any, where: str, *, folder: Path | None = None, allow_urls: bool = False) -> "RowImage":
-        """From what :meth:`Medium.source` takes; what was fetched is held, not decoded.
+        """From anything that :meth:`Medium.source` accepts; fetched bytes are kept, not decoded.
 
         Raises:
-            InputError: nothing of the kind, a URL that is not allowed, or a file that is not there.
+            InputError: not an image source, a URL that is not allowed, or a file that does not exist.
         """
         source = IMAGE.source(given, where, folder, allow_urls)
         return cls(_digest(_content(source, where), where), source, where)
@@ -52,7 +52,7 @@ class RowImage:
         """The decoded image, RGB, turned as its EXIF tag says.
 
         Raises:
-            InputError: it is no image, is cut short, or holds something else than when the row was read.
+            InputError: it is not an image, is truncated, or has changed since the row was read.
         """
         content = _content(self.source, self.where)
         if _digest(content, self.where) != self.digest:
@@ -61,13 +61,13 @@ class RowImage:
             image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
             return load_image(image)
         except UnidentifiedImageError as error:
-            raise InputError(f"{self.where} is damaged or no image: its format is unknown.") from error
+            raise InputError(f"{self.where} is damaged or not an image: its format is unknown.") from error
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.where} is damaged or no image ({reason(error)}).") from error
+            raise InputError(f"{self.where} is damaged or not an image ({reason(error)}).") from error
 
 
 def _content(source: Any, where: str) -> bytes | Image.Image:
-    """The encoded bytes behind a source; a PIL image stays one."""
+    """The encoded bytes of a source; a PIL image is returned as it is."""
     if callable(source):
         source = source()
     if isinstance(source, Path):
@@ -80,5 +80,5 @@ def _digest(content: bytes | Image.Image, where: str) -> str:
         try:
             content = f"{content.mode} {content.size} ".encode() + content.tobytes()
         except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{where} is damaged or no image ({reason(error)}).") from error
+            raise InputError(f"{where} is damaged or not an image ({reason(error)}).") from error
     return hashlib.sha256(content).hexdigest()

@@ -1,6 +1,6 @@
-"""Where the bytes of an image or a video are that a row names: a path, a URL, base64 text or the bytes themselves.
+"""Locates the bytes of an image or a video of a row: a path, a URL, base64 text or the bytes themselves.
 
-Below ``images.py`` and ``videos.py``, which decode them. Nothing is held here but what was fetched or came as text.
+``images.py`` and ``videos.py`` decode them. Only bytes that were fetched or came as base64 text are kept in memory.
 """
 
 import base64
@@ -20,20 +20,21 @@ from urllib.request import HTTPRedirectHandler, build_opener, url2pathname
 
 from pop_lightning.core.errors import InputError, Key
 
-MOST_BYTES = 256 << 20  # of what is fetched from a URL
+# Limits on one download, so that a wrong URL cannot fill the memory or stall a run.
+MOST_BYTES = 256 << 20
 MOST_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Medium:
-    """What a row can show.
+    """A kind of media that a row can have: images or videos.
 
     Attributes:
-        name: as its parts of a message are called.
-        keys: of such a part, as in Transformers; ``bytes`` as ``datasets`` has them. The first one that is there
-            counts, ``bytes`` before all.
-        held: types that are taken as they are.
-        expected: what may stand there, for messages.
+        name: the type of its parts in a message.
+        keys: of such a part, as in Transformers; ``bytes`` as in ``datasets``. The first key that is present counts,
+            ``bytes`` before all others.
+        held: types that are accepted as they are.
+        expected: what is valid, for messages.
     """
 
     name: str
@@ -42,24 +43,24 @@ class Medium:
     expected: str
 
     def named(self, part: Mapping) -> bool:
-        """Whether a part names one, or leaves that to a list beside the text."""
+        """Whether a part names its source itself, instead of leaving that to a list next to the text."""
         return any(part.get(key) is not None for key in self.keys)
 
     def source(self, given: Any, where: str, folder: Path | None = None, allow_urls: bool = False) -> Any:
-        """From what stands in a row to a path, something of the types ``held``, or a call that gives one of these.
+        """From an entry of a row to a path, something of the types ``held``, or a callable that returns one of these.
 
         Args:
             given: a path, a URL, base64 text, something ``held``, a part, or ``datasets``' pair of ``bytes`` and
                 ``path``.
-            where: the row and the place in it, for messages.
+            where: the row and the number in it, for messages.
             folder: what relative paths are relative to; the working directory unless given.
             allow_urls: whether ``http`` addresses may be fetched.
 
         Raises:
-            InputError: nothing of the kind, a URL that is not allowed or cannot be fetched.
+            InputError: not such a source, or a URL that is not allowed or cannot be fetched.
         """
         if isinstance(given, Mapping):
-            # datasets' pair names the file its bytes came from, which need not lie here.
+            # datasets' pair also names the file that its bytes came from, which may not exist here.
             found = sorted((key for key in given if key in self.keys and given[key] is not None), key=self.keys.index)
             key = "bytes" if "bytes" in found else next(iter(found), None)
             if key is None:
@@ -87,12 +88,12 @@ class Medium:
             try:
                 path = Path(text).expanduser()
             except RuntimeError as error:
-                raise InputError(f"{where}: the path {text!r} names a home folder that is not there.") from error
+                raise InputError(f"{where}: the path {text!r} names a home folder that does not exist.") from error
             return path if path.is_absolute() or folder is None else folder / path
         raise InputError(f"{where} is a {type(given).__name__}: expected {self.expected}.")
 
     def _called(self, given: Callable[[], Any], where: str, folder: Path | None, allow_urls: bool) -> Any:
-        """What a source that is read when it is wanted turns out to be."""
+        """Resolve a callable source once it is read."""
         return self.source(given(), where, folder, allow_urls)
 
 
@@ -103,7 +104,7 @@ def _decoded(text: Any, where: str) -> bytes:
         head, comma, body = text.partition(",")
         return base64.b64decode(body if comma and head.startswith("data:") else text, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise InputError(f"{where} is no base64 text.") from error
+        raise InputError(f"{where} is not base64 text.") from error
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -132,7 +133,7 @@ def _fetched(url: str, where: str) -> bytes:
                     raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
                 if time.monotonic() > end:
                     raise ValueError(f"it took longer than {MOST_SECONDS} seconds")
-            if answer.length:  # what the server announced and did not send
+            if answer.length:  # announced by the server and not sent
                 raise IncompleteRead(bytes(found), answer.length)
         return bytes(found)
     except (OSError, HTTPException, ValueError) as error:
@@ -140,7 +141,7 @@ def _fetched(url: str, where: str) -> bytes:
 
 
 def reading(path: Path, where: str, read: Callable[[Path], Any]) -> Any:
-    """``read(path)``; :class:`InputError` where the file is not there or cannot be read."""
+    """``read(path)``; :class:`InputError` if the file does not exist or cannot be read."""
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device may never end
             raise ValueError("it is not a regular file")
@@ -152,6 +153,6 @@ def reading(path: Path, where: str, read: Callable[[Path], Any]) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an exception says, for a sentence of our own."""
+    """The first line of an exception's message, to be quoted in ours."""
     text = str(getattr(error, "strerror", None) or error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__

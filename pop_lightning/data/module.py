@@ -1,7 +1,7 @@
 """Calibration data: rows in four disjoint splits, their batches, and the responses that are generated once.
 
-Behind ``examples.py`` and ``rows.py`` in the flow: importance, projection training, the choice of a depth and its
-verification all take their batches here.
+The last step of the data flow, after ``examples.py`` and ``rows.py``: importance, projection training, the choice of a
+depth and its verification all get their batches here.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ from pop_lightning.models.loading import load_tokenizer
 SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 _DUPLICATE = "duplicate"
 _BROKEN = "rows that cannot be read"
-MOST_BROKEN = 0.1  # a larger share of such rows is a mistake in the source, not in single rows
+MOST_BROKEN = 0.1  # a larger share of such rows means that the source is wrong, not single rows
 _VISION_RESPONSE = "response with an image or video token"
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the data: usable rows, the others counted by reason, and lengths in tokens.
+    """A summary of the data: usable rows, the others counted by reason, and lengths in tokens.
 
     ``unusable`` maps a reason to a count and ``first_unusable`` the same reason to the first origin; ``truncated``
-    counts the rows that are used but were cut, ``ignored`` the rows that have each key that is not read.
+    counts the rows that are used but were cut; ``ignored`` maps each key that is not read to the rows that have it.
     ``response_tokens`` is None while every response is missing.
     """
 
@@ -81,10 +81,10 @@ def collate(
     """A batch in which every row's response starts at the same column, or one process's share of it.
 
     Prompts are padded on the left to the longest prompt P, responses on the right; a missing response is empty, so
-    rows without responses give the left-padded prompts that ``generate`` takes.
+    rows without responses give the left-padded prompts that ``generate`` expects.
 
-    Every process's share has the same shape, so that all run the same operations, as weights in shards need. Where rows
-    are missing for that, ghosts stand behind the real ones: rows that are padding alone (:func:`real_rows`).
+    Every process's share has the same shape, so that all run the same operations, as sharded weights require. If there
+    are too few rows for that, padding rows follow the real ones (:func:`real_rows`).
 
     Args:
         rank, size: the share holds every ``size``-th row from the ``rank``-th on.
@@ -92,8 +92,8 @@ def collate(
     Returns:
         ``input_ids`` and ``attention_mask``, both long ``[batch, T]``; ``prompt_length``, the int P; ``row_seed`` and
         ``prompt_seed``, long ``[batch]``; ``origins``, where each real row comes from. ``attention_mask[:, P:]`` is the
-        mask of the responses. With images or videos among the rows ``vision``: the tensors of all of them, in order, by
-        the names that the model's forward gives them.
+        mask of the responses. If rows have images or videos, ``vision``: the tensors of all of them, in order, by the
+        argument names of the model's forward.
     """
     prompt_length = max(len(row.prompt_ids) for row in rows)
     total = prompt_length + max(len(row.response_ids or ()) for row in rows)
@@ -120,7 +120,7 @@ def collate(
 
 
 def real_rows(batch: Mapping) -> int:
-    """How many rows of a batch are no ghosts; those come first."""
+    """Number of real (non-padding) rows of a batch; they come first."""
     return int(batch["attention_mask"].any(1).sum())
 
 
@@ -128,8 +128,8 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
     """Disjoint splits, the same for every order of ``rows``.
 
     Rows are ordered by a hash of ``seed`` and their prompt and cut where the fractions say. Rows that share a prompt
-    stay together: no prompt that a projection was fitted on is verified on, and a response that is filled in later
-    moves no row.
+    stay together, so that no prompt is used for both fitting and verification, and a response that is filled in later
+    does not move its row.
 
     Raises:
         InputError: there are fewer distinct prompts than splits.
@@ -157,7 +157,7 @@ def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 
 
 
 class _Batches(Dataset):
-    """Rows in batches of all processes together, by their number; :func:`collate` gives each process its share.
+    """Global batches (of all processes together) by number; :func:`collate` cuts out each process's share.
 
     Args:
         batch_size: rows of one process.
@@ -168,7 +168,7 @@ class _Batches(Dataset):
 
     @property
     def together(self) -> int:
-        # Asked for when a batch is read: a loader may be made before the processes have found each other.
+        # Evaluated when a batch is read: a loader may be made before the process group is initialized.
         return self.batch_size * distributed.size()
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ class _Batches(Dataset):
 
 
 class _TrainingBatches(Dataset):
-    """The batches of a training by the number of its step, each epoch in an order of its own.
+    """Training batches by step number; each epoch has its own order.
 
     Args:
         batch_size: rows of all processes together.
@@ -203,7 +203,7 @@ class _TrainingBatches(Dataset):
 
 
 class _EveryBatch(DistributedSampler):
-    """Every process reads every batch, of which it takes its share. Lightning leaves a sampler of this type alone."""
+    """Every process reads every batch and keeps its share. Lightning does not replace a ``DistributedSampler``."""
 
     def __init__(self, batches: _Batches):
         super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
@@ -219,7 +219,7 @@ class _Epochs(_EveryBatch):
     """The steps of one epoch at a time.
 
     Args:
-        done: how many steps were read before, asked when an epoch begins: a checkpoint may have been restored by then.
+        done: returns how many steps were read before; called when an epoch begins, after a checkpoint is restored.
     """
 
     def __init__(self, batches: _TrainingBatches, done: Callable[[], int]):
@@ -232,7 +232,7 @@ class _Epochs(_EveryBatch):
 
 
 class _ResumableLoader(DataLoader):
-    """A loader that Lightning knows to continue where a checkpoint was written: :class:`_Epochs` asks for the place."""
+    """A loader that Lightning resumes in mid-epoch because it has a state; :class:`_Epochs` finds the position."""
 
     def state_dict(self) -> dict:
         return {}
@@ -267,17 +267,16 @@ class CalibrationData(lightning.LightningDataModule):
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
         max_response_tokens: longer responses are cut.
         context: the longest sequence of the model in tokens, None for no limit.
-        end_tokens: what ends a response besides the tokenizer's eos, as the model's generation config says.
+        end_tokens: what ends a response in addition to the tokenizer's eos, from the model's generation config.
         limit: use this many rows, drawn by their content; of several sources as many of each, where they have them.
         batch_size: rows per batch.
         splits: the fraction of the rows for each of the four splits; they sum to 1.
-        seed: another seed, other splits.
-        vision: the base's processor; None for a model that reads text alone, where a row with images or videos is
-            refused.
+        seed: determines the splits, the sample under ``limit`` and the order of training.
+        vision: the base's processor; None for a text model, for which rows with images or videos are rejected.
         allow_urls: fetch images and videos that rows name by URL.
 
     Raises:
-        InputError: a setting does not fit; from :meth:`setup`, the data does not.
+        InputError: a setting is invalid; from :meth:`setup`, the data is.
     """
 
     def __init__(
@@ -343,7 +342,7 @@ class CalibrationData(lightning.LightningDataModule):
     def read_rows(self, *, keep_duplicates: bool = False) -> list[Row]:
         """The usable rows in the file's order (a sample by content under ``limit``), unsplit; fills :attr:`report`.
 
-        Duplicates are left out unless asked for: in two splits a row would be fitted on and verified on.
+        Duplicates are left out by default: in two splits, a row would be both fitted on and verified on.
 
         Raises:
             InputError: nothing usable.
@@ -404,7 +403,7 @@ class CalibrationData(lightning.LightningDataModule):
         return rows
 
     def _order(self, example: dict, origin: str) -> tuple:
-        """Where an example stands in the order that ``limit`` samples by: what is written, then what it shows."""
+        """The sort key by which ``limit`` samples: a hash of the text, then the images and videos."""
         read = {key: value for key, value in example.items() if key != "ignored"}
         written = json.dumps(read, sort_keys=True, default=lambda unwritten: None)
         key = hash63(self.seed, written)
@@ -433,9 +432,8 @@ class CalibrationData(lightning.LightningDataModule):
     def loader(self, name: str, limit: int | None = None, batch_size: int | None = None) -> DataLoader:
         """Batches of :func:`collate` over one split, every row once; each process gets its share of every batch.
 
-        ``batch_size`` rows (those that the module was given, unless said otherwise here) are one process's. The
-        longest rows come first: little padding, and what does not fit in memory shows at once. ``limit`` takes the
-        first rows of :meth:`rows_of`.
+        ``batch_size`` rows (the module's own by default) are per process. The longest rows come first, for little
+        padding and so that running out of memory shows at once. ``limit`` keeps only the first rows of :meth:`rows_of`.
 
         Raises:
             InputError: a row's response is still missing.
@@ -445,7 +443,7 @@ class CalibrationData(lightning.LightningDataModule):
         return DataLoader(batches, batch_size=None, sampler=_EveryBatch(batches), collate_fn=self._share)
 
     def val_dataloader(self) -> DataLoader:
-        """The split that the module of the running trainer names as its ``split``; ``search`` where it names none."""
+        """The split in the ``split`` attribute of the trainer's module; ``search`` if it has none."""
         return self.loader(getattr(getattr(self.trainer, "lightning_module", None), "split", "search"))
 
     def test_dataloader(self) -> DataLoader:
@@ -453,11 +451,11 @@ class CalibrationData(lightning.LightningDataModule):
         return self.loader("verify")
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of ``fit``, an epoch at a time, each in an order of its own.
+        """Batches of ``fit``, one epoch at a time, each in its own order.
 
-        ``batch_size`` rows are those of all processes together, so that their number changes nothing. Which rows a step
-        reads follows from the seed and the step's number alone, so that a resumed training continues with the batches
-        that it would have read.
+        ``batch_size`` counts the rows of all processes together, so that the number of processes changes nothing. The
+        rows of a step depend only on the seed and the step number, so that a resumed training continues with the
+        batches that it would have read.
         """
         batches = _TrainingBatches(self._complete("fit"), self.batch_size, self.seed)
 
@@ -482,7 +480,7 @@ class CalibrationData(lightning.LightningDataModule):
         return rows
 
     def batch(self, rows: Sequence[Row]) -> dict:
-        """:func:`collate` of some rows, all of them on this process; what they show is read and prepared here.
+        """:func:`collate` of some rows, all of them on this process; their images and videos are read here.
 
         Raises:
             InputError: an image or a video can no longer be read.
@@ -518,10 +516,10 @@ class CalibrationData(lightning.LightningDataModule):
 
         Args:
             generate: from a batch of rows to their response ids, without padding, in the same order.
-            cache: a JSON file, the first process's; responses found there are not generated again. It is saved after
-                every batch, so an interrupted run goes on where it stopped.
+            cache: a JSON file, the first process's; responses in it are not generated again. It is saved after every
+                batch, so an interrupted run continues where it stopped.
             made_with: what the responses depend on besides the prompt (model, decoding). A cache that was made with
-                something else, or with another data.max_response_tokens, is started anew.
+                something else, or with another data.max_response_tokens, is discarded.
 
         Raises:
             InputError: a split has no row left, because the generated responses are empty.
@@ -541,7 +539,7 @@ class CalibrationData(lightning.LightningDataModule):
             step = self.batch_size * distributed.size()
             for start in range(0, len(todo), step):
                 batch = todo[start : start + step]
-                # A process without a row of its own repeats one: all have to generate in step.
+                # A process without a row repeats one: sharded weights need all processes to generate in step.
                 share = batch[distributed.rank() :: distributed.size()]
                 generated = distributed.gather(generate(share or batch[-1:])[: len(share)])
                 for number, ids_of_rank in enumerate(generated):
@@ -557,7 +555,7 @@ class CalibrationData(lightning.LightningDataModule):
         splits, seen, truncated = {}, set(), self.report.truncated
         for name, rows in self._splits.items():
             splits[name] = []
-            # Given responses before generated ones: where the two agree, the given row is the one that stays.
+            # Given responses before generated ones, so that of two equal rows the given one is kept.
             for row in sorted(rows, key=lambda row: row.response_ids is None):
                 if row.response_ids is None:
                     ids = responses[str(row.seed)]
@@ -565,7 +563,7 @@ class CalibrationData(lightning.LightningDataModule):
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
                 reason = _DUPLICATE if row.content in seen else None if row.response_ids else EMPTY_RESPONSE
                 if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
-                    reason = _VISION_RESPONSE  # a pass over the row would look for an image behind it
+                    reason = _VISION_RESPONSE  # a pass over the row would look for its image
                 if reason:
                     unusable[reason] += 1
                     first.setdefault(reason, row.origin)
@@ -585,7 +583,7 @@ class CalibrationData(lightning.LightningDataModule):
 
 @dataclass(eq=False)
 class _ByMedia:
-    """Sorts by the digests of images and videos, and reads them only where two examples are written alike."""
+    """Sorts by the digests of images and videos, which are read only if the text of two examples is the same."""
 
     media: Callable[[], tuple[Sequence, Sequence]]
 
@@ -638,7 +636,7 @@ def _read_cache(cache: Path, stamp: dict) -> dict[str, list[int]]:
         content = json.loads(cache.read_text())
         return dict(content["responses"]) if all(content[key] == value for key, value in stamp.items()) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # it can be made again
+        return {}  # unreadable or of another version: the responses are generated again
 
 
 def _write_cache(cache: Path, content: dict) -> None:

@@ -1,6 +1,6 @@
 """The base's processor: from a text with images and videos to token ids, and to the tensors of a batch.
 
-``rows.py`` asks it for a row's ids, ``data.py`` for the tensors when a batch wants them.
+``rows.py`` uses it for a row's token ids, ``module.py`` for the tensors of a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ _NOT_FEATURES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type
 
 
 class VisionProcessor:
-    """The base's processor, loaded when the first image or video comes: text alone needs none.
+    """The base's processor, loaded with the first image or video, because text does not need it.
 
     Args:
-        load: gives the processor, or raises :class:`InputError` with the reason why there is none.
+        load: returns the processor, or raises :class:`InputError` with the reason why there is none.
         tokens: the tokens that stand for one feature each: of an image and, where the model reads them, of a video.
     """
 
@@ -44,10 +44,10 @@ class VisionProcessor:
         return getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template
 
     def check(self, images: Sequence[RowImage], videos: Sequence[RowVideo]) -> None:
-        """Raise :class:`InputError` where the processor does not load, or reads no videos and there are some."""
+        """Raise :class:`InputError` if the processor does not load, or there are videos and it does not read any."""
         if videos and len(self.tokens) < 2:
             raise InputError(
-                "the model reads images and no videos",
+                "the model reads only images",
                 advice=("give single frames as images, or change ", Key("model.base"), " to a model that reads videos"),
             )
         processor = self.processor if images or videos else None
@@ -72,7 +72,7 @@ class VisionProcessor:
         shown = self._shown([(images, videos)])
         try:
             ids = self.processor(text=[text], add_special_tokens=special, **shown)["input_ids"][0]
-        except (ValueError, TypeError) as error:  # one that the processor will not take, such as a thin line
+        except (ValueError, TypeError) as error:  # input that the processor rejects, such as a very narrow image
             kind = "an image" if not videos else "a video" if not images else "an image or a video"
             raise InputError(f"{where} has {kind} that the processor refuses: {reason(error)}.") from error
         return [int(token) for token in ids]
@@ -84,7 +84,7 @@ class VisionProcessor:
             InputError: an image or a video is damaged, or the base has no chat template.
         """
         if not self.chat_template:
-            raise InputError(f"{where} goes through a chat template, and the base has none: give --data with prompts.")
+            raise InputError(f"{where} needs a chat template, and the base has none: give --data with prompts.")
         kinds = ["image"] * len(images) + ["video"] * len(videos)
         content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
         rendered = self.processor.tokenizer.apply_chat_template(
@@ -96,7 +96,7 @@ class VisionProcessor:
         return self.encode(rendered, images, videos, where, special=False)
 
     def tensors(self, rows: Sequence[tuple[Sequence[RowImage], Sequence[RowVideo]]]) -> dict[str, Tensor]:
-        """What the model's forward wants of the images and videos of some rows, in order; empty where there are none.
+        """The arguments of the model's forward for the images and videos of some rows, in order; empty without any.
 
         Raises:
             InputError: an image or a video can no longer be read.
@@ -108,13 +108,13 @@ class VisionProcessor:
             self.processor.image_token * len(images) + (self._video_token or "") * len(videos)
             for images, videos in rows
         ]
-        found: BatchFeature = self.processor(text=texts, padding=True, return_tensors="pt", **self._shown(rows))
+        features: BatchFeature = self.processor(text=texts, padding=True, return_tensors="pt", **self._shown(rows))
         unused = {*_NOT_FEATURES, *getattr(self.processor, "unused_input_names", ())}
-        return {name: torch.as_tensor(tensor) for name, tensor in found.items() if name not in unused}
+        return {name: torch.as_tensor(tensor) for name, tensor in features.items() if name not in unused}
 
     @property
     def _video_token(self) -> str | None:
-        """What stands for a video in a text; None where the model reads none."""
+        """The placeholder of a video in a text; None if the model reads no videos."""
         return getattr(self.processor, "video_token", None) if len(self.tokens) > 1 else None
 
     def _check_placeholders(
@@ -128,15 +128,15 @@ class VisionProcessor:
             if text.count(token) != len(given):
                 raise InputError(
                     f"{where} has {len(given)} {kind}s, and its prompt holds {token!r} {text.count(token)} times: "
-                    f"expected it once for each {kind}."
+                    f"expected one for each {kind}."
                 )
             bare = bare.replace(token, "")
         ids = tokenizer(bare, add_special_tokens=False, verbose=False)["input_ids"]
         for feature, (kind, token, _) in zip(self.tokens, kinds, strict=False):
             strays = ids.count(feature)
             if strays:
-                beside = "" if token is None else f" beside {token!r}, which stands once for each {kind}"
-                raise InputError(f"{where} has {strays} {kind} tokens in its prompt{beside}: take them out.")
+                besides = "" if token is None else f" in addition to {token!r}, the placeholder for each {kind}"
+                raise InputError(f"{where} has {strays} {kind} tokens in its prompt{besides}: remove them.")
 
     def _shown(self, rows: Sequence[tuple[Sequence[RowImage], Sequence[RowVideo]]]) -> dict[str, Any]:
         """The processor's arguments for the images and videos of some rows, opened."""
@@ -146,7 +146,7 @@ class VisionProcessor:
         if any(videos for _, videos in rows):
             opened = [video.open(self._sampling) for _, videos in rows for video in videos]
             arguments["videos"] = [frames for frames, _ in opened]
-            # Files are sampled while they are decoded, and given frames are all shown.
+            # Files are sampled while they are decoded; of a list of frames all are shown.
             arguments["videos_kwargs"] = {
                 "video_metadata": [metadata for _, metadata in opened],
                 "do_sample_frames": False,
@@ -155,7 +155,7 @@ class VisionProcessor:
         return arguments
 
     def _sampling(self, fps: float | None) -> Callable | None:
-        """What picks the frames of a file, as the processor itself would: by its settings, or ``fps`` a second."""
+        """The function that picks a file's frames, as the processor would: by its settings, or ``fps`` per second."""
         processor = self.processor.video_processor
         if fps is None and not getattr(processor, "do_sample_frames", False):
             return None
@@ -168,7 +168,7 @@ class VisionProcessor:
 def vision_processor(
     tokens: Sequence[int], name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> VisionProcessor | None:
-    """The base's processor, not loaded yet; None where ``Decoder.vision_tokens`` are none: it reads text alone."""
+    """The base's processor, not loaded yet; None without vision tokens (``Decoder.vision_tokens``): a text model."""
     if not tokens:
         return None
     load = partial(load_processor, name, revision=revision, trust_remote_code=trust_remote_code)
@@ -176,7 +176,7 @@ def vision_processor(
 
 
 def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
-    """What makes a base's inputs of text with images and videos.
+    """The processor that makes a base's inputs from text with images and videos.
 
     Raises:
         InputError: there is none, or a package that it needs is missing.

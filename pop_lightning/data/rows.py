@@ -1,7 +1,7 @@
-"""From examples to rows: the token ids of a prompt and its response, and the images and videos that the prompt shows.
+"""From examples to rows: the token ids of a prompt and its response, and the images and videos of the prompt.
 
-Between ``examples.py``, which reads, and ``data.py``, which splits and batches. All randomness about a row comes from
-its content, so the order of a file changes nothing.
+The step between ``examples.py``, which reads, and ``module.py``, which splits and batches. All randomness of a row is
+derived from its content, so the order of a file changes nothing.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pop_lightning.data.media import Medium
 from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.data.videos import TIMING, VIDEO, RowVideo
 
-MIN_TEXT_TOKENS = 8
+MIN_TEXT_TOKENS = 8  # a shorter text leaves too little for both a prompt and a response
 _EMPTY_PROMPT = "empty prompt"
 EMPTY_RESPONSE = "empty response"
 _LONG_PROMPT = "prompt longer than max_prompt_tokens"
@@ -30,8 +30,8 @@ _SHORT_TEXT = f"text shorter than {MIN_TEXT_TOKENS} tokens"
 class Row:
     """One tokenized row; ``response_ids`` is None until the full model has generated it.
 
-    ``origin`` says where the row stands, for messages: ``file.jsonl line 12``. Of ``images`` and ``videos`` the ids of
-    the prompt hold a token for every feature; they are opened when a batch wants their tensors.
+    ``origin`` says where the row comes from, for messages: ``file.jsonl line 12``. The prompt has one token per feature
+    of ``images`` and ``videos``, which are opened when a batch needs their tensors.
     """
 
     prompt_ids: tuple[int, ...]
@@ -42,17 +42,17 @@ class Row:
 
     @property
     def media(self) -> tuple[RowImage | RowVideo, ...]:
-        """All that the row shows."""
+        """The images, then the videos."""
         return self.images + self.videos
 
     @property
     def prompt(self) -> tuple:
-        """What the model is asked: token ids, and the digests of images and videos where there are any."""
+        """The identity of the prompt: token ids, and the digests of its images and videos."""
         return (self.prompt_ids, *(each.digest for each in self.media))
 
     @property
     def content(self) -> tuple:
-        """What makes two rows the same row."""
+        """The identity of the row: rows with equal content are duplicates."""
         return (self.prompt, self.response_ids)
 
     @property
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def prompt_seed(self) -> int:
-        """The same hash of the prompt alone: rows that share it are one draw of a prompt, not several."""
+        """The same hash of only the prompt: rows that share it count as one independent draw, not several."""
         return hash63(*self.prompt)
 
     @property
@@ -72,9 +72,9 @@ class Row:
 
 @dataclass(frozen=True)
 class RowTokenizer:
-    """From one example to ``(row, reason, truncated)``: exactly one of row and reason is None.
+    """Turns one example into ``(row, reason, truncated)``: exactly one of row and reason is None.
 
-    ``vision`` is None where the model reads text alone.
+    ``vision`` is None for a model that reads only text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -88,19 +88,19 @@ class RowTokenizer:
     def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
         row, reason, truncated = self._row(example, origin)
         if row is not None and self.vision is not None:
-            # Such tokens with no image or video behind them would be given another's features.
+            # Such tokens without an image or video of their own would get the features of another.
             text = (*(() if row.media else row.prompt_ids), *(row.response_ids or ()))
             stray = next((token for token in self.vision.tokens if token in text), None)
             if stray is not None:
                 kind = "image" if stray == self.vision.tokens[0] else "video"
                 raise InputError(
                     f"{origin} has the {kind} token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with "
-                    f"no {kind} behind it: take it out, or give the row's {kind}s."
+                    f"no {kind} for it: remove it, or give the row's {kind}s."
                 )
         return row, reason, truncated
 
     def media(self, example: dict, origin: str) -> tuple[tuple[RowImage, ...], tuple[RowVideo, ...]]:
-        """Its images and its videos, each in the order of the text; a file is read once for its hash, and not kept."""
+        """Its images and its videos, each in the order of the text; a file is read once, for its hash, and not kept."""
         images = self._media(IMAGE, RowImage.of, example, origin)
         return images, self._media(VIDEO, RowVideo.of, example, origin)
 
@@ -178,8 +178,8 @@ class RowTokenizer:
             ids = self.tokenizer(text, verbose=False)["input_ids"]
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         if bos is not None and bare[0] == bos and ids[:2] == [bos, bos]:
-            ids = ids[1:]  # the text, as from a rendered chat, begins with one already
-        # An eos that the text itself ends on stays: it is part of what the user wrote.
+            ids = ids[1:]  # the text already begins with one, as a rendered chat does
+        # An eos at the end of the text itself is kept: the user wrote it.
         return ids[:-1] if eos is not None and ids[-1] == eos and bare[-1] != eos else ids
 
     def _response(self, text: str) -> list[int]:
@@ -200,8 +200,8 @@ class RowTokenizer:
         answered = messages[-1]["role"] == "assistant"
         if answered and len(messages) == 1:
             return [], []
-        # The tokenizer picks among named templates itself; the processor's goes with what is shown, or where it alone
-        # has one.
+        # The tokenizer picks among named templates itself; the processor's template is used for images and videos, or
+        # if only the processor has one.
         template = None
         if images or videos or (self.vision is not None and not self.tokenizer.chat_template):
             template = self.vision.chat_template
@@ -233,7 +233,7 @@ class RowTokenizer:
             near = slice(max(0, common - 40), common + 40)
             raise InputError(
                 f"{origin}: the chat template renders the prompt differently once the answer follows, so prompt and "
-                f"response cannot be told apart (prompt alone: ...{prompt[near]!r}, with the answer: "
+                f"response cannot be separated (prompt only: ...{prompt[near]!r}, with the answer: "
                 f"...{full[near]!r})",
                 advice=(
                     "set the template's variables in the row's \"chat_template_kwargs\" (such as "
@@ -253,11 +253,12 @@ class RowTokenizer:
             return prompt_ids, []
         response = full_ids[len(prompt_ids) :]
         if full_ids[: len(prompt_ids)] != prompt_ids:
-            # The text splits but a token straddles the split: decode starts after the prompt's own tokens all the same.
+            # A token straddles the split of the text: tokenize the response separately, as decode starts after the
+            # prompt's own tokens.
             response = self._ids(full[len(prompt) :])
-        if images or videos:  # a placeholder is a token of its own, so expanding it moves no split
+        if images or videos:  # a placeholder is a token of its own, so expanding it does not move the split
             prompt_ids = self.vision.encode(prompt, images, videos, origin, special=False)
-        # Templates go on behind a turn's end token (a line break, an end of text); decode stops at it.
+        # Templates add text after a turn's end token (a line break, an end of text), at which decode stops.
         return prompt_ids, list(until_end(response, self.ends))
 
     def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, bool]:
@@ -273,7 +274,7 @@ class RowTokenizer:
 
 
 def _filled(part: dict, entry):
-    """An entry of the list for a part that names nothing, with what the part says about its times."""
+    """The entry of the list for a part that names no source, with the timing keys of the part."""
     timing = {key: part[key] for key in TIMING if part.get(key) is not None}
     return {**timing, VIDEO.name: entry} if timing and part["type"] == VIDEO.name else entry
 
@@ -285,7 +286,7 @@ def _has_content(message: dict) -> bool:
 
 
 def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
-    """A response up to and with its first end token, where decode stops; what follows goes."""
+    """A response up to and with its first end token, where decode stops."""
     stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tuple(tokens[:stop])
 

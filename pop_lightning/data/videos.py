@@ -1,7 +1,7 @@
-"""Videos of rows: files, or lists of frames that are images; what they hash to, and their frames with their times.
+"""Videos of rows, which are files or lists of images: their hashes, and their frames with timestamps.
 
-``rows.py`` gives every row its videos, and ``vision.py`` opens them batch by batch, as it does images. A list of frames
-needs no decoder; a file goes through Transformers' ``load_video`` with whichever decoder is installed.
+``rows.py`` gives every row its videos, and ``processor.py`` opens them batch by batch, as it does images. A list of
+frames needs no decoder; a file is read by Transformers' ``load_video`` with whichever decoder is installed.
 """
 
 import hashlib
@@ -27,22 +27,22 @@ VIDEO = Medium(
     held=(bytes, bytearray, list, tuple),
     expected="a path, bytes, base64 text or a list of frames",
 )
-TIMING = ("fps", "video_metadata")  # what a part may say besides
-# Transformers' names of its decoders, the preferred one first, and what has to load for each. Its torchvision decoder
-# needs a torchvision that is older than the oldest PyTorch which is supported here.
+TIMING = ("fps", "video_metadata")  # further keys of a part
+# Transformers' names of its decoders, the preferred one first, and the package of each. Its torchvision decoder
+# is left out: it needs a torchvision older than the oldest PyTorch supported here.
 _DECODERS = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord", "opencv": "cv2"}
 
 
 @dataclass(frozen=True)
 class RowVideo:
-    """One video of a row; equal where the content is, and what is shown of it.
+    """One video of a row; equal if the content and the frames that are shown are.
 
     Attributes:
         digest: SHA-256 of the encoded bytes or of the frames' digests, and of ``fps`` and ``metadata`` where given.
-        source: a path, encoded bytes, the frames' images, or a call that gives one of these.
-        where: the row and the video's place in it, for messages.
-        fps: how many of a file's frames are taken a second, or how many a second the given frames are; None leaves the
-            first to the processor's settings and the second to its default, 24.
+        source: a path, encoded bytes, the frames' images, or a callable that returns one of these.
+        where: the row and the video's number in it, for messages.
+        fps: frames per second: how many are sampled from a file, or how many a list of frames has; None means the
+            processor's settings for a file and its default, 24, for a list.
         metadata: of given frames, fields of Transformers' ``VideoMetadata``.
     """
 
@@ -54,18 +54,18 @@ class RowVideo:
 
     @classmethod
     def of(cls, given: Any, where: str, *, folder: Path | None = None, allow_urls: bool = False) -> "RowVideo":
-        """From what :meth:`Medium.source` takes, or from a list of what it takes for images: the frames.
+        """From anything that :meth:`Medium.source` accepts, or a list of what it accepts for images: the frames.
 
-        A part may say ``fps`` and, of frames, ``video_metadata``, as Transformers' processors call them.
+        A part may give ``fps`` and, of frames, ``video_metadata``, as Transformers' processors call them.
 
         Raises:
-            InputError: nothing of the kind, a URL that is not allowed, or a file that is not there.
+            InputError: not a video source, a URL that is not allowed, or a file that does not exist.
         """
         source = VIDEO.source(given, where, folder, allow_urls)
         opened = partial(_opened, where=where, folder=folder, allow_urls=allow_urls)
         source = partial(_called, source, opened) if callable(source) else opened(source)
         part = given if isinstance(given, Mapping) else {}
-        # Whether a source that is read when it is wanted gives frames shows only then.
+        # A callable source has to be called to see whether it returns frames.
         shown = source() if callable(source) and part.get("video_metadata") else source
         fps, metadata = _timing(part, shown, where)
         return cls(_digest(shown, where, fps, metadata), source, where, fps, metadata)
@@ -77,8 +77,7 @@ class RowVideo:
             sampling: from :attr:`fps` to what picks a file's frames, as ``load_video`` calls it; None for all of them.
 
         Raises:
-            InputError: it is no video, is cut short, no decoder is installed, or it holds something else than when the
-                row was read.
+            InputError: it is not a video, is truncated, has changed since the row was read, or no decoder is installed.
         """
         source = self.source() if callable(self.source) else self.source
         if _digest(source, self.where, self.fps, self.metadata) != self.digest:
@@ -101,8 +100,8 @@ class RowVideo:
                 "expected frames of one size."
             )
         (width, height), count = sizes[0], len(frames)
-        told = {"total_num_frames": count, "fps": self.fps, "width": width, "height": height}
-        return np.stack(frames), VideoMetadata(**{**told, "frames_indices": list(range(count)), **self.metadata})
+        known = {"total_num_frames": count, "fps": self.fps, "width": width, "height": height}
+        return np.stack(frames), VideoMetadata(**{**known, "frames_indices": list(range(count)), **self.metadata})
 
     def _decoded(self, path: Path, sample: Callable | None) -> tuple[np.ndarray, VideoMetadata]:
         decoder = _decoder()
@@ -115,15 +114,15 @@ class RowVideo:
             frames, metadata = load_video(str(path), backend=decoder, sample_indices_fn=sample)
             if not len(frames) or len(frames) != len(metadata.frames_indices):
                 raise ValueError(f"{len(frames)} of {len(metadata.frames_indices)} frames can be read")
-        except Exception as error:  # every decoder raises its own kind, all of them about the file
-            raise InputError(f"{self.where} is damaged or no video ({decoder}: {reason(error)}).") from error
+        except Exception as error:  # every decoder raises its own exceptions, all about the file
+            raise InputError(f"{self.where} is damaged or not a video ({decoder}: {reason(error)}).") from error
         if isinstance(frames, torch.Tensor):  # torchcodec has the channels in front
             frames = frames.permute(0, 2, 3, 1).numpy()
         return frames, metadata
 
 
 def _opened(source: Any, where: str, folder: Path | None, allow_urls: bool) -> Path | bytes | tuple[RowImage, ...]:
-    """A source with every frame of a list found, each by its own digest."""
+    """A source in its final form: for a list, every frame as a :class:`RowImage` with its own digest."""
     if isinstance(source, (Path, bytes)):
         return source
     if isinstance(source, bytearray):
@@ -141,13 +140,13 @@ def _called(source: Callable[[], Any], opened: Callable[[Any], Any]) -> Any:
 
 
 def _timing(part: Mapping, source: Any, where: str) -> tuple[float | None, dict[str, Any]]:
-    """``fps`` and ``video_metadata`` of a part, without what is null there."""
+    """``fps`` and ``video_metadata`` of a part, without null values."""
     fps, metadata = (part.get(key) for key in TIMING)
     _check_above_zero(fps, "fps", where)
     if not metadata:
         return fps, {}
     if not isinstance(source, tuple):
-        raise InputError(f'{where} is a file with "video_metadata", which goes with a list of frames: take it out.')
+        raise InputError(f'{where} is a file with "video_metadata", which needs a list of frames: remove it.')
     names = [each.name for each in fields(VideoMetadata)]
     if not isinstance(metadata, Mapping) or not metadata.keys() <= set(names):
         raise InputError(f'{where} has "video_metadata" {metadata!r}: expected an object of {", ".join(names)}.')
@@ -192,9 +191,9 @@ def _hash_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache  # a package that does not load would be tried again for every video
+@cache  # otherwise a package that does not load would be tried again for every video
 def _decoder() -> str | None:
-    """Transformers' name of the first decoder whose package loads; torchcodec's does not where FFmpeg is missing."""
+    """Transformers' name of the first decoder whose package loads; torchcodec does not load without FFmpeg."""
     for name, package in _DECODERS.items():
         try:
             importlib.import_module(package)

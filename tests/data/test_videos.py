@@ -376,14 +376,14 @@ def test_every_fault_of_a_video_row_is_named_by_its_line(folder, tmp_path, frame
     cases = [
         (chat(clip("none.mp4")), r"video 1: the file '.*none\.mp4' does not exist"),
         (chat(good, clip(tmp_path)), r"video 2: the file '.*' cannot be read \(Is a directory\)"),
-        (chat(clip("cut.mp4")), r"video 1 is damaged or no video \(arrays: "),
+        (chat(clip("cut.mp4")), r"video 1 is damaged or not a video \(arrays: "),
         (chat(good, {"type": "video", "video": [*good["video"], "none.png"]}), r"video 2, frame 3: the file "),
-        (chat({"type": "video", "video": [*good["video"], "text.png"]}), r"video 1, frame 3 is damaged or no image"),
+        (chat({"type": "video", "video": [*good["video"], "text.png"]}), r"video 1, frame 3 is damaged or not"),
         (chat({"type": "video", "video": [good["video"][0], "other.png"]}), r"video 1 has frames of 8x32 and 24x16 "),
         (chat({"type": "video", "video": ["tiny.png", "tiny.png"]}), r"has a video that the processor refuses: frames"),
         (chat({"type": "video", "video": []}), r"video 1 is an empty list: expected its frames"),
         (chat({"type": "video", "video": 7}), r"video 1 is a int: expected a path, bytes, base64 text or a list of fr"),
-        (chat({"type": "video", "base64": "%%%"}), r"video 1 is no base64 text"),
+        (chat({"type": "video", "base64": "%%%"}), r"video 1 is not base64 text"),
         (chat(clip("https://example.org/a.mp4")), r"video 1 is the URL .* URLs are not fetched .* the video as a file"),
         (chat({"type": "video", "video": ["https://example.org/a.png"]}), r"video 1, frame 1 is the URL "),
         (chat(frames(folder, 0, 1, fps=0)), r"video 1 has \"fps\" 0: expected a number above 0"),
@@ -429,12 +429,12 @@ def test_a_file_that_ends_before_its_frames_do_is_damaged(folder, tmp_path, fram
         return found[:-1], metadata
 
     monkeypatch.setitem(video_utils.VIDEO_DECODERS, "arrays", cut)
-    with pytest.raises(InputError, match=r"line 1, video 1 is damaged or no video \(arrays: 2 of 3 frames can be read"):
+    with pytest.raises(InputError, match=r"line 1, video 1 is damaged or not a video \(arrays: 2 of 3 frames"):
         read(tmp_path / "rows.jsonl", [chat(clip(folder / "clip.mp4"))])
 
 
 def test_a_video_for_a_model_that_reads_none_is_refused_by_its_line(folder, tmp_path):
-    with pytest.raises(InputError, match=r"rows\.jsonl line 2 has videos, but the model reads images and no videos"):
+    with pytest.raises(InputError, match=r"rows\.jsonl line 2 has videos, but the model reads only images"):
         read(tmp_path / "rows.jsonl", [chat(), chat(frames(folder, 0, 1))], "gemma3")
     data = CalibrationData(tmp_path / "rows.jsonl", processor("qwen3_vl").tokenizer)
     with pytest.raises(InputError, match=r"line 2 has videos, and the model reads text only; .* that reads videos"):
@@ -461,10 +461,10 @@ def test_a_feature_token_beside_the_placeholders_is_named_by_its_kind(folder):
     vision = VisionProcessor(lambda: made, (IMAGE, VIDEO))
     image = [RowImage.of(folder / "0.png", "here")]
     text = f"{PLACEHOLDER['qwen3_vl']} <|video_pad|> <|video_pad|>"
-    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt beside 'w9', .* for each video: "):
+    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt in addition to 'w9', .* video: "):
         vision.encode(text, image, [], "row 1", special=False)
     made.video_token = None
-    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt: take them out\.$"):
+    with pytest.raises(InputError, match=r"^row 1 has 2 video tokens in its prompt: remove them\.$"):
         vision.encode(text, image, [], "row 1", special=False)
 
 
@@ -548,7 +548,7 @@ def test_pop_generate_refuses_a_video_that_does_not_fit_in_one_sentence(
     asked = [*qwen, "--prompt", "w1"]
     cases = [
         ([*asked, "--video", "none.mp4"], "--video 1: the file 'none.mp4' does not exist"),
-        ([*asked, "--video", str(tmp_path / "text.mp4")], "--video 1 is damaged or no video"),
+        ([*asked, "--video", str(tmp_path / "text.mp4")], "--video 1 is damaged or not a video"),
         ([*asked, "--video", "https://example.org/a.mp4"], "set --allow_urls or give"),
         (["--artifact", artifacts["gemma3"], "--prompt", "w1", "--video", good], "--video was given, but the model "),
         ([*qwen, "--data", str(rows), "--output", "o", "--video", good], "--video (belongs to pop-generate prompt)"),

@@ -292,9 +292,9 @@ def test_every_fault_of_an_image_row_is_named_by_its_line(pictures, tmp_path):
     cases = [
         (chat(picture("none.png")), r"image 1: the file '.*none\.png' does not exist"),
         (chat(good, picture(tmp_path)), r"image 2: the file '.*' cannot be read \(Is a directory\)"),
-        (chat(picture("cut.png")), r"image 1 is damaged or no image \("),
-        (chat(good, picture("text.png")), r"image 2 is damaged or no image: its format is unknown"),
-        (chat({"type": "image", "base64": "%%%"}), r"image 1 is no base64 text"),
+        (chat(picture("cut.png")), r"image 1 is damaged or not an image \("),
+        (chat(good, picture("text.png")), r"image 2 is damaged or not an image: its format is unknown"),
+        (chat({"type": "image", "base64": "%%%"}), r"image 1 is not base64 text"),
         (chat({"type": "image", "image": 7}), r"image 1 is a int: expected a path"),
         (chat({"type": "image", "url": "https://example.org/a.png"}), r"image 1 is the URL .* URLs are not fetched"),
         (chat({"type": "image"}), r"has 1 image parts that name no image, and 0 entries in \"images\""),
@@ -315,7 +315,7 @@ def test_every_fault_of_an_image_row_is_named_by_its_line(pictures, tmp_path):
 
 def test_a_soft_token_beside_gemmas_images_is_a_mismatch(pictures, tmp_path):
     row = chat(picture(pictures / "0.png"), text="w1 <image_soft_token>")
-    with pytest.raises(InputError, match=r"line 1 has 1 image tokens in its prompt beside '<start_of_image>'"):
+    with pytest.raises(InputError, match=r"line 1 has 1 image tokens in its prompt in addition to '<start_of_image>'"):
         read(tmp_path / "rows.jsonl", [row], "gemma3")
 
 
@@ -437,7 +437,7 @@ def test_pop_generate_refuses_what_does_not_fit_in_one_sentence(run, tmp_path, c
     asked = ["--artifact", artifact, "--prompt", "w1"]
     cases = [
         ([*asked, "--image", "none.png"], "--image 1: the file 'none.png' does not exist"),
-        ([*asked, "--image", good, "--image", str(tmp_path / "text.png")], "--image 2 is damaged or no image"),
+        ([*asked, "--image", good, "--image", str(tmp_path / "text.png")], "--image 2 is damaged or not an image"),
         ([*asked, "--image", "https://example.org/a.png"], "set --allow_urls or give"),
         (
             ["--artifact", artifact, "--data", str(rows), "--output", "o", "--image", good],
