@@ -1,1 +1,1 @@
-"""Latency, held against the work that no pruned prefill can avoid."""
+"""Latency of pruned prefill, compared with the work that it cannot avoid."""

@@ -1,9 +1,9 @@
-"""What pruning buys in milliseconds: plain and pruned prefill side by side, and how far both are from the bounds.
+"""Times plain and pruned prefill side by side, and compares the speedup with its bounds.
 
 ``pop-generate bench`` calls :func:`load` and :func:`run`; the pipeline calls :func:`measure_ttft`. Every ratio
-comes from passes that alternate in one run after warm-up, on a synchronized device. Two bounds stand beside it: the
-*counted* one divides operations (``flops.py``), the *measured* one times what cannot be avoided (``bound.py``).
-``benchmark_report.py`` shows the result to a person.
+comes from passes that alternate in one run after warm-up, on a synchronized device. Two bounds are
+reported with it: the *counted* one divides operations (``flops.py``), the *measured* one times the work that cannot be
+avoided (``bound.py``). ``report.py`` formats the result.
 """
 
 import platform
@@ -49,17 +49,17 @@ def load(
     """What ``--benchmark`` runs on: an artifact's generator, a base model, or a shape with random weights.
 
     Args:
-        artifact: the ``artifact/`` folder of ``pop-fit``; ``base`` then says where its base lies.
+        artifact: the ``artifact/`` folder of ``pop-fit``; ``base`` then says where its base is.
         base: hub id or folder.
-        shape: a name in ``shapes.SHAPES``; stands alone.
-        dtype: one of ``models.DTYPES``; unless given as stored, for a shape bfloat16 on a GPU and float32 on a CPU.
-        device: ``cpu``, ``cuda`` or ``cuda:N``; a GPU where there is one unless given.
+        shape: a name in ``shapes.SHAPES``; cannot be combined with the others.
+        dtype: one of ``models.DTYPES``; by default as stored; for a shape bfloat16 on a GPU and float32 on a CPU.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; by default a GPU if there is one.
 
     Raises:
         InputError: the arguments do not go together, or nothing loads from them.
     """
     if shape is not None and (artifact is not None or base is not None):
-        raise InputError("--shape stands for a model with random weights; drop --artifact and --base, or --shape.")
+        raise InputError("--shape makes a model with random weights; drop --artifact and --base, or --shape.")
     if shape is None and artifact is None and base is None:
         raise InputError("nothing to measure was given: expected --artifact DIR, --base MODEL or --shape NAME.")
     check_dtype(dtype)
@@ -105,8 +105,8 @@ def run(
         boundary: for a model; 1 unless given.
         repeats: timed rounds per point, each of one plain pass, one pruned pass and one pass of the measured bound.
         decode_tokens: decode steps timed per point; 0 leaves decode out.
-        name: what the result calls the model.
-        progress: show a bar on stderr.
+        name: the name of the model in the result.
+        progress: show a progress bar on stderr.
         on_point: called with the result so far after every point, so that a long run can be saved as it goes.
 
     Returns:
@@ -116,7 +116,7 @@ def run(
         same ratio for the ``measured`` and ``counted`` bound, the measured one's ``ms`` and its ``parts_ms``;
         ``of_measured_bound`` is the median over rounds of bound / pruned; ``decode`` the ms per token over the cache
         of a plain and of a pruned prefill and their relative ``change``; ``projection_bytes`` what the projections
-        hold beside the model's weights.
+        hold in addition to the model's weights.
 
     Raises:
         InputError: an argument is out of range, or memory ran out (the points before that were given to ``on_point``).
@@ -151,7 +151,7 @@ def run(
 def _plans(target, depths: Sequence[int] | None, boundary: int | None) -> list[PruningPlan]:
     if isinstance(target, StageAwareGenerator):
         if depths is not None or boundary is not None:
-            raise InputError("the artifact says depth and boundary; drop --depths and --boundary, or take --base.")
+            raise InputError("the artifact sets depth and boundary; drop --depths and --boundary, or use --base.")
         return [target.plan]
     decoder = Decoder(target)
     layers = decoder.num_layers
@@ -199,7 +199,7 @@ def measure(
     laps = _alternate({**passes, "bound": steps}, device, repeats)
     parts = zip(*(parts for _, parts in laps["bound"]), strict=True)
     parts = dict(zip(steps, map(statistics.median, parts), strict=True))
-    del steps  # its cache and weights should not stand in the way of what follows
+    del steps  # frees its cache and weights before memory is measured
     flops = {
         "full": batch * prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens),
         "pruned": batch * prefill_flops(decoder, plan, tokens),
@@ -291,8 +291,8 @@ def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
 def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) -> dict[str, Any]:
     """Milliseconds per token over the cache of a plain and of a pruned prefill.
 
-    The two take turns token by token and read the same random tokens: a busy machine slows both down alike. What is
-    timed is the model's forward; ``generate`` adds the same to both.
+    The two alternate token by token and read the same random tokens, so that a busy machine slows both down equally.
+    Only the model's forward is timed; ``generate`` adds the same overhead to both.
     """
     device = generator.model.device
     caches = {name: passes[name]["prefill"]().past_key_values for name in ("full", "pruned")}
@@ -340,7 +340,7 @@ def _alternate(
 
 def _lap(steps: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, list[float]]:
     """Wall time of all steps, and of each; on a GPU a step's share is read from events, with no wait between steps."""
-    kept = []  # results live until the clock has stopped: a prefill's cache and logits are what it is run for
+    kept = []  # keep results until the clock has stopped, so that freeing a prefill's cache is not timed
     synchronize(device)
     marks = [_mark(device)]
     start = time.perf_counter()
@@ -375,7 +375,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 def _median_ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios round by round: what slows a whole round down does not count."""
+    """Median of the ratios round by round, so that what slows down a whole round cancels out."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -383,7 +383,7 @@ def _median_ratio(above: list[float], below: list[float]) -> float:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions that a figure holds for."""
+    """Device, threads and versions under which a figure was measured."""
     return {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -1,7 +1,7 @@
-"""The measured bound: the work that no pruned prefill can avoid, bare, for the benchmark to time beside the real one.
+"""The measured bound: only the work that no pruned prefill can avoid, timed next to the real prefill.
 
-What a pruned prefill takes above it is overhead: hooks, norms and rotary tables of the projected keys, cache copies,
-masks. Where the counted bound (``flops.py``) trusts that operations are time, this one holds on the machine at hand.
+Time that a pruned prefill needs beyond it is overhead: hooks, norms and rotary tables of the projected keys, cache
+copies, masks. The counted bound (``flops.py``) assumes that time is proportional to operations; this one is measured.
 """
 
 import copy
@@ -15,18 +15,18 @@ from transformers.cache_utils import Cache
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.masks import layer_mask
 
-_PRODUCT_BYTES = 1 << 29  # a long prompt's keys and values of all layers may not fit in memory at once
+_PRODUCT_BYTES = 1 << 29  # 512 MiB: a long prompt's keys and values of all layers may not fit in memory at once
 
 
 class _Stop(Exception):
-    """Raised in front of the first pruned layer: the plain model, cut there."""
+    """Raised before the first pruned layer to stop the plain model there."""
 
 
 def unavoidable(generator: StageAwareGenerator, ids: Tensor) -> dict[str, Callable[[], object]]:
     """The steps of the bound for the prompts ``ids`` ``[batch, tokens]``, each a call to be timed.
 
-    - ``shallow``: the plain model over the prompt, stopped in front of layer d.
-    - ``projections``: the bare products that give the context's keys and values, one per visible span for all layers
+    - ``shallow``: the plain model over the prompt, stopped before layer d.
+    - ``projections``: only the products that compute the context's keys and values, one per visible span for all layers
       that share it, on random numbers of the right shapes.
     - ``boundary``: the k boundary tokens through layers d..L-1 over a filled cache, final norm and head.
 
@@ -91,7 +91,7 @@ def _products(generator: StageAwareGenerator, context: int, batch: int) -> list[
 def _boundary(generator: StageAwareGenerator, ids: Tensor, context: int) -> Callable[[], Tensor]:
     decoder, depth = generator.decoder, generator.plan.depth
     pruned = generator.plan.pruned(decoder.num_layers)
-    if generator.plan.boundary == 0:  # the last token stops at the depth: norm and head alone
+    if generator.plan.boundary == 0:  # the last token stops at the depth: only norm and head are left
         last = torch.randn(len(ids), 1, decoder.config.hidden_size, dtype=generator.model.dtype, device=ids.device)
         return torch.no_grad()(lambda: decoder.logits(last))
     filled = generator.prefill(ids[:, :context], last=False).past_key_values
@@ -113,7 +113,7 @@ def _boundary(generator: StageAwareGenerator, ids: Tensor, context: int) -> Call
 
 
 def _appendable(cache: Cache) -> Cache:
-    """A cache to append to while ``cache`` stays as it is: dynamic layers replace their tensors, they do not write."""
+    """A copy to append to while ``cache`` is unchanged: dynamic layers replace their tensors, not write into them."""
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     return new

@@ -1,4 +1,4 @@
-"""Show a benchmark to a person: a table for the terminal, and JSON and a plot for the output folder.
+"""Formats a benchmark: a table for the terminal, and JSON and a plot for the output folder.
 
 Reads the plain data that ``benchmark.run`` returns; nothing is measured here.
 """
@@ -20,7 +20,7 @@ JSON, PLOT = "benchmark.json", "benchmark.png"
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line per point, and one that says what it was measured on."""
+    """The model and machine, then two tables with one line per point: times, and rates and memory."""
     model, machine = result["model"], result["machine"]
     lines = [
         f"{model['name']}: {model['class']}, {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion "
@@ -79,7 +79,7 @@ def _rates(point: dict[str, Any]) -> list[str]:
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Make the output folder before anything is measured: an hour's figures should not end at a missing right.
+    """Make the output folder before anything is measured, so that a missing permission does not waste an hour.
 
     Raises:
         InputError: it cannot be made or written.
@@ -94,7 +94,7 @@ def make_folder(folder: str | Path) -> Path:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Write ``benchmark.json`` (everything, every single time included) and ``benchmark.png`` into ``folder``.
+    """Write ``benchmark.json`` (everything, including all single timings) and ``benchmark.png`` into ``folder``.
 
     Each appears whole or not at all, and replaces that of an earlier run.
     """
@@ -103,7 +103,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """Speedup against prompt length, both bounds beside it; one panel per batch size, one color per depth.
+    """Speedup over prompt length with both bounds; one panel per batch size, one color per depth.
 
     With one length and several depths the axis is the number of pruned layers, and a color is a batch size.
     """

@@ -1,14 +1,14 @@
-"""The artifact: what ``pop-fit`` exports, how it is checked when it is read, and which base it belongs to.
+"""The artifact: what ``pop-fit`` exports, and how it is verified when it is read.
 
 An ``artifact/`` folder holds ``pop_config.json``, ``kv_projections.safetensors`` and a model card; base weights are
 never copied. The export callback and :meth:`StageAwareGenerator.save_pretrained` write it,
-:meth:`StageAwareGenerator.from_artifact` reads it. Only JSON and safetensors are read, so that an artifact from
-elsewhere can hold wrong figures but no code.
+:meth:`StageAwareGenerator.from_artifact` reads it. Only JSON and safetensors are read, so that an untrusted
+artifact can hold wrong figures but no code.
 
-Format 2 binds both files to each other: a SHA-256 over everything that ``pop_config.json`` says (plan, kind, stored
+Format 2 binds both files to each other: a SHA-256 over the whole content of ``pop_config.json`` (plan, kind, stored
 layers and tensors, base, recipe, measured figures) is in that file and in the metadata of the tensor file, whose own
-SHA-256 ``pop_config.json`` states. A change to either file, or a file of another artifact, is refused. The model card
-is not bound: it may be edited. Format 1 had no such checksum and is refused.
+SHA-256 ``pop_config.json`` states. A change to either file, or a file of another artifact, is rejected. The model card
+is not bound and may be edited. Format 1 had no such checksum and is rejected.
 """
 
 import hashlib
@@ -59,12 +59,12 @@ class Artifact:
     folder: Path
 
     def check_base(self, model: PreTrainedModel) -> None:
-        """Refuse a base that this artifact was not made for, as :func:`base_identity.check_base` does."""
+        """Reject a base that this artifact was not made for, as :func:`base_identity.check_base` does."""
         check_base(self.config["base"], model, self.folder)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a config's canonical JSON: all of it but the two checksums themselves."""
+    """SHA-256 (hex) of a config's canonical JSON: everything except the two checksums themselves."""
     content = {key: value for key, value in config.items() if key != "integrity"}
     if isinstance(content.get("projection"), dict):
         content["projection"] = {key: value for key, value in content["projection"].items() if key != "sha256"}
@@ -120,7 +120,7 @@ def write_artifact(
         "recipe": recipe,
         "measured": measured,
     }
-    config = json.loads(json.dumps(config))  # as it will be read: the digest is taken of that
+    config = json.loads(json.dumps(config))  # as it will be read back: the digest is computed over that
     digest = config_digest(config)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -215,10 +215,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} has format {number}, this pop-lightning reads format {FORMAT}: a newer version is needed."
         )
     if number == 1:
-        raise InputError(
-            f"{path} has format 1, which has no checksum over its plan and its promise: export it again with this "
-            "version of pop-fit."
-        )
+        raise InputError(f"{path} has format 1, which has no checksum: export it again with this version of pop-fit.")
     if number < FORMAT:
         raise InputError(f"{path} has format {number}: expected {FORMAT}.")
     stated = _need(config, "integrity.sha256", str, path)
@@ -243,7 +240,7 @@ def _read_tensors(path: Path, config: dict[str, Any], stated: dict[str, Any]) ->
         raise InputError(f"{path} is damaged or cut short: {str(error).rstrip('.')}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    # The comparison with what is stated comes first: its message names the tensor.
+    # The tensors are compared before the file's checksum, because that message names the tensor.
     for name in sorted(stated.keys() | state.keys()):
         if name not in state:
             raise InputError(f"{path} lacks the tensor {name} that {CONFIG} states.")
@@ -256,8 +253,8 @@ def _read_tensors(path: Path, config: dict[str, Any], stated: dict[str, Any]) ->
             raise InputError(f"{path} is unusable: {name} {problem}.")
     if found != digest:
         raise InputError(
-            f"{path} has another SHA-256 than {CONFIG} states ({found[:12]}, expected {digest[:12]}): it was changed "
-            "or damaged after the export."
+            f"{path} has a different SHA-256 than {CONFIG} states ({found[:12]}, expected {digest[:12]}): it was "
+            "changed or damaged after the export."
         )
     if bound != config["integrity"]["sha256"]:
         raise InputError(f"{path} was not exported together with {CONFIG}: the files of two artifacts were mixed.")

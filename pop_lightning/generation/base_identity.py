@@ -1,4 +1,4 @@
-"""Which base model an artifact was fitted on, and whether a given model is that one: config and sampled weights."""
+"""Identifies the base model of an artifact, and checks a given model against it: config and sampled weights."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ from pop_lightning.core.errors import InputError
 
 # With 7 matrices and 2 vectors a layer (Llama), 32 layers stay below 100 kB of JSON.
 SAMPLES, VECTOR_SAMPLES = 8, 4
-MATRICES, VECTORS = 7, 8  # per layer; of a mixture of experts the rest is left out
+MATRICES, VECTORS = 7, 8  # at most, per layer; the other experts of a mixture are left out
 
-# How a model is loaded and run, or which words the tokenizer reserves: none of it changes what the weights compute.
+# How a model is loaded and run, and the special tokens: none of it changes what the weights compute.
 _VOLATILE = re.compile(
     r"_.*|transformers_version|name_or_path|(torch_)?dtype|architectures|use_cache|.*attn_implementation.*|"
     r"(pad|bos|eos|sep|cls|mask)_token_id|output_attentions|output_hidden_states|return_dict|quantization_config|"
@@ -39,11 +39,11 @@ def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | Non
     A hub model is named by the commit that was loaded, because a branch or tag moves; a folder by its full path.
 
     The fingerprint holds ``SAMPLES`` elements of each layer's matrices and ``VECTOR_SAMPLES`` of its vectors (norms,
-    biases), at places drawn from the tensor's name. It survives a load in another dtype and detects a merged
-    fine-tune, which moves nearly every element it touches.
+    biases), at positions drawn from a hash of the tensor's name. It survives a load in another dtype and detects a
+    merged fine-tune, which moves nearly every element it touches.
 
     Raises:
-        InputError: the model carries a PEFT adapter that is not merged: its weights alone do not say what it computes.
+        InputError: the model has a PEFT adapter that is not merged: its own weights do not determine its output.
     """
     adapter = find_adapter(model)
     if adapter is not None:
@@ -66,7 +66,7 @@ _MERGE = ": merge it (merge_and_unload) and fit on the result, or remove it"
 
 def find_adapter(model: nn.Module) -> str | None:
     """The name of the first module that a PEFT adapter wraps, or None. An inactive adapter counts as well."""
-    if "peft" not in sys.modules:  # nothing can have been injected, and importing it takes seconds
+    if "peft" not in sys.modules:  # then nothing can have been injected, and importing it costs seconds
         return None
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -79,12 +79,12 @@ def find_adapter(model: nn.Module) -> str | None:
 
 
 def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a base that an artifact was not made for.
+    """Reject a base that an artifact was not made for.
 
-    Weights that hold no plain numbers (quantized, offloaded) cannot be compared; all others are.
+    Weights that are not plain tensors (quantized, offloaded) cannot be compared; all others are.
 
     Args:
-        base: its :func:`base_identity`, as the artifact holds it.
+        base: the artifact's :func:`base_identity`.
         folder: of the artifact, for the error message.
 
     Raises:
@@ -116,7 +116,7 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
     missing = [name for name in samples if name not in names]
     # A quantization may store a weight under other names (packed values, scales).
     if missing and getattr(model.config, "quantization_config", None) is None:
-        raise InputError(f"{intro}names its weights otherwise: {missing[0]} was expected{advice}")
+        raise InputError(f"{intro}names its weights differently: {missing[0]} was expected{advice}")
     mine = _fingerprint(model, samples)["samples"]
     for tensor, there in samples.items():
         here = mine.get(tensor)
@@ -149,7 +149,7 @@ def _hash(config: dict[str, Any]) -> str:
 
 
 def _difference(there: Any, here: Any, key: str = "") -> str | None:
-    """The first key that both sides know and that differs, in words."""
+    """A description of the first key that both sides have and that differs, or None."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in sorted(there.keys() & here.keys()):
             found = _difference(there[name], here[name], f"{key}.{name}" if key else name)
@@ -160,7 +160,7 @@ def _difference(there: Any, here: Any, key: str = "") -> str | None:
 
 
 def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """``{"samples": {tensor: {"shape", "dtype", "values"}}}``; tensors that hold no plain numbers are left out."""
+    """``{"samples": {tensor: {"shape", "dtype", "values"}}}``; tensors without plain numbers are left out."""
     readable = {name: tensor for name, tensor in _tensors(model) if _is_readable(tensor)}
     samples = {}
     for name in _chosen(readable) if wanted is None else [name for name in wanted if name in readable]:
@@ -179,7 +179,7 @@ def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether the elements are plain numbers at hand; a quantized weight can claim a dtype that it only computes in."""
+    """Whether the elements can be read; a quantized weight may report a dtype in which it only computes."""
     return (
         len(distributed.whole_shape(tensor)) >= 1
         and (tensor.numel() > 0 or distributed.is_sharded(tensor))
@@ -219,7 +219,7 @@ def _same(there: Any, here: dict[str, Any]) -> bool:
             first, second = (each.to(_PLAIN[dtype]).float() for each in (first, second))
         if first.shape != second.shape:
             return False
-    except (KeyError, TypeError, ValueError, RuntimeError):  # no fingerprint that this version wrote
+    except (KeyError, TypeError, ValueError, RuntimeError):  # not a fingerprint written by this version
         return False
     # Rounding is exact, so equal dtypes agree to the bit. The two halves round differently: bfloat16 in its eighth
     # bit, float16 below 6e-8.

@@ -1,7 +1,7 @@
 """Detects that a base was changed after projections were made from it: an adapter injected, weights trained or merged.
 
-Reused projections hold the base's keys and values as maps of their own, so a base that changes under a generator would
-be prefilled with its old weights and decoded with its new ones.
+Reused projections are copies of the base's key and value maps, so a base that changes under a generator would be
+prefilled with its old weights and decoded with its new ones.
 """
 
 import torch
@@ -16,8 +16,8 @@ _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class BaseWatch:
     """Remembers what the keys and values of the pruned layers are computed from.
 
-    Modules are compared by identity. Of each weight a part of its diagonal is compared, which any update of the whole
-    weight changes, however it is written. A check precedes every prefill, so that it looks up and copies little.
+    Modules are compared by identity. Of each weight only samples of the diagonal are compared, which any update of the
+    whole weight changes. The check runs before every prefill, so it has to be cheap.
 
     Args:
         decoder: the base, as the projections read it.
@@ -31,13 +31,13 @@ class BaseWatch:
         self._remember()
 
     def changed(self) -> bool:
-        """Whether keys and values are computed otherwise now. Weights that were moved or cast are the same ones."""
+        """Whether keys and values are now computed differently. Moved or cast weights count as unchanged."""
         if any(parent._modules.get(name) is not child for parent, name, child in self._links):
             decoder = Decoder(self._model)
             now = _parts(decoder, self._layers)
             if len(now) != len(self._parts) or any(a is not b for a, b in zip(now, self._parts, strict=True)):
                 return True
-            self._link(decoder)  # another module around the same ones, such as torch.compile's
+            self._link(decoder)  # only a new wrapper around the same modules, such as that of torch.compile
         if [_memory(module._parameters.get(name)) for module, name in self._weights] == self._memories:
             return not all(map(torch.equal, map(torch.cat, self._views), self._joined))
         before = self._samples
@@ -45,7 +45,7 @@ class BaseWatch:
         return not (len(before) == len(self._samples) and all(map(_same, before, self._samples)))
 
     def _link(self, decoder: Decoder) -> None:
-        """Note every step of the way to each part: an adapter replaces a module and keeps the old one inside."""
+        """Record the module path to each part: an adapter replaces a module on it and wraps the old one."""
         wanted = {id(part) for part in self._parts}
         links = {}
         for layer in self._layers:
@@ -66,7 +66,7 @@ class BaseWatch:
         ]
         self._weights = [(module, name) for module, name, _ in found]
         self._memories = [_memory(weight) for _, _, weight in found]
-        # Views: they show what is written into the weights later, and keep their memory from being given to others.
+        # Views show later writes to the weights, and keep their memory from being reused.
         views, groups = [_sample(weight) for _, _, weight in found], {}
         for view in views:
             groups.setdefault((view.device, view.dtype), []).append(view)
@@ -76,14 +76,14 @@ class BaseWatch:
 
 
 def _parts(decoder: Decoder, layers: range) -> list[nn.Module]:
-    """What the keys and values of the layers go through, in order."""
+    """The modules that compute the keys and values of the layers, in order."""
     read = [decoder.parts[layer] for layer in layers if layer in decoder.parts]
     used = [(it.norm.module, it.keys.linear, it.values.linear, it.k_norm, it.v_norm) for it in read]
     return [part for parts in used for part in parts if part is not None]
 
 
 def _is_readable(weight: Tensor) -> bool:
-    """Whether these are plain numbers at hand: not quantized, in shards, or waiting to be loaded."""
+    """Whether the elements can be read: not quantized, in shards, or offloaded."""
     plain = type(weight) is nn.Parameter and weight.dtype in _PLAIN and weight.dim() in (1, 2)
     return plain and weight.numel() > 0 and not weight.is_meta
 
@@ -98,6 +98,6 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _same(before: Tensor, after: Tensor) -> bool:
-    """Whether both are one weight, each rounded to what the other's dtype can hold."""
+    """Whether both are the same weight, each rounded to the other's dtype."""
     first, second = before.to(after.dtype).to(before.dtype), after.to(before.dtype).to(after.dtype)
     return len(before) == len(after) and torch.allclose(first.double(), second.double(), rtol=1e-6, equal_nan=True)

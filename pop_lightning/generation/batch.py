@@ -1,4 +1,4 @@
-"""From text to text with a loaded artifact: what ``pop-generate`` does, callable from Python as well."""
+"""Text in, text out with a loaded artifact: the functions of ``pop-generate``, callable from Python as well."""
 
 import itertools
 import json
@@ -42,14 +42,14 @@ def stream(
 
     Args:
         images: shown before the prompt, in a user's turn of the base's chat template: paths, bytes, PIL images or, with
-            ``allow_urls``, URLs. Without images and videos the prompt goes in as it is.
-        videos: shown behind the images: paths, bytes, lists of frames, or URLs.
+            ``allow_urls``, URLs. Without images and videos the prompt is used as it is.
+        videos: shown after the images: paths, bytes, lists of frames, or URLs.
         full: generate with the unpruned model.
         sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
 
     Raises:
-        InputError: no tokenizer, an empty prompt where the base has no BOS token, a prompt that is not Unicode, an
-            image or a video that cannot be read or that the base cannot read, or a prompt that leaves no room in the
+        InputError: no tokenizer, an empty prompt where the base has no BOS token, a prompt that is not valid Unicode,
+            an image or a video that cannot be read or that the base cannot read, or a prompt that leaves no room in the
             model's context.
     """
     check_prompt(prompt)
@@ -82,7 +82,7 @@ def stream(
             if piece:
                 yield piece, streamer.first_token - start
     finally:
-        streamer.abandoned = True  # a thread still at work when Python ends would abort the process
+        streamer.abandoned = True  # a thread still running when Python exits would abort the process
         thread.join()
     if failure:
         raise failure[0]
@@ -94,7 +94,7 @@ def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, 
         return Row(tuple(ids or _start(generator, tokenizer)), (), "--prompt")
     flag = "--video" if videos else "--image"
     if generator.vision is None:
-        raise InputError(f"{flag} was given, and the base ({generator.decoder.name}) reads text alone.")
+        raise InputError(f"{flag} was given, but the base ({generator.decoder.name}) reads only text.")
     shown = [
         tuple(of(each, f"{flag} {number}", allow_urls=allow_urls) for number, each in enumerate(given, 1))
         for of, flag, given in ((RowImage.of, "--image", images), (RowVideo.of, "--video", videos))
@@ -107,7 +107,7 @@ def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, 
 
 
 class _TimedStreamer(TextIteratorStreamer):
-    """Knows when the first token came, before the first whole word can be shown, and stops when nobody reads on."""
+    """Records the time of the first token, which precedes the first whole word, and stops when no longer read."""
 
     first_token: float | None = None
     abandoned = False  # nobody reads on
@@ -121,7 +121,7 @@ class _TimedStreamer(TextIteratorStreamer):
 
 
 def _start(generator: StageAwareGenerator, tokenizer) -> list[int]:
-    """What generation starts from where there is no prompt."""
+    """The tokens that generation starts from without a prompt."""
     for token in (tokenizer.bos_token_id, generator.generation_config.bos_token_id):
         if token is not None:
             return [token]
@@ -135,15 +135,15 @@ def check_prompt(prompt: str) -> None:
     except UnicodeEncodeError as error:
         raise InputError(
             f"--prompt is not valid Unicode at character {error.start + 1} (half of a surrogate pair, such as a cut "
-            "emoji, or bytes that are not UTF-8): take it out."
+            "emoji, or bytes that are not UTF-8): remove it."
         ) from error
 
 
 def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> None:
-    """What can be said of ``--data`` and ``--output`` before a model is loaded; makes the folder of ``output``.
+    """Check ``--data`` and ``--output`` before a model is loaded; creates the folder of ``output``.
 
     Raises:
-        InputError: no row can be read, or ``output`` cannot be written, or stands there already.
+        InputError: no row can be read, ``output`` cannot be written, or it already exists.
     """
     read_examples(data)
     output = Path(output).expanduser()
@@ -180,12 +180,12 @@ def generate_file(
 
     Args:
         data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
-        compare: run the unpruned model as well and say how often both agree.
+        compare: also run the unpruned model and report how often both agree.
         allow_urls: fetch images and videos that rows name by URL.
         limit: generate for that many usable rows, the first ones.
         sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
-        max_prompt_tokens: rows with a longer prompt are left out; what the model's context leaves unless given. It may
-            exceed that, for models that are used beyond the length they were made for.
+        max_prompt_tokens: rows with a longer prompt are left out; by default the model's context minus
+            ``max_new_tokens``. It may be larger, for models that are used beyond their nominal context.
 
     Returns:
         ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
@@ -227,7 +227,9 @@ def _read_rows(
 ) -> tuple[list[Row], DataReport]:
     context = context_length(generator.model) if max_prompt_tokens is None else None
     if context is not None and max_new_tokens >= context:
-        raise InputError(f"--max_new_tokens {max_new_tokens} leaves no prompt of the model's context of {context}.")
+        raise InputError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's context of {context}."
+        )
     reader = CalibrationData(
         data,
         tokenizer,

@@ -1,23 +1,23 @@
 """StageAwareGenerator: a Transformers model whose prefill is pruned; everything else is unchanged.
 
-The last part of the flow: it holds a base, a plan and projections, and lets Transformers' own ``generate`` run. Hooks
-stand on the pruned layers until the prompt has been read (``prefill.py``); decode steps meet none. Works: sampling,
+It holds a base, a plan and projections, and runs Transformers' own ``generate``. Hooks are attached to the pruned
+layers until the prompt has been read (``prefill.py``); decode steps run without them. Supported: sampling,
 beams, several return sequences, logits processors, guidance, stopping criteria, streamers, assisted and prompt-lookup
 decoding, chunked prefill, prefixes, second turns, ``inputs_embeds``, images and videos; dynamic, static, sliding and
 quantized caches; compiled models (the prefill runs uncompiled, decode compiled); offloaded and quantized bases; sdpa,
-eager, flash and flex attention; several threads at once. Where pruning shows:
+eager, flash and flex attention; several threads at once. Where pruning is visible:
 
 - ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,
-  ``[batch, boundary, ...]``, because no other exists; refused with ``boundary=0`` and with assisted decoding.
+  ``[batch, boundary, ...]``, because the others do not exist; refused with ``boundary=0`` and with assisted decoding.
 - ``past_key_values``: a cache carries its plan and the identity of its projections; one of another plan or of other
-  projections is refused, the plain model's is taken. A filled one is refused for assisted decoding, and so is one that
-  holds the whole prompt. It can be cropped to the prompt's end, not into the prompt.
-- M-RoPE: a cache carries how many positions its images took, so a second turn starts where its own conversation
-  stopped, whatever the model ran in between.
+  projections is refused, one of the plain model is accepted. A filled one is refused for assisted decoding, and so
+  is one that holds the whole prompt. It can be cropped down to the end of the prompt, but not inside it.
+- M-RoPE: a cache records how many positions its images used, so a second turn continues its own conversation, whatever
+  the model ran in between.
 - ``pixel_values``: where images attend to their own later tokens (Gemma), a boundary that begins inside one is refused.
-- A forward without a cache (``generator(input_ids)``) is refused: it does not say where its prompt ends. Of a filled
-  cache it is a decode step. So lm-eval's ``HFLM(generator)`` measures generation tasks and refuses log-likelihood ones;
-  ``HFLM(generator.model)`` and ``pipeline(..., model=generator.model)`` measure the unpruned model.
+- A forward without a cache (``generator(input_ids)``) is refused: it does not say where its prompt ends. With a
+  filled cache it is a decode step. So lm-eval's ``HFLM(generator)`` measures generation tasks and refuses
+  log-likelihood ones; ``HFLM(generator.model)`` and ``pipeline(..., model=generator.model)`` run the unpruned model.
 - A base that changed after the projections were made (adapters, training): reused projections follow it, fitted ones
   are refused.
 - ``guidance_scale``: the unconditional branch is prefilled by the plain model.
@@ -59,10 +59,10 @@ class StageAwareGenerator:
         model: a Transformers causal language model.
         plan: depth and boundary.
         projections: key/value projections for the pruned layers; the layers' own (reuse) unless given.
-        tokenizer, vision: kept for callers that want them; generation takes token ids and image tensors.
+        tokenizer, vision: kept for callers; generation itself works on token ids and image tensors.
 
     Raises:
-        InputError: the plan does not fit the model, or the model is of an unsupported build (named, with the reason).
+        InputError: the plan does not fit the model, or the model is not supported (the message gives the reason).
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class StageAwareGenerator:
 
     def _use(self, projections: KVProjections) -> None:
         self.decoder, self.projections = projections.decoder, projections
-        projections.stack()  # now, so that the first prefill pays neither its time nor its memory
+        projections.stack()  # now, so that the first prefill does not pay for it in time or memory
         self._prefill = StageAwarePrefill(projections, self.plan)
         self._mark = f"{self.plan.fingerprint} {projections.fingerprint}"
         self._watch = BaseWatch(self.decoder, self.plan.pruned(self.decoder.num_layers))
 
     def _follow_base(self) -> None:
-        """Take over what happened to the base since the last call: it may have been moved, cast, adapted or trained.
+        """Adapt to changes of the base since the last call: it may have been moved, cast, adapted or trained.
 
         Raises:
-            InputError: its keys and values changed, and the projections were fitted to what they were.
+            InputError: its keys and values changed, and the projections were fitted to the old ones.
         """
         self.projections.place()
         if not self._watch.changed():
@@ -133,8 +133,8 @@ class StageAwareGenerator:
             name = artifact.config["base"]["id"] if base is None else str(Path(base).expanduser())
             if base is None and Path(name).is_absolute() and not Path(name).is_dir():
                 raise InputError(
-                    f"the base of the artifact {artifact.folder} is not at {name} any more; give the folder that it "
-                    "is in now, or its hub id (--base)."
+                    f"the base of the artifact {artifact.folder} is no longer at {name}; give its current "
+                    "folder, or its hub id (--base)."
                 )
             stored = artifact.config["base"].get("revision") if base is None else None
             revision = load.pop("revision", stored)
@@ -167,14 +167,14 @@ class StageAwareGenerator:
     def save_pretrained(self, folder: str | Path, base: str | None = None) -> None:
         """Write plan and projections as an artifact that :meth:`from_artifact` loads; base weights are not copied.
 
-        No measured figures are written: those of an artifact that was loaded hold for its own folder, in its dtype.
+        No measured figures are written: those of a loaded artifact are only valid for its own weights and dtype.
 
         Args:
             folder: becomes the artifact.
-            base: hub id or folder of the base; the name that the model was loaded under unless given.
+            base: hub id or folder of the base; by default the name under which the model was loaded.
 
         Raises:
-            InputError: nothing names the base, it has an adapter that is not merged, or the folder cannot be written.
+            InputError: the base has no name, it has an adapter that is not merged, or the folder cannot be written.
         """
         from pop_lightning.generation.artifact import write_artifact
         from pop_lightning.generation.base_identity import base_identity
@@ -200,8 +200,8 @@ class StageAwareGenerator:
         """One forward of the model over tokens that follow a filled cache (decode steps run every layer).
 
         Raises:
-            InputError: no cache is filled: such a forward does not say where its prompt ends, so that it can neither
-                be pruned nor pass for a measurement of the pruned model.
+            InputError: no cache is filled: such a forward does not say where its prompt ends, so it can neither be
+                pruned nor be taken for a measurement of the pruned model.
         """
         if self._pruning and not _held(kwargs.get("past_key_values")):
             raise InputError(
@@ -243,7 +243,7 @@ class StageAwareGenerator:
 
     @property
     def hf_device_map(self) -> dict:
-        """Where accelerate placed the model; missing, as on the model, where it did not."""
+        """Where accelerate placed the model; as on the model, there is no such attribute if it did not."""
         return self.model.hf_device_map
 
     @property
@@ -256,7 +256,7 @@ class StageAwareGenerator:
 
     @contextmanager
     def full_model(self):
-        """Pruning off on this thread: inside, ``generate`` and ``prefill`` are the plain model's."""
+        """Pruning off on this thread: inside, ``generate`` and ``prefill`` run the plain model."""
         before = self._pruning
         self._thread.pruning = False
         try:
@@ -272,7 +272,7 @@ class StageAwareGenerator:
         """Hugging Face ``generate``: the same arguments, the same return value.
 
         Raises:
-            InputError: a feature that the module's table names as refused, before the first token.
+            InputError: before the first token, for a feature that this module's docstring lists as refused.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not self._pruning:
@@ -284,7 +284,7 @@ class StageAwareGenerator:
             return self._leave(self.model.generate(inputs, **kwargs), shift)
         self._follow_base()
         if kwargs.get("use_cache") is None and self.model.generation_config.use_cache is False:
-            kwargs["use_cache"] = True  # saved so by training with gradient checkpointing; nobody asked for it here
+            kwargs["use_cache"] = True  # saved by training with gradient checkpointing, not requested by the caller
         self._refuse(lambda name: self._setting(kwargs, name))
         cache = kwargs.get("past_key_values")
         cached = self._claim(cache)
@@ -299,7 +299,7 @@ class StageAwareGenerator:
         return self._leave(output, shift)
 
     def _leave(self, output, shift: Tensor | None):
-        """Put the shift that a later turn starts from on the cache that ``generate`` returned, a row per sequence."""
+        """Store the shift for a later turn on the cache that ``generate`` returned, one row per sequence."""
         cache = getattr(output, "past_key_values", None)
         if isinstance(cache, Cache) and shift is not None:
             setattr(cache, _SHIFT, shift.repeat_interleave(len(output.sequences) // len(shift), 0))
@@ -355,10 +355,10 @@ class StageAwareGenerator:
         return output
 
     def _place_tokens(self, ids: Tensor | None, call: dict, cached: int) -> Tensor | None:
-        """Put every token's position into ``call``, and the mask that it follows from, where the caller left them out.
+        """Put every token's position into ``call``, and the mask it is computed from, unless the caller gave them.
 
-        M-RoPE models would take positions from what they remember of their last pass, whichever conversation that was
-        of. Returns the shift that a later turn starts from.
+        M-RoPE models would otherwise use what they remember of their last pass, which may be of another conversation.
+        Returns the shift for a later turn.
         """
         mask = call.get("attention_mask")
         if mask is None and ids is not None and self.decoder.positions.mrope:
@@ -370,17 +370,17 @@ class StageAwareGenerator:
         return self.decoder.positions.shift(call["position_ids"], mask)
 
     def _mask_of(self, ids: Tensor, call: dict) -> Tensor:
-        """The mask that ``generate`` makes of token ids alone: a pad token that ends nothing is padding."""
+        """The mask that ``generate`` derives from token ids: pad tokens are padding unless they also end a response."""
         pad = self._setting(call, "pad_token_id")
         if pad is None or pad in end_tokens(self.model):
             return torch.ones_like(ids)
         return (ids != pad).long()
 
     def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
-        """Raise where the boundary begins inside an image that no context pass can read in part."""
+        """Raise if the boundary begins inside an image that cannot be split between context and boundary."""
         if ids is None or not self.decoder.vision.see_ahead or kwargs.get("pixel_values") is None:
             return
-        # The tokens on both sides of where the boundary begins: a copy that does not grow with the prompt.
+        # Only the two tokens around the split go to the host, so the copy does not grow with the prompt.
         k = self.plan.boundary
         if not 0 < k < ids.shape[1]:
             return
@@ -397,7 +397,7 @@ class StageAwareGenerator:
         if prompt is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is None:
-            return 1  # generate starts from the BOS token alone
+            return 1  # generate starts from only the BOS token
         if not prompt.shape[1] and not cached:
             raise InputError("the prompt is empty: generation needs at least one token, such as the BOS token.")
         mask = kwargs.get("attention_mask")
@@ -405,7 +405,7 @@ class StageAwareGenerator:
         whole = mask is None or mask.shape[1] == prompt.shape[1] or not cached
         if whole and prompt.shape[1] <= cached:
             raise InputError(
-                f"past_key_values hold {cached} tokens already and the prompt has {prompt.shape[1]}; pass the whole "
+                f"past_key_values already hold {cached} tokens and the prompt has {prompt.shape[1]}; pass the whole "
                 f"sequence with at least one token more, or its new tokens with the whole sequence's attention_mask."
             )
         return prompt.shape[1] if whole else cached + prompt.shape[1]
@@ -413,8 +413,8 @@ class StageAwareGenerator:
     def _claim(self, cache: Cache | None) -> int:
         """Put this generator's mark on a cache; returns how many tokens it holds.
 
-        A cache that another plan or other projections filled is refused: its context would not be what these project.
-        One that the plain model filled is taken: its keys and values are the exact ones.
+        A cache that another plan or other projections filled is refused: its context differs from what these
+        produce. One that the plain model filled is accepted: its keys and values are exact.
         """
         if cache is None:
             return 0
@@ -465,14 +465,14 @@ class StageAwareGenerator:
         for name in ("output_hidden_states", "output_attentions"):
             if setting(name) and (assisted or self.plan.boundary == 0):
                 raise InputError(
-                    f"{name} needs boundary >= 1 and no assistant: above the depth there are rows for boundary tokens "
-                    f"alone; set boundary, drop the assistant, or use full_model()."
+                    f"{name} needs boundary >= 1 and no assistant: above the depth only boundary tokens have rows; "
+                    f"set boundary, drop the assistant, or use full_model()."
                 )
         if self.decoder.config._attn_implementation == "flex_attention" and (
             self.decoder.compiled or setting("prefill_chunk_size") is not None
         ):
             raise InputError(
-                "flex_attention needs torch.compile, which the pruned prefill sets aside where the model is compiled "
+                "flex_attention needs torch.compile, which the pruned prefill turns off if the model is compiled "
                 "or prefill_chunk_size is given; use attn_implementation='sdpa'."
             )
 

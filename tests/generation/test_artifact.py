@@ -223,7 +223,7 @@ def test_changed_vectors_are_refused(tmp_path, change):
 def test_a_base_that_lacks_a_sampled_weight_is_refused(folder):
     base = model()
     base.model.layers[1].mlp.up_proj = torch.nn.Sequential(base.model.layers[1].mlp.up_proj)
-    with pytest.raises(InputError, match=r"names its weights otherwise: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(InputError, match=r"names its weights differently: model\.layers\.1\.mlp\.up_proj\.weight"):
         read_artifact(folder).check_base(base)
 
 
@@ -273,7 +273,7 @@ def test_one_flipped_byte_is_noticed(folder):
     content = bytearray(path.read_bytes())
     content[-7] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"kv_projections\.safetensors has another SHA-256"):
+    with pytest.raises(InputError, match=r"kv_projections\.safetensors has a different SHA-256"):
         read_artifact(folder)
 
 

@@ -126,7 +126,7 @@ def test_a_base_that_moved_is_named_with_the_flag_that_helps(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     StageAwareGenerator(model, PruningPlan(1)).save_pretrained(tmp_path / "artifact")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"is not at .*/base any more; give .* \(--base\)"):
+    with pytest.raises(InputError, match=r"is no longer at .*/base; give .* \(--base\)"):
         StageAwareGenerator.from_artifact(tmp_path / "artifact")
     StageAwareGenerator.from_artifact(tmp_path / "artifact", tmp_path / "moved")
 

@@ -379,7 +379,7 @@ def test_a_cache_that_holds_the_whole_prompt_is_refused():
     ids, mask = ragged([LONG])
     generator, _ = generators(model)
     cache = generator.prefill(ids, mask).past_key_values
-    with pytest.raises(InputError, match=f"hold {LONG} tokens already"):
+    with pytest.raises(InputError, match=f"already hold {LONG} tokens"):
         generator.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **GREEDY)
 
 
