@@ -101,14 +101,18 @@ def forked(command, log):
 
 
 def run_in_fork(command, log, after=None, number=signal.SIGKILL):
-    """The exit code, of a run that gets the signal ``number`` if it is not over after so many seconds."""
+    """The exit code, of a run that gets the signal ``number`` if it is not over after so many seconds.
+
+    That signal ends it: a run that goes on to its end fails the test.
+    """
     process = FORK.Process(target=forked, args=(command, str(log)))
     process.start()
     process.join(after)
-    if process.is_alive() and after is not None:
+    if signalled := after is not None and process.is_alive():
         os.kill(process.pid, number)
     process.join(LIMIT)
     assert not process.is_alive()
+    assert process.exitcode != 0 or not signalled
     return process.exitcode
 
 
