@@ -140,7 +140,9 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
             validate=lambda what, module, rows: run.trainers.make(what).validate(module, rows, verbose=False),
         ):
             ridges[fitted.depth] = fitted.how
-            run.folder.write_projections(Choice(fitted.depth, start), fitted.projections)
+            choice = Choice(fitted.depth, start)
+            if not run.folder.has_projections(choice):  # else a run that stopped before ridge.json had the same
+                run.folder.write_projections(choice, fitted.projections)
             del fitted  # not held through the next pass
     if ridges:
         run.folder.write("state/ridge.json", ridges)

@@ -190,6 +190,27 @@ def test_state_that_cannot_be_read_is_made_again(searched, finished, base, data,
     assert exported(output) == exported(finished)
 
 
+def test_projections_that_were_written_stay_where_the_fit_was_stopped_before_its_end(
+    finished, base, data, tmp_path, monkeypatch
+):
+    output, write = tmp_path / "run", RunFolder.write_projections
+
+    def stopping(folder, choice, projections):
+        write(folder, choice, projections)
+        if choice.depth == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_projections", stopping)
+        assert fit.main(arguments(base, data, output)) == 130
+    written = {path: path.stat().st_mtime_ns for path in (output / "state").glob("*.safetensors")}
+    assert len(written) == 2
+    assert not (output / "state/ridge.json").exists()
+    assert fit.main([*arguments(base, data, output), "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert exported(output) == exported(finished)
+
+
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 HOLD = """
