@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         invocation = parse(words)
         if invocation.check:
             with importing():
-                from pop_lightning.run import preflight
-            return preflight.check(invocation.recipe)
+                from pop_lightning.run import check
+            return check.check(invocation.recipe)
         with importing():
             from pop_lightning.run import pipeline
 

@@ -344,12 +344,9 @@ class Decoder:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantized, not offloaded.
-
-    An offloaded weight waits on the meta device for its hook; without one, the whole model is a shape (``dry_run.py``).
-    """
-    offloaded = linear.weight.is_meta and hasattr(linear, "_hf_hook")
-    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not offloaded
+    """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantized, not offloaded."""
+    # An offloaded weight waits on the meta device for its hook.
+    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Which depths and boundaries are fitted and measured: between importance scoring and the search in the flow.
 
-The pipeline asks here for what it will do, the preflight for what a run would do.
+The pipeline asks here for what it will do, the check for what a run would do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,6 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.bounds import Certifiable
 from pop_lightning.fitting.importance import candidates as place_candidates
-from pop_lightning.fitting.regressions import Shape, passes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import speedup
 from pop_lightning.run.recipe import Budget, Recipe
@@ -67,16 +66,6 @@ def to_measure(
     if recipe.budget.speedup is None:
         return candidates(recipe.budget, prefill_importance, decoder)
     return sorted(set(reaching(recipe.budget, decoder, boundaries, tokens).values()), reverse=True)
-
-
-def closed_form_passes(recipe: Recipe, decoder: Decoder, depths: Sequence[int]) -> tuple[str, list[list[int]]]:
-    """How the closed form groups its regressions, and which depths each pass over the rows fits.
-
-    Raises:
-        InputError: what one depth takes does not fit in ``projection.memory_gib``.
-    """
-    settings = recipe.projection
-    return passes(Shape.of(decoder), depths, settings.grouping, settings.memory_bytes)
 
 
 def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int]:
