@@ -246,13 +246,6 @@ class JointTraining(DecoderModule):
         super().__init__(trainings[0].decoder)
         self.trainings = nn.ModuleList(trainings)
 
-    def _start(self) -> str | None:
-        """A hash of what the trained parameters are added to; None where they replace it."""
-        if self.kind.replaces_start:
-            return None
-        frozen = {name: each for name, each in self.projections.named_parameters() if not each.requires_grad}
-        return fingerprint(frozen)
-
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         trace = teacher_trace(self.decoder, batch, min(each.plan.depth for each in self.trainings))
         return sum(each.loss(batch, trace) for each in self.trainings)
