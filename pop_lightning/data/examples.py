@@ -67,7 +67,7 @@ def read_examples(
     Raises:
         InputError: the source is missing, empty or unreadable.
     """
-    path = Path(resolve_bundled(str(source))).expanduser()
+    path = Path(resolve_bundled(str(source)))
     kind, columns = _kind(path), dict(columns or {})
     if path.is_file() and kind in (".jsonl", ".json"):
         examples = _read_json(path, columns)

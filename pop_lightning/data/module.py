@@ -9,7 +9,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, count, groupby, zip_longest
 from pathlib import Path
@@ -50,7 +50,7 @@ class DataReport:
     truncated: int
     prompt_tokens: dict[str, float] | None
     response_tokens: dict[str, float] | None
-    ignored: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int]
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -261,9 +261,8 @@ class CalibrationData(lightning.LightningDataModule):
     Args:
         calibration: what :func:`read_examples` reads, or several of these; or the rows themselves: a list of
             dictionaries, or a ``datasets.Dataset``.
-        split, name, columns: as for :func:`read_examples`.
         tokenizer: the base model's, or the base's hub id or folder.
-        split: the split of a dataset that has several.
+        split, name, columns: as for :func:`read_examples`.
         max_prompt_tokens: rows with a longer prompt are left out; a plain text is cut instead.
         max_response_tokens: longer responses are cut.
         context: the longest sequence of the model in tokens, None for no limit.
@@ -387,10 +386,8 @@ class CalibrationData(lightning.LightningDataModule):
             truncated += cut
         if unusable[_BROKEN] > MOST_BROKEN * tried:
             raise problem
-        self.report = replace(
-            _report(rows, dict(unusable), {reason: origin for reason, (_, origin) in first.items()}, truncated),
-            ignored=dict(ignored),
-        )
+        origins = {reason: origin for reason, (_, origin) in first.items()}
+        self.report = _report(rows, dict(unusable), origins, truncated, dict(ignored))
         if not rows:
             raise InputError(
                 f"{self.calibration!r} has no usable row: {self.report._unusable()}",
@@ -571,7 +568,8 @@ class CalibrationData(lightning.LightningDataModule):
                 seen.add(row.content)
                 splits[name].append(row)
             splits[name].sort(key=lambda row: (hash63(self.seed, *row.prompt), row.seed))
-        self.report = _report([row for rows in splits.values() for row in rows], dict(unusable), first, truncated)
+        kept = [row for rows in splits.values() for row in rows]
+        self.report = _report(kept, dict(unusable), first, truncated, self.report.ignored)
         empty = [name for name, rows in splits.items() if not rows]
         if empty:
             raise InputError(
@@ -613,7 +611,9 @@ def _check_fractions(splits: Mapping[str, float]) -> dict[str, float]:
     return {name: float(splits[name]) for name in SPLITS}
 
 
-def _report(rows: list[Row], unusable: dict[str, int], first: dict[str, str], truncated: int) -> DataReport:
+def _report(
+    rows: list[Row], unusable: dict[str, int], first: dict[str, str], truncated: int, ignored: dict[str, int]
+) -> DataReport:
     responses = [len(row.response_ids) for row in rows if row.response_ids is not None]
     return DataReport(
         rows=len(rows),
@@ -622,6 +622,7 @@ def _report(rows: list[Row], unusable: dict[str, int], first: dict[str, str], tr
         truncated=truncated,
         prompt_tokens=_spread([len(row.prompt_ids) for row in rows]),
         response_tokens=_spread(responses),
+        ignored=ignored,
     )
 
 

@@ -293,6 +293,13 @@ def test_keys_that_are_not_read_are_named(tmp_path):
     assert "keys not read: answer (9 rows), id (9 rows)" in str(data.report)
 
 
+def test_keys_that_are_not_read_are_named_after_the_full_model_has_answered(tmp_path):
+    rows = [{"prompt": row["prompt"], "answer": "w2"} for row in pairs(9)]
+    data = load(write(tmp_path / "rows.jsonl", rows))
+    data.fill_responses(lambda batch: [(token(1), EOS) for _ in batch], tmp_path / "responses.json")
+    assert "keys not read: answer (9 rows)" in str(data.report)
+
+
 @pytest.mark.parametrize("kind", ["array.json", "table.csv", "table.parquet", "lines.jsonl"])
 def test_tables_and_arrays_are_read_with_the_users_own_columns(tmp_path, kind):
     rows = [{"question": f"w{n}", "answer": f"w{n + 1}"} for n in range(4)]
