@@ -172,7 +172,8 @@ class Rows:
         if base.folder is not None:
             tokenizer = load_tokenizer(str(base.folder), trust_remote_code=trust, required=False)
         if tokenizer is None:
-            total = sum(len(read_examples(source, settings.split)) for source in given)
+            read = {"name": settings.name, "columns": settings.columns}
+            total = sum(len(read_examples(source, settings.split, **read)) for source in given)
             total = min(total, settings.limit or total)
             what = f"the base's tokenizer is not on this machine, so the {total} rows are counted and not measured"
             return cls._assumed(recipe, base, total, what)
