@@ -20,12 +20,13 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.evaluation.bounds import upper_bound
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
+POSITIONS = 1024  # of a batch that are converted to float32 at a time
 LOST_NATS = 100.0  # KL and NLL of a position where the pruned model computes no distribution, and the most they can be
 ROW_METRICS = ("kl", "agreement", "nll", "teacher_nll", "nll_increase", "exact_match", "teacher_exact_match")
 
 
 def response_metrics(
-    logits: Tensor, teacher_logits: Tensor, targets: Tensor, mask: Tensor, *, chunk_size: int = 1024
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, mask: Tensor, *, chunk_size: int = POSITIONS
 ) -> dict[str, Tensor]:
     """Compare the pruned model with the full one on each row's response.
 

@@ -23,7 +23,7 @@ from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.pruning.module import DecoderModule, outside_inference, resting
 from pop_lightning.pruning.passes import refuse_broken, teacher_trace
 
-_CHUNK = 2**24  # numbers of a residual that are made at a time
+RESIDUALS = 2**24  # numbers of a residual that are made at a time
 _BITS = 32  # random bits, and so signs, of one drawn integer
 
 
@@ -153,7 +153,7 @@ def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int)
         ``[positions, vocabulary]`` in the dtype of ``logits``. The signs depend on (seed, row content, position) only.
     """
     residuals, vocabulary, start = torch.empty_like(logits), logits.shape[1], 0
-    bits, step = torch.arange(_BITS, device=logits.device), max(1, _CHUNK // vocabulary)
+    bits, step = torch.arange(_BITS, device=logits.device), max(1, RESIDUALS // vocabulary)
     for length, content in zip(lengths.tolist(), row_seed.tolist(), strict=True):
         generator = torch.Generator().manual_seed((content ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1))
         for first in range(start, start + length, step):

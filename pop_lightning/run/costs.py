@@ -18,8 +18,9 @@ from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
-from pop_lightning.fitting.importance import ImportanceScoring
-from pop_lightning.fitting.kinds import kind, trained_kind
+from pop_lightning.evaluation.metrics import POSITIONS
+from pop_lightning.fitting.importance import RESIDUALS, ImportanceScoring
+from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.regressions import ClosedFormFit, Shape, bytes_needed, objectives, passes
 from pop_lightning.fitting.training import CHUNK_LOGITS, KVProjectionTraining
 from pop_lightning.models.decoder import Decoder
@@ -27,14 +28,14 @@ from pop_lightning.models.positions import position_ids
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.flops import count_prefill
 from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.run.depths import possible_boundaries
+from pop_lightning.run.inputs import trains, untrained_kinds
 from pop_lightning.run.recipe import Recipe
 
 # Builds a stage's step over a base and a batch of ``collate``; what it gives runs the step.
 Build = Callable[[Decoder, dict], Callable[[], object]]
 Ways = dict[str, tuple[PruningPlan, dict]]  # by name a plan, and what else a Variant is made with
 _FLOAT = 4
-_METRICS = 1024  # positions that `response_metrics` converts to float32 at a time
-_RESIDUALS = 2**24  # numbers of a residual that scoring draws at a time
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,7 @@ class Costs:
         self.layer, self.shape = Layer(decoder, eager), Shape.of(decoder)
         self.layers, self.vocabulary = decoder.num_layers, decoder.head.out_features
         settings = recipe.projection
-        self.trains = kind(settings.kind).trains
-        self.kinds = list(dict.fromkeys(("reuse", kind(settings.kind).starts_from(settings))))
+        self.trains, self.kinds = trains(recipe), untrained_kinds(recipe)
         self.grouping, self.passes = "none", []
         if "closed_form" in self.kinds:
             self.grouping, self.passes = passes(self.shape, self.depths, settings.grouping, settings.memory_bytes)
@@ -216,7 +216,7 @@ class Costs:
         # Logits, those of the real tokens, residuals and their product; the signs that a chunk of one row's residuals
         # is drawn from are whole numbers of 8 bytes.
         logits = self._logits(batch) * layer.itemsize
-        loss = 3 * logits + max(logits, 28 * min(batch.response * self.vocabulary, _RESIDUALS))
+        loss = 3 * logits + max(logits, 28 * min(batch.response * self.vocabulary, RESIDUALS))
         if checkpointing:
             return self._trace(batch, 0) + max(loss, max(saved) + self._passing(batch))
         return sum(saved) + max(loss, self._passing(batch))
@@ -236,7 +236,7 @@ class Costs:
 
     def evaluation_bytes(self, batch: Batch, first: int) -> int:
         """Logits of the full model and of one variant; of a chunk of them six float32 values per logit."""
-        chunk = min(_METRICS, batch.rows * batch.response) * self.vocabulary
+        chunk = min(POSITIONS, batch.rows * batch.response) * self.vocabulary
         logits = 2 * self._logits(batch) * self.layer.itemsize + 6 * _FLOAT * chunk
         return self._trace(batch, first) + max(self._passing(batch), logits)
 
@@ -300,9 +300,7 @@ class Costs:
             devices: processes that share the rows of a training step.
         """
         recipe, k = self.recipe, self.recipe.fit_boundary
-        deepest, tried = min(self.depths), [recipe.boundary]
-        if recipe.boundary == "auto":
-            tried = self.boundaries or [min(recipe.budget.boundaries)]
+        deepest, tried = min(self.depths), possible_boundaries(recipe, self.boundaries)
         # A wanted speedup leaves one depth once the boundary is chosen; it is counted as the deepest.
         decided = self.depths if recipe.budget.speedup is None else [deepest]
         if missing:
