@@ -124,8 +124,8 @@ def score(run: Run) -> dict:
 def fit_untrained(run: Run, depths: list[int]) -> None:
     """The kind that needs no training at every depth, each choice about it made on the tune split."""
     recipe, settings, start = run.recipe, run.recipe.projection, start_kind(run.recipe)
-    kept = [run.folder.has_projections(Choice(depth, start)) for depth in depths]
-    if all(kept) and (start == "reuse" or run.folder.read("state/ridge.json")):
+    kept = {depth: run.folder.has_projections(Choice(depth, start)) for depth in depths}
+    if all(kept.values()) and (start == "reuse" or run.folder.read("state/ridge.json")):
         return
     ridges = {}
     needed = f"projection.memory_gib ({settings.memory_gib:g}) or data.batch_size ({recipe.data.batch_size})"
@@ -140,9 +140,8 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
             validate=lambda what, module, rows: run.trainers.make(what).validate(module, rows, verbose=False),
         ):
             ridges[fitted.depth] = fitted.how
-            choice = Choice(fitted.depth, start)
-            if not run.folder.has_projections(choice):  # else a run that stopped before ridge.json had the same
-                run.folder.write_projections(choice, fitted.projections)
+            if not kept[fitted.depth]:  # else a run that stopped before ridge.json had the same
+                run.folder.write_projections(Choice(fitted.depth, start), fitted.projections)
             del fitted  # not held through the next pass
     if ridges:
         run.folder.write("state/ridge.json", ridges)
@@ -367,7 +366,7 @@ def _exported(run: Run, metrics: dict) -> bool:
 def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) -> dict:
     """The contents of ``metrics.json``, and the report that shows them."""
     recipe, layers, tokens, prompts = run.recipe, run.decoder.num_layers, run.tokens, run.data.prompts_of
-    used = {choice.depth: choice for choice in found.sequence}
+    used, certifiable = {choice.depth: choice for choice in found.sequence}, run.certifiable
     shown = used[budget.depth] if budget.depth is not None else nearest(run, found.curve)
     plan = PruningPlan(shown.depth, found.boundary)
     full, pruned = (prefill_flops(run.decoder, each, tokens) for each in (PruningPlan(layers), plan))
@@ -387,8 +386,8 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
         "rows": {name: len(run.data.rows_of(name)) for name in ("fit", "tune", "search", "verify")}
         | {"unusable": dict(run.data.report.unusable)},
         "prompts": {name: prompts(name) for name in ("search", "verify")},
-        "smallest_certifiable_drop": run.certifiable.smallest,
-        "largest_certified_loss": run.certifiable.largest_loss,
+        "smallest_certifiable_drop": certifiable.smallest,
+        "largest_certified_loss": certifiable.largest_loss,
         "verified": budget.promise(),
         "verification": [
             asdict(verdict) | {"projection": used[verdict.depth].projection} for verdict in budget.verdicts
