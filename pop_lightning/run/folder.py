@@ -42,7 +42,7 @@ class RunFolder:
     """
 
     def __init__(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False):
-        self.root = Path(recipe.output).expanduser()
+        self.root = Path(recipe.output)
         self.state = self.root / "state"
         self._held: IO[str] | None = None
         try:

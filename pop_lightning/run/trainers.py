@@ -184,7 +184,7 @@ class Trainers:
             arguments |= {
                 "enable_checkpointing": False,
                 "enable_model_summary": False,
-                "default_root_dir": Path(self.recipe.output).expanduser(),
+                "default_root_dir": Path(self.recipe.output),
                 "use_distributed_sampler": False,  # the loaders give each process its share, and no row twice
                 "inference_mode": False,  # what is made in one stage is trained or differentiated in another
             } | overrides
