@@ -11,6 +11,22 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny base; a module may have one of its own."""
+    from tests.helpers.workbench import save_base
+
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of rows with responses; a module may have one of its own."""
+    from tests.helpers.workbench import save_rows
+
+    return save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """What runs of several processes start from; a module may have one of its own."""
     from tests.helpers.ranked import prepare

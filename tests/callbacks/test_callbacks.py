@@ -19,14 +19,9 @@ from pop_lightning.models.loading import load_model, load_tokenizer
 from pop_lightning.pruning.projections import KVProjections
 
 from tests.helpers.families import COMMON
-from tests.helpers.workbench import save_base, save_rows
+from tests.helpers.workbench import save_rows
 
 LAYERS = COMMON["num_hidden_layers"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -41,13 +41,18 @@ def blocks(path: Path):
 
 
 ALL = [block for page in PAGES for block in blocks(page)]
-COMMANDS = [block for block in ALL if block.language == "" and block.needs is None and "────" not in block.text]
+COMMANDS = [block for block in ALL if block.language == "" and block.needs is None]
 CODE = [block for block in ALL if block.language == "python" and block.needs is None]
 
 
-def environment() -> dict[str, str]:
+def assert_runs(command: list[str], folder: Path) -> None:
+    """Run a command in a folder that has what the repository's root has, with the scripts of this environment."""
+    for name in ("checkpoints", "recipes", "docs"):
+        (folder / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    own = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def slow(block: Block) -> bool:
@@ -74,8 +79,6 @@ def test_files_that_pages_name_exist():
     "block", [pytest.param(each, marks=pytest.mark.full if slow(each) else ()) for each in COMMANDS], ids=str
 )
 def test_commands_run(block, tmp_path):
-    for name in ("checkpoints", "recipes", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
     text = block.text
     if text.startswith("make "):  # what make would run, in a folder of its own and without installing again
         target = text.split()[1]
@@ -84,15 +87,7 @@ def test_commands_run(block, tmp_path):
         )
         text = "\n".join(line for line in plan.stdout.splitlines() if "pop-fit" in line).replace(".venv/bin/", "")
         assert text, plan
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs(["bash", "-euo", "pipefail", "-c", text], tmp_path)
 
 
 @pytest.mark.parametrize("block", CODE, ids=str)
@@ -103,17 +98,8 @@ def test_code_runs_or_is_the_code_of_its_file(block, tmp_path):
         lines = [line.partition("  #")[0].strip() for line in source.splitlines()]
         assert any(lines[at : at + len(wanted)] == wanted for at in range(len(lines))), f"{excerpt[1]} reads otherwise"
         return
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     (tmp_path / "cell.py").write_text(block.text)
-    done = subprocess.run(
-        [sys.executable, "cell.py"],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs([sys.executable, "cell.py"], tmp_path)
 
 
 @pytest.mark.parametrize("block", [each for each in ALL if each.language == "yaml"], ids=str)

@@ -26,14 +26,9 @@ from pop_lightning.models.decoder import Decoder
 
 from tests.helpers.contract import STEPS, figures
 from tests.helpers.families import COMMON, build
-from tests.helpers.workbench import save_base, save_rows
+from tests.helpers.workbench import save_rows
 
 LAYERS = COMMON["num_hidden_layers"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pop_lightning.run import pipeline, trainers
 
 from tests.helpers.families import COMMON
 from tests.helpers.ranked import TENSORS, exported
-from tests.helpers.workbench import WORDS, arguments, save_base, save_rows, snapshot
+from tests.helpers.workbench import WORDS, arguments, save_rows, snapshot
 
 TIGHT = {"budget__nll_cap": 0.3}  # a cap that few prompts can certify a small budget with
 TRAINED = TIGHT | {
@@ -24,11 +24,6 @@ TRAINED = TIGHT | {
     "projection__checkpoint_every": 4,
     "projection__refit": False,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

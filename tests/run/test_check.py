@@ -205,16 +205,6 @@ def test_every_recipe_is_checked_and_printed_offline(name, offline, unmeasured, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
 def checked_on_gpus(base, **changes):
     """A recipe's estimate on GPUs, its rows assumed."""
     named = {"model.base": base, "data.calibration": "nobody/rows", "data.limit": 1000, "trainer.accelerator": "gpu"}

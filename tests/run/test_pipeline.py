@@ -23,16 +23,6 @@ LAYERS = COMMON["num_hidden_layers"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def fitted(base, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("fit") / "run"
     assert fit.main(arguments(base, data, output)) == 0

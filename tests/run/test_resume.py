@@ -32,16 +32,6 @@ SEED = int(os.environ.get("DISK_SEED") or random.SystemRandom().randrange(2**32)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def finished(base, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "run"
     assert fit.main(arguments(base, data, output)) == 0
