@@ -29,7 +29,7 @@ class VisionProcessor:
 
     Args:
         load: returns the processor, or raises :class:`InputError` with the reason why there is none.
-        tokens: the tokens that stand for one feature each: of an image and, where the model reads them, of a video.
+        tokens: the tokens that represent one feature each: of an image and, where the model reads them, of a video.
     """
 
     def __init__(self, load: Callable[[], ProcessorMixin], tokens: Sequence[int]):

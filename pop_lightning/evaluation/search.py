@@ -45,7 +45,7 @@ class Proposal(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost, and who is told.
+    """What may be lost, and where decisions are reported.
 
     Attributes:
         max_drop: the most that may be lost; None where the target is a speedup and no loss is a condition.
@@ -64,7 +64,7 @@ class Budget:
     def rank(self, measured: Measured) -> tuple[float, ...]:
         """Orders the projections of one depth, the best first.
 
-        Those that clear the budget by their KL, which tells apart what a loss of a few rows cannot; others by loss.
+        Those that clear the budget by their KL, which distinguishes what a loss of a few rows cannot; others by loss.
         """
         return (0, measured.kl) if self.clears(measured) else (1, measured.loss, measured.kl)
 
@@ -75,12 +75,12 @@ class Budget:
     def tell(self, measured: Measured, what: str) -> None:
         choice = measured.choice
         how = f"after {choice.steps} steps" if choice.steps else choice.projection
-        stands = ""
+        place = ""
         if self.max_drop is not None:
-            stands = f", {'within' if self.fits(measured) else 'above'} the budget of {self.max_drop:g}"
+            place = f", {'within' if self.fits(measured) else 'above'} the budget of {self.max_drop:g}"
             if self.fits(measured) and not self.clears(measured):
-                stands += f" (verify rows that lose as much show {measured.expected_bound:.4f})"
-        self.say(f"search: depth {choice.depth} ({how}) loses {self.amount(measured.loss)}{stands}: {what}")
+                place += f" (verify rows that lose as much show {measured.expected_bound:.4f})"
+        self.say(f"search: depth {choice.depth} ({how}) loses {self.amount(measured.loss)}{place}: {what}")
 
     def amount(self, loss: float) -> str:
         return f"{round(loss, 4) + 0.0:.4f} {self.unit}"  # no negative zero

@@ -86,7 +86,7 @@ def held_bytes(shape: Shape, depths: Sequence[int], grouping: str) -> int:
     """The most that a pass over ``depths`` and the choice that follows have to hold: of all of them the sums and the
     maps that they are pulled toward; of one depth the best option of each objective, reuse, and one that is tried.
 
-    What a depth leaves behind is smaller than what it gives back once its options are made.
+    What a depth keeps is smaller than what it frees once its options are made.
     """
     layers = [shape.layers - depth for depth in depths]
     options = len(objectives(grouping)) + 2
@@ -246,7 +246,7 @@ class ValueRefit(_Regressions):
 
     The pruned model's queries and keys differ a little from the full model's, so its attention does too. Keys stay;
     the values of layer l are fitted so that the pruned model's attention gives out what the full model's did there:
-    ``sum_q |o_q - (what q reads behind the context) - sum_t a'_qt W' n_t|^2`` with the pruned model's a'. One
+    ``sum_q |o_q - (what q reads after the context) - sum_t a'_qt W' n_t|^2`` with the pruned model's a'. One
     ``validate`` pass over the rows, all layers at once (fitting them one after the other gave the same KL).
 
     Args:
@@ -341,7 +341,7 @@ class _Full:
     def columns(self, wanted: int) -> tuple[Tensor, Tensor]:
         """Up to ``wanted`` asking tokens per row, evenly spread: columns ``[batch, queries]``, and which are real.
 
-        They stand behind the context and before the row's last token, which predicts nothing. A row's choice depends
+        They lie after the context and before the row's last token, which predicts nothing. A row's choice depends
         on the row alone, whatever it is batched with.
         """
         behind = self.mask[:, self.context :]

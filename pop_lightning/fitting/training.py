@@ -136,7 +136,7 @@ class KVProjectionTraining(DecoderModule):
                 f"nothing can be trained at depth {depth}, whose projections are exact: choose a smaller depth."
             )
         self.projections, self.kind = projections, trained_kind(kind)
-        self._prepared: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is no submodule
+        self._prepared: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is not a submodule
         if not any(parameter.requires_grad for parameter in projections.parameters()):
             torch.manual_seed(seed)
             self._prepared = (self.kind.prepare(projections, **(kind_arguments or {})),)

@@ -217,7 +217,7 @@ class RunFolder:
         if distributed.is_first():
             shutil.rmtree(self._aside, ignore_errors=True)
 
-    # --- what stages leave behind -----------------------------------------------------------------------------------
+    # --- what stages leave ---------------------------------------------------------------------------------------
 
     def once(self, name: str, compute: Callable[[], dict], asked: Any = None) -> dict:
         """What the JSON file ``name`` holds; where the stage has not ended yet, every process runs ``compute``.

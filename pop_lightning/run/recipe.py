@@ -544,7 +544,7 @@ def _translated(error: ValidationError, content: dict[str, Any]) -> list[InputEr
         else:  # a union reports each of its members; the numbers after the key are places in a list
             key = max((key for key in _keys() if f"{path}.".startswith(f"{key}.")), key=len)
             places.setdefault(key, []).extend(part for part in each["loc"] if isinstance(part, int))
-    # A key or section that was mistyped, or is no section, is reported once.
+    # A key or section that was mistyped, or is not a section, is reported once.
     covered = {_closest(path) for path in unknown} | {key for key in places if "properties" in _keys()[key]}
     missing = [path for path in missing if not {path, path.rpartition(".")[0]} & covered]
     required = [

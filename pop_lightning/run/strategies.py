@@ -9,7 +9,7 @@
 
 Passes that train nothing have nothing else to shard and run under plain DDP. The frozen base belongs to no
 LightningModule: one engine gathers it for the whole run, however many trainers come and go. DeepSpeed is imported by
-its strategies alone. Trainers (``trainers.py``) are made from what stands here.
+its strategies alone. Trainers (``trainers.py``) are made from what is here.
 """
 
 import gc
@@ -116,7 +116,7 @@ class ShardedBase(lightning.Callback):
         self._release()
 
     def _release(self) -> None:
-        """Let go of modules that no hook behind the backward pass reached: their input asked for no gradient.
+        """Let go of modules that no hook after the backward pass reached: their input asked for no gradient.
 
         DeepSpeed does this itself where the engine trains what it shards.
         """

@@ -3,7 +3,7 @@
 ``python -m pop_lightning.studies.fitting_cost`` measures, alternating after warm-up: importance scoring against a plain
 forward and backward with frozen weights (gradients flow through the activations, as they must for scoring), with
 gradient checkpointing and without, and a training step at half depth against a plain full fine-tuning step. Peak
-memory stands beside each. It stands beside the pipeline, whose modules it runs as they are.
+memory is printed next to each. It is separate from the pipeline, whose modules it runs as they are.
 """
 
 import gc

@@ -3,7 +3,7 @@
 ``python -m pop_lightning.studies.study --base DIR --calibration FILE --output DIR`` prints and saves a table, JSON
 and a plot. A seed draws the splits: projections are fitted on ``fit``, every choice about closed form is made on
 ``tune``, and figures come from ``verify``. The learning rate of each trained kind is the only thing tuned across
-depths: on the tuning seeds alone, by the KL they leave on ``search``. It stands beside the pipeline and uses the same
+depths: on the tuning seeds only, by the KL they leave on ``search``. It is separate from the pipeline and uses the same
 fitting and evaluation.
 """
 
