@@ -1,1 +1,1 @@
-"""What pruning costs: metrics, bounds, the search for a depth."""
+"""The cost of pruning in quality: metrics, bounds, and the search for a depth."""

@@ -1,4 +1,4 @@
-"""Upper confidence bounds of a mean loss: true at every number of prompts, whatever the losses are distributed like."""
+"""Upper confidence bounds of a mean loss, valid for any number of prompts and any distribution of the losses."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from scipy import optimize, stats
 from pop_lightning.core.errors import InputError, Key
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
-ALL_IN = 0.6  # the share of the wealth that is staked whole
-STEP = 0.75  # between the stakes of two bettors
+ALL_IN = 0.6  # share of the wealth that goes to the bettor who stakes all of it
+STEP = 0.75  # ratio of the stakes of two successive bettors
 
 
 def upper_bound(
@@ -27,15 +27,15 @@ def upper_bound(
     - 0/1 losses (``exact_match`` with one row per prompt): Clopper and Pearson, Biometrika 1934. Exact.
     - Losses in [0, 1] (``agreement``; ``exact_match`` averaged over several rows of a prompt): :func:`betting_bound`.
     - Unbounded losses (``nll_increase``): the same, of losses clipped to [-cap, cap] of the metric. It bounds the mean
-      of losses clipped at ``cap``; what lies beyond cannot be bounded from a sample. It is never below the plain mean.
+      of losses clipped at ``cap``; a sample cannot bound what lies beyond. It is never below the unclipped mean.
 
     Args:
         losses: one value per prompt.
-        metric: or its name in :data:`~pop_lightning.evaluation.losses.METRICS`.
+        metric: the metric, or its name in :data:`~pop_lightning.evaluation.losses.METRICS`.
         confidence: probability, over draws of the prompts, that the bound is at or above the true mean.
-        averaged: some prompt has several rows. It is how the rows are, not how the losses came out, that decides
-            between the two bounds of ``exact_match``: choosing by the losses would void both.
-        draws: a forecast instead: the bound that so many prompts give if they lose as these do.
+        averaged: whether some prompt has several rows. The rows, not their losses, decide between the two bounds of
+            ``exact_match``: choosing by the losses would invalidate both.
+        draws: forecast the bound for this number of prompts with the same distribution of losses.
 
     Raises:
         InputError: no losses, a loss outside the metric's range or not a number, an unknown metric, or a confidence
@@ -45,14 +45,14 @@ def upper_bound(
     _check_confidence(confidence)
     values = np.asarray([float(loss) for loss in losses], dtype=np.float64)
     if values.size == 0:
-        raise InputError("There are no rows to bound a loss with; give the verify split at least one row.")
-    if not np.isfinite(values).all():
+        raise InputError("A bound needs at least one loss, and there are no rows; add rows to the verify split.")
+    if not (finite := np.isfinite(values)).all():
         raise InputError(
-            f"A {kind.name} loss is not a finite number; check the model's logits on row {_first_bad(values)}."
+            f"A {kind.name} loss is not a finite number; check the model's logits on row {int(finite.argmin())}."
         )
     if kind.binary and not averaged:
         if not np.isin(values, (0.0, 1.0)).all():
-            raise InputError(f"{kind.name} losses of one row per prompt must be 0 or 1; use row_loss to make them.")
+            raise InputError(f"{kind.name} losses of one row per prompt must be 0 or 1; compute them with row_loss.")
         errors, prompts = values.sum(), values.size
         if draws is not None:
             errors, prompts = min(draws, math.ceil(values.mean() * draws - 1e-7 * draws)), draws
@@ -62,16 +62,16 @@ def upper_bound(
             raise InputError(f"{kind.name} losses must lie in [0, 1], found {values.min():g} to {values.max():g}.")
         return betting_bound(values, confidence, draws)
     scaled = (values.clip(-kind.cap, kind.cap) + kind.cap) / (2 * kind.cap)
-    # Where much is clipped, what the losses came to as they are is more than the bound of the clipped ones.
+    # With heavy clipping, the mean of the unclipped losses can exceed the bound of the clipped ones.
     return max(float(values.mean()), 2 * kind.cap * betting_bound(scaled, confidence, draws) - kind.cap)
 
 
 def smallest_certifiable(
     prompts: int, metric: str | BudgetMetric, confidence: float = 0.95, *, averaged: bool = False
 ) -> float:
-    """The smallest ``max_drop`` that so many prompts certify: the bound at zero loss.
+    """The smallest ``max_drop`` that this number of prompts can certify: the bound at zero loss.
 
-    For 0/1 losses 1 - (1 - confidence)^(1/prompts); for others (1 - confidence) shrinks to :data:`ALL_IN` of itself.
+    1 - (1 - confidence)^(1/prompts) for 0/1 losses; for others, (1 - confidence) is multiplied by :data:`ALL_IN`.
     """
     kind = metric_named(metric)
     _check_confidence(confidence)
@@ -81,13 +81,13 @@ def smallest_certifiable(
 def rows_needed(
     max_drop: float, metric: str | BudgetMetric, confidence: float = 0.95, *, averaged: bool = False
 ) -> int:
-    """The fewest verify rows, each of its own prompt, with which a lossless depth keeps ``max_drop``.
+    """The fewest verify rows, each with its own prompt, that certify ``max_drop`` for a lossless depth.
 
-    299 for 1% of ``exact_match`` at 95%, 349 for 1% of ``agreement``. A depth that does lose something needs more:
+    299 for 1% of ``exact_match`` at 95%, 349 for 1% of ``agreement``. A depth with losses needs more:
     :func:`largest_certified_loss`.
 
     Raises:
-        InputError: a ``max_drop`` of zero or less, which no number of rows can certify.
+        InputError: ``max_drop`` is zero or less, which no number of rows can certify.
     """
     kind = metric_named(metric)
     _check_confidence(confidence)
@@ -102,11 +102,11 @@ def rows_needed(
 def largest_certified_loss(
     prompts: int, metric: str | BudgetMetric, max_drop: float, confidence: float = 0.95, *, averaged: bool = False
 ) -> float | None:
-    """The mean loss up to which so many prompts are sure to keep ``max_drop``; None where not even zero loss does.
+    """The largest mean loss at which so many prompts always certify ``max_drop``; None if zero loss fails too.
 
-    It is the least favorable case: as few prompts as possible lose all they can. A loss that is spread over more
-    prompts varies less, and the betting bound is smaller then: its wealth is a positive sum of products that are
-    Schur-concave in the losses. (For losses below zero, which ``nll_increase`` can have, it is no guarantee.)
+    Computed for the least favorable case, where as few prompts as possible lose all they can. A loss that is spread
+    over more prompts varies less, which makes the betting bound smaller: its wealth is a positive sum of products that
+    are Schur-concave in the losses. (Not guaranteed for losses below zero, which ``nll_increase`` can have.)
 
     Returns:
         The mean over the prompts, in the metric's unit.
@@ -133,11 +133,11 @@ def largest_certified_loss(
 
 @dataclass(frozen=True)
 class Certifiable:
-    """What a number of verify prompts can show for a budget, before anything is measured; as text a sentence of it.
+    """What a number of verify prompts can certify, known before anything is measured; ``str`` makes it a sentence.
 
     Attributes:
-        averaged: some prompt has several rows.
-        smallest: the smallest drop that the prompts certify where nothing is lost.
+        averaged: whether some prompt has several rows.
+        smallest: :func:`smallest_certifiable`.
         largest_loss: :func:`largest_certified_loss`.
     """
 
@@ -153,10 +153,9 @@ class Certifiable:
         amount = self.metric.amount
         text = f"{self.prompts} verify prompts can certify a drop of {amount(self.smallest)} at best"
         if self.largest_loss is not None:
-            least = "" if self.metric.binary else "at least, and more where it is spread over many prompts"
-            text += (
-                f", and {amount(self.max_drop)} for a mean loss of up to {amount(self.largest_loss)} {least}".rstrip()
-            )
+            text += f", and {amount(self.max_drop)} for a mean loss of up to {amount(self.largest_loss)}"
+            if not self.metric.binary:
+                text += " at least, and more where it is spread over many prompts"
         return f"{text} ({self.metric.name}, {100 * self.confidence:g}% confidence)"
 
     @property
@@ -165,7 +164,7 @@ class Certifiable:
         return rows_needed(self.max_drop, self.metric, self.confidence, averaged=self.averaged)
 
     def refuse_too_few(self) -> None:
-        """Raise :class:`InputError` where the prompts cannot certify the budget whatever is measured."""
+        """Raise :class:`InputError` if the prompts cannot certify the budget even at zero loss."""
         if self.prompts < self.needed:
             raise InputError(
                 f"at confidence {self.confidence:g} needs {self.needed} different prompts in the verify split",
@@ -178,7 +177,7 @@ class Certifiable:
 def certifiable(
     prompts: int, metric: str | BudgetMetric, max_drop: float, confidence: float = 0.95, *, averaged: bool = False
 ) -> Certifiable:
-    """What ``prompts`` verify prompts can show; arguments as for :func:`upper_bound`."""
+    """What ``prompts`` verify prompts can certify; arguments as for :func:`upper_bound`."""
     kind = metric_named(metric)
     return Certifiable(
         prompts,
@@ -192,16 +191,17 @@ def certifiable(
 
 
 def clopper_pearson(errors: int, rows: int, confidence: float) -> float:
+    """Exact upper confidence bound of an error rate (Clopper and Pearson, Biometrika 1934)."""
     if errors == rows:
         return 1.0
     return float(stats.beta.ppf(confidence, errors + 1, rows - errors))
 
 
 def bettors(prompts: float) -> tuple[np.ndarray, np.ndarray]:
-    """Stakes c from 1 down to 1/prompts, each :data:`STEP` of the one before, and the share of the wealth of each.
+    """Stakes c from 1 down to 1/prompts, by a factor of :data:`STEP`, and each bettor's share of the wealth.
 
-    :data:`ALL_IN` goes to c = 1, which one prompt that is lost whole ruins; the others share the rest as 1/k, so that
-    those that survive a few such losses have more than those that only watch the variance.
+    :data:`ALL_IN` goes to c = 1, which a single prompt of loss 1 ruins. The others share the rest as 1/k, so that
+    large stakes, which survive a few such losses, get more than small ones, which only help at high variance.
     """
     ranks = np.arange(1, max(1, math.ceil(math.log(max(2.0, prompts)) / -math.log(STEP))) + 1)
     shares = (1 - ALL_IN) / ranks / (1 / ranks).sum()
@@ -213,49 +213,45 @@ def betting_bound(values: np.ndarray, confidence: float, draws: int | None = Non
 
     If the true mean is m or more, the wealth prod_i (1 + c (m - x_i) / (1 - m)) of a bettor who stakes a fixed share
     c in [0, 1] has an expectation of at most 1, and so has any mixture of such bettors; by Markov's inequality it
-    exceeds 1 / (1 - confidence) with probability of at most 1 - confidence. The bound is the smallest m whose wealth
+    exceeds 1 / (1 - confidence) with a probability of at most 1 - confidence. The bound is the smallest m whose wealth
     does (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS-B 2024, sections 4
-    and 5; the mixture is fixed before anything is seen and the product has no order, so the bound has none either).
+    and 5). The mixture is fixed in advance and a product has no order, so the order of the values does not matter.
 
-    Which stake is best follows from the variance, which is not known: hence the mixture (:func:`bettors`). What it
-    costs, at 95%: at zero loss the bound is 1 - (0.03)^(1/n) or a little less where Clopper-Pearson and
-    Hoeffding-Bentkus have 1 - (0.05)^(1/n), so 1% needs 349 prompts instead of 299. With 2 of 400 prompts lost whole it
-    is 2.5% (Clopper-Pearson 1.6%); where the same mean of 0.5% is spread over many prompts it is 1.3%.
+    The best stake depends on the unknown variance: hence the mixture (:func:`bettors`). Its cost at 95%: at zero loss
+    the bound is 1 - (0.03)^(1/n) or slightly less, where Clopper-Pearson and Hoeffding-Bentkus have 1 - (0.05)^(1/n),
+    so 1% needs 349 prompts instead of 299. With a loss of 1 on 2 of 400 prompts it is 2.5% (Clopper-Pearson 1.6%);
+    with the same mean of 0.5% spread over many prompts it is 1.3%.
 
     Args:
         values: ``[prompts]``.
-        draws: scales the wealth to so many prompts that lose alike: a forecast.
+        draws: forecast: scales the wealth to this number of prompts with the same distribution of values.
     """
-    found, counts = np.unique(values, return_counts=True)
+    distinct, counts = np.unique(values, return_counts=True)
     counts = counts * ((draws or len(values)) / len(values))
     stakes, shares = (column[:, None] for column in bettors(counts.sum()))
-    wanted = -math.log1p(-confidence)
-    kept, gains = 1 - stakes, stakes * (1 - found)
+    threshold = -math.log1p(-confidence)
+    kept, gains = 1 - stakes, stakes * (1 - distinct)
 
-    def missing(depth: float) -> float:
-        """How far the logarithm of the wealth against m = 1 - exp(-depth) is above what is wanted; it rises with m."""
+    def excess(x: float) -> float:
+        """The log of the wealth against m = 1 - exp(-x), above the threshold; it rises with m."""
         with np.errstate(divide="ignore"):
-            grown = np.log(kept + gains * math.exp(depth)) @ counts + np.log(shares[:, 0])
-        most = grown.max()
-        return most + math.log(np.exp(grown - most).sum()) - wanted if math.isfinite(most) else -math.inf
+            logs = np.log(kept + gains * math.exp(x)) @ counts + np.log(shares[:, 0])
+        largest = logs.max()
+        return largest + math.log(np.exp(logs - largest).sum()) - threshold if math.isfinite(largest) else -math.inf
 
     mean = float(values.mean())
     low = high = -math.log1p(-min(mean, 1.0)) if mean < 1 else math.inf
     step = 1.0 / counts.sum()
-    while high < 36 and missing(high) < 0:  # 1 - exp(-36) is the last float64 below 1
+    while high < 36 and excess(high) < 0:  # from about 37 on, 1 - exp(-x) rounds to 1 in float64
         low, high, step = high, high + step, 2 * step
     if high >= 36:
         return 1.0
-    root = optimize.brentq(lambda x: max(missing(x), -1e6), low, high, xtol=1e-13) if high > low else high
+    root = optimize.brentq(lambda x: max(excess(x), -1e6), low, high, xtol=1e-13) if high > low else high
     return max(mean, -math.expm1(-root - 1e-12))
 
 
 def _error(kind: BudgetMetric, confidence: float, averaged: bool) -> float:
     return (1 - confidence) * (1.0 if kind.binary and not averaged else ALL_IN)
-
-
-def _first_bad(values: np.ndarray) -> int:
-    return int(np.flatnonzero(~np.isfinite(values))[0])
 
 
 def _check_confidence(confidence: float) -> None:

@@ -1,4 +1,4 @@
-"""Teacher-forced evaluation of many pruned variants of one model at the cost of one full pass and a small part each."""
+"""Teacher-forced evaluation of many pruned variants of one model: one full pass, plus a small part per variant."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Variant:
 
     Attributes:
         context_visible: False is "no KV projection": the pruned layers see no context.
-        remove_layers: True drops the pruned layers in both stages, as older pruning does.
-        steps: how many steps the projections were trained for.
+        remove_layers: True drops the pruned layers in both stages, as layer pruning usually does.
+        steps: number of steps that the projections were trained for.
 
     Raises:
-        InputError: the plan prunes at another depth than the one that the projections were made for.
+        InputError: plan and projections have different depths.
     """
 
     plan: PruningPlan
@@ -41,20 +41,20 @@ class Variant:
 
     @property
     def is_ablation(self) -> bool:
-        """Whether it is measured for comparison only and cannot be exported."""
+        """Whether the variant is measured only for comparison and cannot be exported."""
         return self.remove_layers or not self.context_visible
 
     def __post_init__(self):
-        # At depth L nothing is pruned, so projections of any depth do.
+        # At depth L nothing is pruned, so the depth of the projections does not matter.
         if self.plan.depth not in (self.projections.depth, self.projections.decoder.num_layers):
             raise InputError(
-                f"the plan prunes at depth {self.plan.depth}, and its projections were made for depth "
-                f"{self.projections.depth}: give projections of the plan's depth."
+                f"the plan prunes at depth {self.plan.depth}, but its projections were made for depth "
+                f"{self.projections.depth}: give projections for the plan's depth."
             )
 
 
 def groups(decoder: Decoder, choices: Sequence[Choice], memory: int) -> Iterator[list[Choice]]:
-    """``choices`` in order, as many at a time as ``memory`` bytes hold the projections of: one pass over rows each."""
+    """``choices`` in order, in groups whose projections fit in ``memory`` bytes: one pass over the rows per group."""
     group, room = [], memory
     layer = 2 * decoder.kv_dim * decoder.config.hidden_size * decoder.model.dtype.itemsize
     for choice in choices:
@@ -77,7 +77,7 @@ class Evaluation(DecoderModule):
     Args:
         model: the base: a hub id or folder, a Transformers model, or a decoder.
         variants: by a name of the caller's choice; or projections by their depth, which becomes the name.
-        boundary: of the plans that are made for projections by depth.
+        boundary: of the plans, where projections are given by depth.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Evaluation(DecoderModule):
     ):
         super().__init__(model)
         self.variants = {
-            str(name): each if isinstance(each, Variant) else Variant(PruningPlan(int(name), boundary), each)
-            for name, each in variants.items()
+            str(name): given if isinstance(given, Variant) else Variant(PruningPlan(int(name), boundary), given)
+            for name, given in variants.items()
         }
         if not self.variants:
-            raise InputError("an evaluation needs at least one variant, or projections of one depth.")
+            raise InputError("an evaluation needs at least one variant, or the projections of at least one depth.")
         self._names = list(self.variants)
         self.meters = torch.nn.ModuleList(RowMetrics(ROW_METRICS) for _ in self._names)
 
@@ -122,7 +122,7 @@ class Evaluation(DecoderModule):
 
     def on_validation_epoch_end(self) -> None:
         for name in self._names:
-            rows = self.rows(name)  # gathers them while their tensors lie where the process group reaches them
+            rows = self.rows(name)  # gathered now, while the tensors are on a device that the process group can use
             for metric in ("kl", "agreement", "nll_increase", "exact_match"):
                 mean = prompt_means(rows[metric], rows["prompt"]).mean().float()
                 self.log(f"{metric}/{name}", mean, sync_dist=True)
@@ -138,17 +138,18 @@ class Evaluation(DecoderModule):
 
     def rows(self, name: str) -> dict[str, Tensor]:
         """Per-row metrics of one variant and each row's ``prompt``, ``[rows]`` each (:meth:`RowMetrics.compute`)."""
-        # torchmetrics makes a scalar of one row.
+        # torchmetrics turns the tensor of a single row into a scalar.
         return {key: values.reshape(-1) for key, values in self.meters[self._names.index(name)].compute().items()}
 
     def entries(
         self, metric: str | BudgetMetric, confidence: float, prompts: int | None = None
     ) -> dict[str, dict[str, Any]]:
-        """What the last pass measured, by variant: plan, projections and :func:`~.metrics.summary`, as plain data.
+        """The results of the last pass by variant: plan, projections and :func:`~.metrics.summary`, as plain data.
 
         Args:
-            prompts: number of prompts in the verify split, for the bound to expect there; as many as here unless given.
+            prompts: number of prompts in the verify split, for the expected bound; as many as here unless given.
         """
+
         entries = {}
         for name, variant in self.variants.items():
             rows, plan = self.rows(name), variant.plan

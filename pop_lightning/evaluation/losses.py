@@ -1,8 +1,8 @@
 """The metrics that a budget can be stated in: one object each, in one registry.
 
-To add one, write its :class:`BudgetMetric` here (or in a file of its own) and enter it into :data:`METRICS`. Recipe,
-bounds, callback, check and report ask these objects for everything that differs between metrics. Nothing heavy is
-imported, because the command line lists the names.
+To add one, write its :class:`BudgetMetric` here (or in its own file) and add it to :data:`METRICS`. Recipe, bounds,
+callback, check and report read everything that differs between metrics from these objects. Nothing heavy is imported,
+because the command line lists the names.
 """
 
 import math
@@ -15,20 +15,21 @@ from pop_lightning.core.errors import InputError
 
 @dataclass(frozen=True)
 class BudgetMetric:
-    """What a row loses, and what is known about such losses before any of them is seen.
+    """The loss of a row under a metric, and the properties of such losses that are known in advance.
 
     Attributes:
         name: in recipes, artifacts and reports.
-        unit: of a loss, as it is read in a sentence.
-        what: what a loss is, for a caption.
-        axis: the label of a plot's axis.
-        loss: from a batch's row metrics (:func:`pop_lightning.evaluation.metrics.response_metrics`), each ``[batch]``,
+        unit: of a loss, as it reads in a sentence.
+        what: description of the loss, for a caption.
+        axis: label of a plot's axis.
+        loss: maps a batch's row metrics (:func:`pop_lightning.evaluation.metrics.response_metrics`), ``[batch]`` each,
             to the loss ``[batch]`` that the budget bounds.
-        binary: a row's loss is 0 or 1.
-        rate: losses lie in [0, 1] and read as percentages; otherwise they are unbounded and are clipped for the bound.
-        cap: the largest loss; where losses are unbounded, they are clipped here, and a budget must be smaller. Such a
-            promise is one on clipped losses: a sample shows nothing about how large a loss can become that it has not
-            drawn. A small cap needs few prompts, a large one counts rare damage in full.
+        binary: whether a row's loss is 0 or 1.
+        rate: whether losses lie in [0, 1] and read as percentages; otherwise they are unbounded, and clipped for the
+            bound.
+        cap: the largest loss. Unbounded losses are clipped at it, and a budget must be smaller. The promise is then
+            about clipped losses: a sample shows nothing about how large an unseen loss can be. A small cap needs few
+            prompts, a large one counts rare damage in full.
     """
 
     name: str
@@ -41,7 +42,7 @@ class BudgetMetric:
     cap: float = 1.0
 
     def clipping(self, cap: float | None, clipped: float | None) -> str:
-        """What a bound of clipped losses leaves out, as the end of a sentence; empty for rates."""
+        """The clipping behind a bound, as the end of a sentence; empty for rates."""
         if self.rate or cap is None:
             return ""
         return f", where the loss of a prompt counts as {cap:g} nats at most ({percent(clipped or 0.0)} lost more)"
@@ -58,7 +59,7 @@ def _agreement(metrics: Mapping[str, Any]) -> Any:
 
 
 def _exact_match(metrics: Mapping[str, Any]) -> Any:
-    # The mean is at least the drop in exact match, because rows that pruning happens to repair are not credited.
+    # At least the drop in exact match, because rows that pruning happens to repair are not credited.
     return ((metrics["teacher_exact_match"] > 0.5) & (metrics["exact_match"] < 0.5)).float()
 
 
@@ -97,28 +98,28 @@ METRICS: dict[str, BudgetMetric] = {
 
 
 def metric_named(name: "str | BudgetMetric", cap: float | None = None) -> BudgetMetric:
-    """The metric of a name.
+    """The metric with that name.
 
     Args:
-        name: in :data:`METRICS`; a metric itself is returned as it is.
-        cap: where losses are clipped (``budget.nll_cap``), if the metric's are unbounded.
+        name: in :data:`METRICS`; a metric is returned unchanged.
+        cap: the value at which unbounded losses are clipped (``budget.nll_cap``).
 
     Raises:
         InputError: there is none.
     """
     if isinstance(name, BudgetMetric):
         return name
-    if name in METRICS and cap is not None and not METRICS[name].rate:
-        return replace(METRICS[name], cap=cap)
     if name not in METRICS:
         raise InputError(
             f"unknown metric {name!r}", key="budget.metric", found=name, expected=f"one of {', '.join(METRICS)}"
         )
-    return METRICS[name]
+    metric = METRICS[name]
+    return metric if metric.rate or cap is None else replace(metric, cap=cap)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, a dash for a missing value; an exact zero stays a bare 0."""
+    """Three significant digits; a dash for a missing value, a plain 0 for an exact zero."""
+
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):

@@ -1,9 +1,7 @@
-"""What a pruned prefill costs, per row, and how much of that cost can be promised for rows not yet seen.
+"""The quality that a pruned prefill loses: per row, per prompt, and over a split.
 
-Teacher-forced logits of the pruned model (student) and the full model (teacher) become one number per row and metric;
-a metric becomes a loss, averaged over the rows of a prompt; the losses become an upper confidence bound; fixed-sequence
-testing turns the bounds of several depths into one choice. The budget callback and the pipeline call this file, the
-report shows what it returned.
+Teacher-forced logits of the pruned model (student) and the full model (teacher) give one number per row and metric; a
+metric gives a loss, which is averaged over the rows of a prompt; the losses give an upper confidence bound.
 """
 
 import math
@@ -20,8 +18,8 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.evaluation.bounds import upper_bound
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
-POSITIONS = 1024  # of a batch that are converted to float32 at a time
-LOST_NATS = 100.0  # KL and NLL of a position where the pruned model computes no distribution, and the most they can be
+POSITIONS = 1024  # positions of a batch that are converted to float32 at a time
+LOST_NATS = 100.0  # KL and NLL of a position where the pruned model's logits are not finite, and the cap of both
 ROW_METRICS = ("kl", "agreement", "nll", "teacher_nll", "nll_increase", "exact_match", "teacher_exact_match")
 
 
@@ -33,7 +31,7 @@ def response_metrics(
     Args:
         logits: the pruned model's, `[batch, response, vocabulary]`; position r predicts `targets[:, r]`.
         teacher_logits: the full model's, same shape.
-        targets: token ids `[batch, response]`; values outside the mask are never read (-100 is fine).
+        targets: token ids `[batch, response]`; values outside the mask are never read (-100 is valid).
         mask: `[batch, response]`, nonzero where a response token is predicted.
         chunk_size: positions converted to float32 at a time; extra memory is a few times chunk_size * vocabulary * 4
             bytes instead of batch * response * vocabulary * 4.
@@ -48,11 +46,11 @@ def response_metrics(
         no agreement, no match, `LOST_NATS` nats.
 
     Raises:
-        InputError: shapes that do not fit, or a row without response positions.
+        InputError: shapes do not match, or a row has no response position.
     """
     if logits.shape != teacher_logits.shape or logits.shape[:2] != targets.shape or targets.shape != mask.shape:
         raise InputError(
-            f"The shapes do not fit: logits {list(logits.shape)}, teacher_logits {list(teacher_logits.shape)}, "
+            f"The shapes do not match: logits {list(logits.shape)}, teacher_logits {list(teacher_logits.shape)}, "
             f"targets {list(targets.shape)}, mask {list(mask.shape)}; expected [B, R, V] twice, then [B, R] twice."
         )
     if chunk_size < 1:
@@ -69,12 +67,12 @@ def response_metrics(
     rows, columns = mask.nonzero(as_tuple=True)
     for row, column in zip(rows.split(chunk_size), columns.split(chunk_size), strict=True):
         student = logits[row, column].float()
-        broken = ~student.amax(-1).isfinite()  # NaN, +inf, or nothing but -inf: no token can be chosen from these
+        broken = ~student.amax(-1).isfinite()  # NaN, +inf, or only -inf: no token can be chosen
         student = student.log_softmax(-1)
         teacher = teacher_logits[row, column].float().log_softmax(-1)
         target = targets[row, column]
         probability = teacher.exp()
-        # A vocabulary entry that the teacher rules out (-inf) adds nothing; 0 * inf would be nan.
+        # A vocabulary entry that the teacher excludes (-inf) adds nothing; 0 * inf would be nan.
         kl = torch.where(probability > 0, probability * (teacher - student), 0).sum(-1).clamp_min(0)
         guess, teacher_guess = student.argmax(-1), teacher.argmax(-1)
         values = {
@@ -107,11 +105,11 @@ def row_loss(metrics: Mapping[str, Tensor], metric: str | BudgetMetric) -> Tenso
 
 @dataclass(frozen=True)
 class Losses:
-    """One variant's losses over a split: one value per prompt, because rows of one prompt are one draw.
+    """One variant's losses over a split: one value per prompt, because the rows of one prompt are not independent.
 
     Attributes:
-        values: the mean of `row_loss` over the rows of each prompt, in an order that follows from the prompts alone.
-        rows: how many rows there were; as many as values unless given.
+        values: the mean of `row_loss` over the rows of each prompt, in an order that depends on the prompts only.
+        rows: number of rows; as many as values unless given.
     """
 
     values: Sequence[float]
@@ -130,16 +128,16 @@ class Losses:
         return self.rows > len(self.values)
 
     def bound(self, metric: str | BudgetMetric, confidence: float, prompts: int | None = None) -> float:
-        """`upper_bound` of the mean; with ``prompts``, the one that so many others give if they lose as these do."""
+        """`upper_bound` of the mean; with ``prompts``, a forecast for this number of prompts with the same losses."""
         return upper_bound(self.values, metric, confidence, averaged=self.averaged, draws=prompts)
 
     def clipped(self, cap: float) -> float:
-        """The share of prompts that lose more than ``cap``."""
+        """The share of prompts whose loss is above ``cap``."""
         return sum(value > cap for value in self.values) / len(self.values)
 
 
 def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
-    """Means over each prompt's rows, float64 `[prompts]` in order of the seeds; both arguments are `[rows]`."""
+    """Means over each prompt's rows, float64 `[prompts]` in order of the prompt seeds; both arguments are `[rows]`."""
     _, where, rows = prompts.cpu().unique(return_inverse=True, return_counts=True)
     return torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values.cpu().double()) / rows
 
@@ -152,11 +150,11 @@ def prompt_losses(rows: Mapping[str, Tensor], metric: str | BudgetMetric) -> Los
 def summary(
     rows: Mapping[str, Tensor], metric: str | BudgetMetric, confidence: float, prompts: int
 ) -> dict[str, float]:
-    """What `RowMetrics.compute`'s rows come to, as plain data; every mean is one over prompts.
+    """Summary of `RowMetrics.compute`'s rows, as plain data; every mean is over prompts.
 
     Returns:
         `rows` and `prompts`; means `kl`, `agreement`, `nll_increase` and `exact_match`; `loss`, its `bound`, and
-        `expected_bound`, the one that a verify split of `prompts` prompts would give if it lost the same.
+        `expected_bound`, the one that a verify split of `prompts` prompts would give with the same losses.
     """
     losses = prompt_losses(rows, metric)
     means = {
@@ -174,10 +172,10 @@ def summary(
 
 
 class RowMetrics(Metric):
-    """Keep one value per row and name, over batches and ranks, in an order that depends on the rows alone.
+    """Keep one value per row and name, over batches and ranks, in an order that depends on the rows only.
 
     Args:
-        names: what each `update` holds, for example `ROW_METRICS`.
+        names: of the values in each `update`, for example `ROW_METRICS`.
 
     `compute` returns float32 tensors `[rows]` sorted by row seed (rows that share a seed by their values), so that
     batch size, shuffling and the number of ranks change nothing, and the rows' prompts, int64 `[rows]`, as `prompt`.
@@ -192,17 +190,17 @@ class RowMetrics(Metric):
         self.add_state("row_seeds", default=[], dist_reduce_fx="cat")
         self.add_state("prompt_seeds", default=[], dist_reduce_fx="cat")
         for name in self.names:
-            # The prefix keeps a name such as "device" apart from Metric's own attributes.
+            # The prefix avoids a clash between a name such as "device" and Metric's own attributes.
             self.add_state(f"value_{name}", default=[], dist_reduce_fx="cat")
 
     def update(self, values: Mapping[str, Tensor], row_seed: Tensor, prompt_seed: Tensor | None = None) -> None:
-        """Add the rows of one batch: `[batch]` values per name, the rows' seeds and their prompts' `[batch]` (int64).
+        """Add the rows of one batch: `[batch]` values per name, the seeds of the rows and of their prompts (int64).
 
-        Unless prompts are given, every row counts as a prompt of its own.
+        Unless prompt seeds are given, every row counts as its own prompt.
         """
         for name in self.names:
             if name not in values:
-                raise InputError(f"The values of a batch lack '{name}'; found {sorted(values)}.")
+                raise InputError(f"The values of a batch do not include '{name}'; found {sorted(values)}.")
             if values[name].shape != row_seed.shape or row_seed.ndim != 1:
                 raise InputError(
                     f"'{name}' has shape {list(values[name].shape)} and row_seed {list(row_seed.shape)}; "
@@ -225,7 +223,8 @@ class RowMetrics(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """All rows seen, per name a float32 tensor `[rows]`, and `prompt`; empty where there was none."""
+        """A float32 tensor `[rows]` of all rows per name, and `prompt`; empty tensors if there were no rows."""
+
         if isinstance(self.row_seeds, list) and not self.row_seeds:
             empty = {name: torch.zeros(0, dtype=torch.float32, device=self.device) for name in self.names}
             return empty | {"prompt": torch.zeros(0, dtype=torch.int64, device=self.device)}

@@ -1,9 +1,9 @@
-"""What follows from losses on the search split: what to train next, which boundary, what to verify. No model in here.
+"""Decisions from losses on the search split: what to train next, which boundary, and what to verify.
 
-The budget callback measures and asks this file; the pipeline does what it proposes. :func:`within_budget` and
-:func:`least_loss` are state machines written as generators: each yields proposals, is sent what was measured there, and
-returns what goes to the verify split. They look at nothing else, so the same losses give the same run, on every rank
-and after every interruption.
+Works on measured losses only, without a model. The pipeline and the budget callback measure and carry out what is
+proposed here. :func:`within_budget` and :func:`least_loss` are state machines written as generators: they yield
+proposals, are sent the measurements, and return the choices to verify. They depend on nothing else, so the same losses
+give the same run, on every rank and after every interruption.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -12,16 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 from pop_lightning.core.plan import Choice
 
-CLOSE = 2.0  # a loss of at most this many times the budget is worth more steps
+CLOSE = 2.0  # more steps are worthwhile while the loss is at most this many times the budget
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a choice lost on the search split.
+    """The losses of a choice on the search split.
 
     Attributes:
         loss: the mean, in the budget's unit.
-        expected_bound: the bound that the verify split would give if it lost the same.
+        expected_bound: the bound that the verify split would give with the same losses.
         kl: to the full model.
     """
 
@@ -37,7 +37,7 @@ class Measured:
 
 
 class Proposal(NamedTuple):
-    """What the pipeline is asked to do: start a training, or go on with it for as many steps again."""
+    """A request to the pipeline: start a training, or extend it by another round of the same number of steps."""
 
     action: Literal["train", "extend"]
     choice: Choice
@@ -45,12 +45,12 @@ class Proposal(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost, and where decisions are reported.
+    """The limit on the loss, and where decisions are reported.
 
     Attributes:
-        max_drop: the most that may be lost; None where the target is a speedup and no loss is a condition.
-        unit: of losses, for the lines.
-        say: takes one readable line per decision.
+        max_drop: the largest acceptable loss; None if the target is a speedup and the loss is not limited.
+        unit: of losses, for the reported lines.
+        say: called with one readable line per decision.
     """
 
     max_drop: float | None
@@ -58,29 +58,29 @@ class Budget:
     say: Callable[[str], Any]
 
     def clears(self, measured: Measured) -> bool:
-        """Whether the verify split can be expected to show that the budget is kept."""
+        """Whether the verify split is expected to certify the budget."""
         return self.max_drop is not None and measured.expected_bound <= self.max_drop
 
     def rank(self, measured: Measured) -> tuple[float, ...]:
-        """Orders the projections of one depth, the best first.
+        """Sort key of the projections of one depth, the best first.
 
-        Those that clear the budget by their KL, which distinguishes what a loss of a few rows cannot; others by loss.
+        Those that clear the budget are ordered by KL, which is finer than a loss from a few rows; the others by loss.
         """
         return (0, measured.kl) if self.clears(measured) else (1, measured.loss, measured.kl)
 
     def fits(self, measured: Measured) -> bool:
-        """Whether the mean is within the budget, which a bound may still fail to show."""
+        """Whether the mean is within the budget; its bound may still exceed it."""
         return measured.loss <= self.max_drop
 
-    def tell(self, measured: Measured, what: str) -> None:
+    def report(self, measured: Measured, decision: str) -> None:
         choice = measured.choice
         how = f"after {choice.steps} steps" if choice.steps else choice.projection
         place = ""
         if self.max_drop is not None:
             place = f", {'within' if self.fits(measured) else 'above'} the budget of {self.max_drop:g}"
             if self.fits(measured) and not self.clears(measured):
-                place += f" (verify rows that lose as much show {measured.expected_bound:.4f})"
-        self.say(f"search: depth {choice.depth} ({how}) loses {self.amount(measured.loss)}{place}: {what}")
+                place += f" (the expected bound on the verify split is {measured.expected_bound:.4f})"
+        self.say(f"search: depth {choice.depth} ({how}) loses {self.amount(measured.loss)}{place}: {decision}")
 
     def amount(self, loss: float) -> str:
         return f"{round(loss, 4) + 0.0:.4f} {self.unit}"  # no negative zero
@@ -89,12 +89,12 @@ class Budget:
 def settle(
     measured: Sequence[Measured], budget: Budget, training: "Training | None" = None
 ) -> Generator[Proposal, Measured, list[Choice]]:
-    """What to verify, shallowest pruning first, from measurements of untrained projections.
+    """The choices to verify, shallowest pruning first, from measurements of untrained projections.
 
-    Proposes what to train and is sent what was measured there; without a ``training`` it proposes nothing.
+    Yields what to train and is sent its measurement; without a ``training`` it yields nothing.
 
     Args:
-        measured: what is worth an artifact: one measurement per depth where a loss is the condition.
+        measured: of what may be exported; with a limit on the loss, one measurement per depth.
     """
     if budget.max_drop is None:
         sequence = yield from least_loss(measured, budget, training)
@@ -102,7 +102,7 @@ def settle(
         sequence = untrained(measured, budget)
     else:
         sequence = yield from within_budget(measured, budget, training)
-    text = ", ".join(map(str, sequence)) or "nothing, no depth that is worth an artifact keeps the budget"
+    text = ", ".join(map(str, sequence)) or "nothing, no depth that may be exported keeps the budget"
     budget.say(f"search: to verify, shallowest pruning first: {text}")
     return sequence
 
@@ -110,37 +110,38 @@ def settle(
 def finish(
     proposals: Generator[Proposal, Measured, list[Choice]], measure: Callable[[Choice], Measured] | None = None
 ) -> list[Choice]:
-    """Do what :func:`settle` proposes until it knows what to verify.
+    """Carry out the proposals of :func:`settle`; returns the choices to verify.
 
     Args:
-        measure: trains a choice and measures it; not needed where nothing is trained.
+        measure: trains a choice and measures it; not needed if nothing is trained.
     """
-    found = None
+    measured = None
     try:
         while True:
-            found = measure(proposals.send(found).choice)
+            measured = measure(proposals.send(measured).choice)
     except StopIteration as end:
         return end.value
 
 
 def untrained(measured: Sequence[Measured], budget: Budget) -> list[Choice]:
-    """Where nothing is trained: every depth whose mean fits, shallowest pruning first.
+    """The choices to verify without training: every depth whose mean fits, shallowest pruning first.
 
-    A depth that may not be certified costs nothing there: the verification stops at it and keeps those before it.
+    A depth that fails the verification does no harm: the sequence stops there and keeps the depths before it.
     """
-    for each in _falling(measured):
-        budget.tell(each, "to be verified" if budget.fits(each) else "left out")
-    return [each.choice for each in _falling(measured) if budget.fits(each)]
+    ordered = _shallowest_first(measured)
+    for candidate in ordered:
+        budget.report(candidate, "to be verified" if budget.fits(candidate) else "left out")
+    return [candidate.choice for candidate in ordered if budget.fits(candidate)]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a recipe trains.
+    """A recipe's training settings.
 
     Attributes:
         kind: of the trained projections.
         steps: of one round.
-        extensions: how many more rounds a training may get.
+        extensions: the largest number of further rounds.
     """
 
     kind: str
@@ -151,106 +152,106 @@ class Training:
         self,
         before: Measured,
         budget: Budget,
-        worth: Callable[[Measured, Measured], bool] = lambda last, found: False,
+        extend: Callable[[Measured, Measured], bool] = lambda previous, latest: False,
     ) -> Generator[Proposal, Measured, Measured]:
-        """Train at ``before``'s depth and go on while it is ``worth`` it; returns the best, ``before`` included.
+        """Train at ``before``'s depth, round after round while ``extend``; returns the best, ``before`` included.
 
         Args:
-            worth: given the round before the last and the last one.
+            extend: decides, from the previous and the latest round, whether another one is worthwhile.
         """
-        depth, best, last = before.choice.depth, before, before
+        depth, best, previous = before.choice.depth, before, before
         for number in range(1, self.extensions + 2):
             action = "train" if number == 1 else "extend"
-            found = yield Proposal(action, Choice(depth, self.kind, number * self.steps))
-            best = min(best, found, key=budget.rank)
-            more = number <= self.extensions and worth(last, found)
-            enough = "trained enough" if found is best else f"no better than {best.choice}"
-            budget.tell(found, "train on" if more else enough)
+            latest = yield Proposal(action, Choice(depth, self.kind, number * self.steps))
+            best = min(best, latest, key=budget.rank)
+            more = number <= self.extensions and extend(previous, latest)
+            enough = "trained enough" if latest is best else f"no better than {best.choice}"
+            budget.report(latest, "train on" if more else enough)
             if not more:
                 break
-            last = found
+            previous = latest
         return best
 
 
 def within_budget(
     untrained: Sequence[Measured], budget: Budget, training: Training
 ) -> Generator[Proposal, Measured, list[Choice]]:
-    """Train where it decides: the shallowest depth that does not keep the budget untrained, then deeper from there.
+    """Train from the shallowest depth that misses the budget untrained, and prune deeper while the budget is kept.
 
-    A training goes on where it ends at most :data:`CLOSE` times the budget and its last round lowered the loss.
+    A training is extended if its loss is at most :data:`CLOSE` times the budget and the last round lowered it.
 
     Args:
-        untrained: one measurement per depth that is worth an artifact, without training.
+        untrained: one measurement without training per depth that may be exported.
 
     Returns:
-        What to verify, shallowest pruning first: each depth with its best projections (:meth:`Budget.rank`).
+        The choices to verify, shallowest pruning first: the best projections of each depth (:meth:`Budget.rank`).
     """
 
-    def close(last: Measured, found: Measured) -> bool:
-        return not budget.clears(found) and found.loss <= CLOSE * budget.max_drop and found.loss < last.loss
+    def close(previous: Measured, latest: Measured) -> bool:
+        return not budget.clears(latest) and latest.loss <= CLOSE * budget.max_drop and latest.loss < previous.loss
 
     sequence: list[Measured] = []
     trained: set[int] = set()
-    for before in _falling(untrained):
+    for before in _shallowest_first(untrained):
         if budget.clears(before):
-            budget.tell(before, "not trained, go deeper")
+            budget.report(before, "not trained, go deeper")
             sequence.append(before)
             continue
-        budget.tell(before, "train it")
+        budget.report(before, "train it")
         trained.add(before.choice.depth)
         best = yield from training.rounds(before, budget, close)
         if budget.fits(best):
             sequence.append(best)
         if not budget.clears(best):
             back = f"back off to depth {sequence[-1].choice.depth}" if sequence else "no depth is left, stop"
-            budget.tell(best, "verified last, stop here" if budget.fits(best) else back)
+            budget.report(best, "verified last, stop here" if budget.fits(best) else back)
             break
-        budget.tell(best, "go deeper")
+        budget.report(best, "go deeper")
     if sequence and sequence[-1].choice.depth not in trained:
-        budget.tell(sequence[-1], "the deepest to verify, so it is trained to lose less")
+        budget.report(sequence[-1], "the deepest to verify, so it is trained to lose less")
         sequence[-1] = yield from training.rounds(sequence[-1], budget)
-    return [each.choice for each in sequence]
+    return [selected.choice for selected in sequence]
 
 
 def least_loss(
     fitted: Sequence[Measured], budget: Budget, training: Training | None
 ) -> Generator[Proposal, Measured, list[Choice]]:
-    """The second target: at a depth that is given, the projections that lose least.
+    """The projections with the smallest loss at a given depth, for a target speedup.
 
-    A training goes on while a round lowers the loss by a tenth.
+    A training is extended while a round lowers the loss by a tenth.
 
     Args:
         fitted: every untrained kind at that depth.
-        training: None trains nothing.
+        training: None to train nothing.
     """
 
-    def falling(last: Measured, found: Measured) -> bool:
-        return last.loss - found.loss > 0.1 * abs(last.loss)
+    def falling(previous: Measured, latest: Measured) -> bool:
+        return previous.loss - latest.loss > 0.1 * abs(previous.loss)
 
-    for each in fitted:
-        budget.tell(each, "fitted")
+    for untrained_kind in fitted:
+        budget.report(untrained_kind, "fitted")
     best = min(fitted, key=budget.rank)
     if training is not None:
         best = yield from training.rounds(best, budget, falling)
-    budget.tell(best, "it loses least there and is taken")
+    budget.report(best, "the smallest loss at this depth, chosen")
     return [best.choice]
 
 
 def boundary_within_budget(
     measured: Mapping[int, Sequence[Measured]], speedups: Mapping[tuple[int, int], float], budget: Budget
 ) -> int:
-    """The boundary k that saves most: each k is taken to its deepest depth that the verify split may certify.
+    """The boundary k with the largest speedup at the deepest pruning that the verify split is expected to certify.
 
-    A larger k loses less at a depth and costs more there, so it pays where it makes a deeper one possible. Where no k
-    keeps the budget at any depth, the smallest.
+    A larger k loses less at a depth and costs more, so it pays off if it makes a deeper pruning possible. If no k keeps
+    the budget at any depth, the smallest.
 
     Args:
-        measured: untrained projections, by k: one measurement per depth that is worth an artifact.
-        speedups: the counted prefill speedup by ``(depth, k)``.
+        measured: untrained projections by k: one measurement per depth that may be exported.
+        speedups: the prefill speedup by ``(depth, k)``, from counted operations.
     """
     reached = {}
-    for k, each in sorted(measured.items()):
-        depths = [one.choice.depth for one in each if budget.clears(one)]
+    for k, candidates in sorted(measured.items()):
+        depths = [candidate.choice.depth for candidate in candidates if budget.clears(candidate)]
         if not depths:
             budget.say(f"boundary: k = {k} keeps the budget at no depth without training")
             continue
@@ -259,22 +260,22 @@ def boundary_within_budget(
             f"boundary: k = {k} keeps the budget down to depth {min(depths)}, {reached[k]:.2f}x fewer operations"
         )
     chosen = max(reached, key=lambda k: (reached[k], -k)) if reached else min(measured)
-    budget.say(f"boundary: k = {chosen} is taken, {'it saves most' if reached else 'the least of them'}")
+    budget.say(f"boundary: k = {chosen} is chosen, {'the largest speedup' if reached else 'the smallest'}")
     return chosen
 
 
 def boundary_of_least_loss(measured: Mapping[int, Sequence[Measured]], budget: Budget) -> int:
-    """The boundary k that loses least at the depth where it reaches the wanted speedup; the smaller k of equals."""
-    best = {k: min(each, key=budget.rank) for k, each in sorted(measured.items())}
-    for k, one in best.items():
+    """The boundary k with the smallest loss at the depth that reaches the target speedup; of equals, the smaller k."""
+    best = {k: min(candidates, key=budget.rank) for k, candidates in sorted(measured.items())}
+    for k, candidate in best.items():
         budget.say(
-            f"boundary: k = {k} reaches the wanted speedup at depth {one.choice.depth} and loses "
-            f"{budget.amount(one.loss)}"
+            f"boundary: k = {k} reaches the target speedup at depth {candidate.choice.depth} and loses "
+            f"{budget.amount(candidate.loss)}"
         )
     chosen = min(best, key=lambda k: (*budget.rank(best[k]), k))
-    budget.say(f"boundary: k = {chosen} is taken, it loses least")
+    budget.say(f"boundary: k = {chosen} is chosen, the smallest loss")
     return chosen
 
 
-def _falling(measured: Sequence[Measured]) -> list[Measured]:
-    return sorted(measured, key=lambda each: -each.choice.depth)
+def _shallowest_first(measured: Sequence[Measured]) -> list[Measured]:
+    return sorted(measured, key=lambda candidate: -candidate.choice.depth)

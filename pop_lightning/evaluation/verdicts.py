@@ -1,4 +1,4 @@
-"""Verdicts of the verify split: depths tested in one fixed sequence, each against its bound."""
+"""Verdicts on the verify split: depths are tested in a fixed sequence, each by its bound."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from pop_lightning.evaluation.metrics import Losses
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the verify split said about one depth.
+    """The result of the verify split for one depth.
 
     Attributes:
-        depth: layers that context tokens run through.
+        depth: number of layers that context tokens run through.
         value: mean loss over the prompts (a fraction, or nats per response token for `nll_increase`).
         bound: upper confidence bound of that mean, of losses clipped at ``cap``.
         rows: number of rows.
-        prompts: number of different prompts, which the bound counts.
-        passed: whether the bound keeps the budget; None where no budget was a condition.
-        cap: where the losses were clipped for the bound; 1 for rates, which need no clipping.
-        clipped: the share of prompts that lost more.
+        prompts: number of distinct prompts, the sample size of the bound.
+        passed: whether the bound is within the budget; None without a budget on the loss.
+        cap: the value at which losses were clipped for the bound; 1 for rates, which need no clipping.
+        clipped: the share of prompts whose loss is above ``cap``.
     """
 
     depth: int
@@ -44,20 +44,19 @@ def fixed_sequence(
     """Test depths from the shallowest pruning downward and stop at the first that fails.
 
     The order is fixed before the rows are seen, so every depth is tested at the full confidence without a correction:
-    a false acceptance needs a false acceptance of the first depth whose true loss is above the budget (fixed-sequence
-    testing; Angelopoulos et al., "Learn then Test", 2021, section 4). The chosen depth is the last that passed.
+    any false acceptance requires that of the first depth whose true loss is above the budget (fixed-sequence testing;
+    Angelopoulos et al., "Learn then Test", 2021, section 4). The chosen depth is the last that passed.
 
     Args:
-        depths: the candidates, strictly falling: the shallowest pruning first.
-        losses: per depth the losses on the verify split; a depth after the first failure is never looked up, so a lazy
-            mapping measures only what is needed.
+        depths: the candidates, strictly decreasing: the shallowest pruning first.
+        losses: by depth, the losses on the verify split; depths after the first failure are never looked up.
         metric, max_drop, confidence: the budget; `max_drop` is an absolute fraction, or nats per response token.
 
     Raises:
         InputError: depths out of order, or as for `upper_bound`.
     """
     if any(first <= second for first, second in pairwise(depths)):
-        raise InputError(f"Candidate depths must fall strictly, found {list(depths)}; list the largest depth first.")
+        raise InputError(f"Candidate depths must decrease, found {list(depths)}; list the largest depth first.")
     verdicts: list[Verdict] = []
     for depth in depths:
         verdicts.append(judge(depth, losses[depth], metric, confidence, max_drop))
@@ -67,7 +66,8 @@ def fixed_sequence(
 
 
 def judge(depth: int, losses: Losses, metric: str | BudgetMetric, confidence: float, max_drop: float | None) -> Verdict:
-    """One depth's verdict; without a `max_drop` nothing can fail."""
+    """The verdict on one depth; without a `max_drop` it neither passes nor fails."""
+
     bound, cap = losses.bound(metric, confidence), metric_named(metric).cap
     passed = None if max_drop is None else bound <= max_drop
     return Verdict(depth, losses.mean, bound, losses.rows, len(losses.values), passed, cap, losses.clipped(cap))

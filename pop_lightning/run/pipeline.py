@@ -242,7 +242,7 @@ def choose_boundary(run: Run, curve: list[dict], depths: list[int], budget: sele
             by_boundary.setdefault(entry["boundary"], []).append(Measured.of(entry))
     if not by_boundary:
         least = min(run.boundaries)
-        budget.say(f"boundary: no depth prunes {settings.min_pruned} layers: k = {least} is taken, the least")
+        budget.say(f"boundary: no depth prunes {settings.min_pruned} layers: k = {least} is chosen, the smallest")
         return least
     if candidates.condition(run.recipe) is None:
         return selection.boundary_of_least_loss(by_boundary, budget)
