@@ -1,8 +1,8 @@
-"""AccuracyBudget: what the search split makes worth verifying, and its one test on the verify split.
+"""AccuracyBudget: select variants on the search split, and test them once on the verify split.
 
 ``trainer.validate(evaluation)`` measures an :class:`~pop_lightning.evaluation.evaluate.Evaluation` and decides what to
-verify; ``trainer.test(evaluation)`` verifies that in a fixed sequence and chooses the depth. ``pop-fit`` searches by
-itself, because it trains in between, and has its sequence verified here as well.
+verify; ``trainer.test(evaluation)`` verifies it in a fixed sequence and chooses the depth. ``pop-fit`` does its own
+search, because it trains in between, and passes the sequence to this callback.
 """
 
 from collections.abc import Sequence
@@ -19,34 +19,35 @@ from pop_lightning.evaluation.metrics import prompt_losses
 from pop_lightning.evaluation.search import Measured
 from pop_lightning.evaluation.verdicts import Verdict, fixed_sequence, judge
 
-_OPENED = (
-    "the verify split was opened already, or for other depths than the search handed over: a second look would void "
-    "its bound. Measure other rows, or begin again with a new AccuracyBudget and a new verify split."
+_USED = (
+    "the verify split was already used, or the variants are not those that the search selected: testing again would "
+    "invalidate the bound. Start again with a new AccuracyBudget and a new verify split."
 )
 
 
 class AccuracyBudget(lightning.Callback):
     """Pick the deepest pruning that loses at most ``max_drop`` at ``confidence``.
 
-    In a ``Trainer(callbacks=[AccuracyBudget(), ExportArtifact("artifact")])``, ``validate`` on the search split comes
-    first (several calls add up, a variant is known by its name), ``test`` on the verify split follows once. Every
-    process decides the same.
+    With ``Trainer(callbacks=[AccuracyBudget(), ExportArtifact("artifact")])``, run ``validate`` on the search split
+    first (several calls add up; variants are identified by name), then ``test`` on the verify split once. All
+    processes make the same decisions.
 
     Args:
         metric: ``agreement``, ``nll_increase`` or ``exact_match``; ``metric_named("nll_increase", cap=0.2)`` clips at
             0.2 nats instead of 1.
-        max_drop: absolute fraction for rates, nats per response token for NLL. None makes no loss a condition: the
-            variant that loses least is taken, and verified for its loss and bound.
+        max_drop: absolute fraction for rates, nats per response token for NLL. None sets no limit: the variant with
+            the smallest loss is chosen, and verified for its loss and bound.
         confidence: of the bound on the verify split.
-        min_pruned: the fewest pruned layers worth exporting; the last layer is free, so at least 2 as a rule.
+        min_pruned: the fewest pruned layers that may be exported; usually at least 2, because pruning the last layer
+            loses nothing.
         verify_prompts: number of prompts in the verify split; the data module's unless given.
-        sequence: names of the variants to verify, shallowest pruning first, where somebody else has searched.
+        sequence: names of the variants to verify, shallowest pruning first, if the search was done elsewhere.
 
     Attributes:
-        measured: what each validated variant lost, by its name (:meth:`Evaluation.entries`).
-        sequence: names of what is to be verified; None until something was validated.
+        measured: the losses of every validated variant by name (:meth:`Evaluation.entries`).
+        sequence: names of the variants to verify; None until something was validated.
         verdicts: of the verification so far, in the order of the sequence.
-        decisions: one readable line per decision; each is printed as well.
+        decisions: one readable line per decision, also printed.
     """
 
     def __init__(
@@ -84,18 +85,16 @@ class AccuracyBudget(lightning.Callback):
         layers = module.decoder.num_layers
         best: dict[int, tuple[Measured, str]] = {}
         for name, entry in self.measured.items():
-            worth = layers - entry["depth"] >= (1 if self.max_drop is None else self.min_pruned)
-            if worth:
-                found = Measured.of(entry), name
-                best[entry["depth"]] = min(
-                    best.get(entry["depth"], found), found, key=lambda each: self._budget.rank(each[0])
-                )
+            depth = entry["depth"]
+            if layers - depth >= (1 if self.max_drop is None else self.min_pruned):
+                candidate = Measured.of(entry), name
+                best[depth] = min(best.get(depth, candidate), candidate, key=lambda pair: self._budget.rank(pair[0]))
         if not best:
             raise InputError(
-                f"no variant that was validated prunes {self.min_pruned} of {layers} layers: give the Evaluation a "
+                f"no validated variant prunes at least {self.min_pruned} of {layers} layers: give the Evaluation a "
                 "smaller depth, or the AccuracyBudget a smaller min_pruned."
             )
-        choices = search.finish(search.settle([each for each, _ in best.values()], self._budget))
+        choices = search.finish(search.settle([measured for measured, _ in best.values()], self._budget))
         self.sequence = [best[choice.depth][1] for choice in choices]
 
     def _prompts(self, trainer: lightning.Trainer) -> int | None:
@@ -106,7 +105,7 @@ class AccuracyBudget(lightning.Callback):
     # --- the verify split -------------------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Raise :class:`InputError` unless the module holds what comes next in the sequence."""
+        """Raise :class:`InputError` unless the module has the next variants of the sequence."""
         if not isinstance(module, Evaluation):
             return
         if self.sequence is None:
@@ -116,13 +115,13 @@ class AccuracyBudget(lightning.Callback):
             )
         if not self.sequence:
             raise InputError(
-                f"no depth keeps the budget of {self.max_drop:g} on the search split, so the verify split stays "
-                "closed: raise max_drop, or give the Evaluation larger depths."
+                f"no depth keeps the budget of {self.max_drop:g} on the search split, so there is nothing to verify: "
+                "raise max_drop, or give the Evaluation larger depths."
             )
         waiting = self.sequence[len(self.verdicts) :]
         self._testing = [name for name in self.sequence if name in module.variants]
         if self.verified or not self._testing or self._testing != waiting[: len(self._testing)]:
-            raise InputError(_OPENED)
+            raise InputError(_USED)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if not isinstance(module, Evaluation):
@@ -142,20 +141,20 @@ class AccuracyBudget(lightning.Callback):
 
     @property
     def verified(self) -> bool:
-        """Whether the verification is over: all of the sequence was tested, or a depth failed."""
+        """Whether the verification is complete: the whole sequence was tested, or a depth failed."""
         failed = any(verdict.passed is False for verdict in self.verdicts)
         return failed or len(self.verdicts) == len(self.sequence or ()) > 0
 
     @property
     def chosen(self) -> str | None:
-        """The name of the deepest pruning that passed so far; None where none did."""
+        """The name of the deepest pruning that passed so far; None if none did."""
         passed = [verdict.passed is not False for verdict in self.verdicts]
         return self.sequence[sum(passed) - 1] if any(passed) else None
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of the deepest pruning that passed so far; None where none did."""
-        return next((each for each in reversed(self.verdicts) if each.passed is not False), None)
+        """Of the deepest pruning that passed so far; None if none did."""
+        return next((verdict for verdict in reversed(self.verdicts) if verdict.passed is not False), None)
 
     @property
     def depth(self) -> int | None:
@@ -163,7 +162,7 @@ class AccuracyBudget(lightning.Callback):
         return None if self.verdict is None else self.verdict.depth
 
     def promise(self) -> dict[str, Any] | None:
-        """What the verify split says about the chosen depth, as plain data; None where none was chosen."""
+        """The verified loss and bound of the chosen depth, as plain data; None if none was chosen."""
         if self.verdict is None:
             return None
         return {
@@ -179,7 +178,7 @@ class AccuracyBudget(lightning.Callback):
         }
 
     def conclude(self) -> None:
-        """Say what the verdicts mean; they may come from a run that was interrupted."""
+        """Report all verdicts, including those from before an interruption, and the chosen depth."""
         for verdict in self.verdicts:
             outcome = {True: ": passed", False: ": failed, stop", None: ""}[verdict.passed]
             self._say(
@@ -190,6 +189,7 @@ class AccuracyBudget(lightning.Callback):
         if self.depth is None:
             self._say(f"verify: no depth keeps the budget of {self.max_drop:g}: nothing is exported")
         elif self.max_drop is None:
-            self._say(f"verify: depth {self.depth} is exported, its loss was no condition")
+            self._say(f"verify: depth {self.depth} is exported, with no limit on its loss")
+
         else:
             self._say(f"verify: depth {self.depth} is the deepest pruning that passed")

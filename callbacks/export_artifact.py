@@ -1,4 +1,4 @@
-"""ExportArtifact: writes the artifact once a verification has chosen a depth; nothing where none was chosen."""
+"""ExportArtifact: write the artifact once the verification has chosen a depth; nothing is written if it chose none."""
 
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from pop_lightning.generation.base_identity import base_identity
 
 
 class ExportArtifact(lightning.Callback):
-    """Write ``folder`` at the end of a ``test`` run that holds the depth that the budget chose.
+    """Write ``folder`` at the end of a ``test`` run that includes the depth that the budget chose.
 
-    A sequence that is verified in several runs may write it several times: the last one stays.
+    If a sequence is verified in several runs, a later choice replaces an earlier artifact.
 
     Args:
         folder: of the artifact; written whole or not at all.
         budget: whose choice is exported; the trainer's own :class:`AccuracyBudget` unless given.
         base: identity of the base (:func:`pop_lightning.generation.base_identity.base_identity`); of the evaluated
             model unless given.
-        recipe: the resolved recipe, as plain data; what the trainer's data module was given unless given.
-        measured: figures for the artifact and its card, as plain data; what the budget measured unless given.
+        recipe: the resolved recipe, as plain data; the calibration data of the trainer's data module unless given.
+        measured: figures for the artifact and its card, as plain data; the budget's measurements unless given.
             ``verified`` is added here.
     """
 
@@ -42,8 +42,8 @@ class ExportArtifact(lightning.Callback):
     def on_test_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self.budget is None and _budget_of(trainer) is None:
             raise InputError(
-                "ExportArtifact has no AccuracyBudget that chooses a depth: name one in the same trainer's callbacks, "
-                "as in Trainer(callbacks=[AccuracyBudget(), ExportArtifact(folder)])."
+                "ExportArtifact has no AccuracyBudget to choose a depth: add one to the trainer's callbacks, as in "
+                "Trainer(callbacks=[AccuracyBudget(), ExportArtifact(folder)])."
             )
 
     def on_test_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -51,7 +51,7 @@ class ExportArtifact(lightning.Callback):
         if not isinstance(module, Evaluation) or budget.chosen not in module.variants:
             return
         model = module.decoder.model
-        # Weights in shards are read by all processes together.
+        # Reading sharded weights is a collective operation, so every process takes part.
         base = self.base or base_identity(model, model.name_or_path)
         measured = {"curve": list(budget.measured.values())} if self.measured is None else self.measured
         recipe = _recipe_of(trainer.datamodule) if self.recipe is None else self.recipe
@@ -71,7 +71,7 @@ def export(
     """Write ``variant`` as an artifact, whole or not at all.
 
     Raises:
-        InputError: ``folder`` holds something else, or cannot be written.
+        InputError: ``folder`` exists and is not an artifact, or cannot be written.
     """
     write_artifact(
         folder,
@@ -85,12 +85,10 @@ def export(
 
 
 def _budget_of(trainer: lightning.Trainer) -> AccuracyBudget | None:
-    return next((each for each in trainer.callbacks if isinstance(each, AccuracyBudget)), None)
+    return next((callback for callback in trainer.callbacks if isinstance(callback, AccuracyBudget)), None)
 
 
 def _recipe_of(data: object) -> dict[str, Any]:
+    """The source of the rows, which the artifact's card names; a data module of another class may have none."""
     calibration = getattr(data, "calibration", None)
-    named = isinstance(calibration, str) or (
-        isinstance(calibration, list) and all(isinstance(each, str) for each in calibration)
-    )
-    return {"data": {"calibration": calibration}} if named else {}
+    return {"data": {"calibration": calibration}} if isinstance(calibration, str) else {}

@@ -55,7 +55,7 @@ def search_and_verify(trainer, evaluation, data):
 def test_an_ordinary_trainer_decides_and_writes_the_artifact(evaluation, data, base, tmp_path, capsys):
     budget = AccuracyBudget("nll_increase", max_drop=100.0)
     search_and_verify(trainer(budget, ExportArtifact(tmp_path / "artifact")), evaluation, data)
-    assert budget.sequence == ["2", "1"]  # depth 3 prunes fewer layers than are worth an artifact
+    assert budget.sequence == ["2", "1"]  # depth 3 prunes too few layers to be exported
     assert budget.depth == 1
     assert capsys.readouterr().out.splitlines() == budget.decisions
     generator = StageAwareGenerator.from_artifact(tmp_path / "artifact")
@@ -94,7 +94,7 @@ def test_a_second_look_at_the_verify_split_is_refused(evaluation, data):
     runs = trainer(budget)
     search_and_verify(runs, evaluation, data)
     decided = list(budget.decisions)
-    with pytest.raises(InputError, match="opened already"):
+    with pytest.raises(InputError, match="already used"):
         runs.test(evaluation, dataloaders=data.loader("verify"), verbose=False)
     runs.validate(evaluation, dataloaders=data.loader("search"), verbose=False)
     assert budget.decisions == decided
@@ -104,7 +104,7 @@ def test_verifying_without_a_search_or_without_a_candidate_is_refused(evaluation
     with pytest.raises(InputError, match="nothing to verify"):
         trainer(AccuracyBudget()).test(evaluation, dataloaders=data.loader("verify"), verbose=False)
     budget = AccuracyBudget("nll_increase", max_drop=-100.0)
-    with pytest.raises(InputError, match="the verify split stays closed"):
+    with pytest.raises(InputError, match="keeps the budget of -100 on the search split"):
         search_and_verify(trainer(budget), evaluation, data)
     assert budget.verdicts == []
 
@@ -147,17 +147,17 @@ def test_the_verify_split_is_opened_in_the_order_of_the_sequence(evaluation):
         budget.on_test_start(None, Evaluation(evaluation.decoder, {name: variants[name] for name in names}))
 
     for names in (["2"], ["3", "1"]):
-        with pytest.raises(InputError, match="opened already"):
+        with pytest.raises(InputError, match="already used"):
             open_with(*names)
     open_with("3", "2")
     budget.verdicts = [Verdict(3, 0.0, 0.005, 600, 600, True)]
-    with pytest.raises(InputError, match="opened already"):
+    with pytest.raises(InputError, match="already used"):
         open_with("3")
     open_with("2")
     budget.verdicts.append(Verdict(2, 0.02, 0.03, 600, 600, False))
     assert budget.verified
     assert (budget.depth, budget.chosen) == (3, "3")
-    with pytest.raises(InputError, match="opened already"):
+    with pytest.raises(InputError, match="already used"):
         open_with("1")
 
 
