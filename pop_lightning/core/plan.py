@@ -1,6 +1,7 @@
 """What is pruned: pure data, validated. Every other part of the library is given a plan and asks it nothing else."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,24 +11,38 @@ from pop_lightning.core.errors import InputError
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Prefill-Only Pruning of one model (arXiv 2602.03295, section 3).
+    """Prefill-Only Pruning of one model (arXiv 2602.03295, section 3), with salient context tokens.
 
     Args:
         depth: context tokens run through layers ``0 .. depth-1`` only; decode always runs every layer.
-        boundary: how many of the last prompt tokens run in full. 1 is the paper's boundary handling, 0 its ablation
-            (the last prompt token stops at ``depth`` too); at or above the prompt's length nothing is pruned.
+        boundary: how many of the last prompt tokens run in full: a number, or a share of the prompt as a float below 1.
+            1 is the paper's boundary handling, 0 its ablation (the last prompt token stops at ``depth`` too); at or
+            above the prompt's length nothing is pruned.
+        salient: how many context tokens run in full as well, wherever they are: a number, or a share of the prompt as
+            a float below 1. 0 is the paper.
+        selector: what chooses them, a name in ``pruning/selectors``.
     """
 
     depth: int
-    boundary: int = 1
+    boundary: int | float = 1
+    salient: int | float = 0
+    selector: str = "attention"
 
     def __post_init__(self):
-        for name, least in (("depth", 1), ("boundary", 0)):
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int):
+            raise InputError(f"depth must be a whole number, found {self.depth!r}.")
+        if self.depth < 1:
+            raise InputError(f"depth must be at least 1, found {self.depth}.")
+        for name in ("boundary", "salient"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{name} must be a whole number, found {value!r}.")
-            if value < least:
-                raise InputError(f"{name} must be at least {least}, found {value}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"{name} must be a whole number or a share of the prompt, found {value!r}.")
+            if isinstance(value, float) and not 0 < value < 1:
+                raise InputError(f"{name} as a share of the prompt must lie between 0 and 1, found {value!r}.")
+            if value < 0:
+                raise InputError(f"{name} must be at least 0, found {value}.")
+        if self.salient and not self.boundary:
+            raise InputError(f"salient {self.salient} needs a boundary of at least 1, found 0.")
 
     def check(self, layers: int) -> None:
         """Raise :class:`InputError` where a model of ``layers`` layers cannot be pruned like this."""
@@ -38,10 +53,28 @@ class PruningPlan:
         """The pruned layers ``depth .. layers-1``."""
         return range(self.depth, layers)
 
+    def boundary_of(self, prompt: int) -> int:
+        """How many of the last tokens of a prompt of ``prompt`` tokens run in full."""
+        return number_of(self.boundary, prompt)
+
+    def context_of(self, prompt: int) -> int:
+        """How many tokens of a prompt of ``prompt`` tokens are context."""
+        return max(0, prompt - self.boundary_of(prompt))
+
+    def salient_of(self, prompt: int) -> int:
+        """How many context tokens of a prompt of ``prompt`` tokens run in full as well."""
+        return min(number_of(self.salient, prompt), self.context_of(prompt))
+
     @property
     def fingerprint(self) -> str:
         """A short hash that caches carry, so that a cache made under another plan is recognized."""
-        return hashlib.sha256(f"pop depth={self.depth} boundary={self.boundary}".encode()).hexdigest()[:16]
+        salient = f" salient={self.salient} selector={self.selector}" if self.salient else ""
+        return hashlib.sha256(f"pop depth={self.depth} boundary={self.boundary}{salient}".encode()).hexdigest()[:16]
+
+
+def number_of(value: int | float, tokens: int) -> int:
+    """``value`` itself, or the share of ``tokens`` that it is, rounded up."""
+    return math.ceil(value * tokens - 1e-9) if isinstance(value, float) else value
 
 
 class Choice(NamedTuple):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
-from pop_lightning.models.attention import attention_weights
+from pop_lightning.models.attention import attention_weights, seen_from
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import Tables, cut, each_table
 from pop_lightning.pruning.module import DecoderModule
@@ -374,7 +374,7 @@ class _Asked:
                 each_table(tables, lambda table: _take(table, columns)),
                 columns,
                 keys,
-                seen.mask[:, :tokens],
+                seen_from(decoder.parts[layer], columns, seen.mask[:, :tokens]),
             )
             * valid[:, None, None, :, None]
         )

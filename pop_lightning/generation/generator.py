@@ -9,6 +9,9 @@ eager, flash and flex attention; several threads at once. Where pruning is visib
 
 - ``output_hidden_states``, ``output_attentions``: the prefill's entries above the depth have a row per boundary token,
   ``[batch, boundary, ...]``, because the others do not exist; refused with ``boundary=0`` and with assisted decoding.
+- Salient tokens: refused with ``output_hidden_states`` and ``output_attentions``, with flash attention, and for layers
+  that scale queries by their position (Llama 4's without RoPE). :attr:`StageAwareGenerator.selected` has the tokens
+  that were selected. Of a prompt that is read in parts (chunks, a prefix), each part selects its share.
 - ``past_key_values``: a cache carries its plan and the identity of its projections; one of another plan or of other
   projections is refused, one of the plain model is accepted. A filled one is refused for assisted decoding, and so
   is one that holds the whole prompt. It can be cropped down to the end of the prompt, but not inside it.
@@ -57,7 +60,7 @@ class StageAwareGenerator:
 
     Args:
         model: a Transformers causal language model.
-        plan: depth and boundary.
+        plan: depth, boundary and salient tokens.
         projections: key/value projections for the pruned layers; the layers' own (reuse) unless given.
         tokenizer, vision: kept for callers; generation itself works on token ids and image tensors.
 
@@ -265,6 +268,11 @@ class StageAwareGenerator:
             self._thread.pruning = before
 
     @property
+    def selected(self) -> Tensor | None:
+        """The salient tokens of this thread's last prefill: positions in the padded prompt, ``[batch, salient]``."""
+        return getattr(self._thread, "selected", None)
+
+    @property
     def _pruning(self) -> bool:
         return getattr(self._thread, "pruning", True)
 
@@ -292,8 +300,9 @@ class StageAwareGenerator:
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
         self._check_boundary(ids, kwargs)
         shift = self._place_tokens(ids, kwargs, cached) if self.decoder.positions.mrope else None
-        with self._prefill.attached(length, cached=cached, compiled=chunked):
+        with self._prefill.attached(length, cached=cached, compiled=chunked) as run:
             output = self.model.generate(inputs, **kwargs)
+        self._thread.selected = run.selected
         if isinstance(getattr(output, "past_key_values", None), Cache):
             self._claim(output.past_key_values)
         return self._leave(output, shift)
@@ -347,8 +356,9 @@ class StageAwareGenerator:
         if not self._pruning:
             output = self.model(**call, logits_to_keep=1)
         else:
-            with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last):
+            with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last) as run:
                 output = self.model(**call, logits_to_keep=1)
+            self._thread.selected = run.selected
             self._claim(cache)
         setattr(cache, _SHIFT, shift)
         self.decoder.positions.remember(shift)
@@ -381,13 +391,13 @@ class StageAwareGenerator:
         if ids is None or not self.decoder.vision.see_ahead or kwargs.get("pixel_values") is None:
             return
         # Only the two tokens around the split go to the host, so the copy does not grow with the prompt.
-        k = self.plan.boundary
+        k = self.plan.boundary_of(ids.shape[1])
         if not 0 < k < ids.shape[1]:
             return
         for row, pair in enumerate(ids[:, -k - 1 : ids.shape[1] - k + 1].tolist()):
             if self.decoder.vision.split_by(pair, 1):
                 raise InputError(
-                    f"boundary {self.plan.boundary} begins inside an image of prompt {row + 1} of the batch, whose "
+                    f"boundary {k} begins inside an image of prompt {row + 1} of the batch, whose "
                     f"tokens attend to one another; choose a boundary that ends before the image or holds all of it."
                 )
 
@@ -463,10 +473,11 @@ class StageAwareGenerator:
                 "prefill does not compute; use assistant_model or prompt_lookup_num_tokens."
             )
         for name in ("output_hidden_states", "output_attentions"):
-            if setting(name) and (assisted or self.plan.boundary == 0):
+            if setting(name) and (assisted or self.plan.boundary == 0 or self.plan.salient):
                 raise InputError(
-                    f"{name} needs boundary >= 1 and no assistant: above the depth only boundary tokens have rows; "
-                    f"set boundary, drop the assistant, or use full_model()."
+                    f"{name} needs boundary >= 1, salient 0 and no assistant: above the depth only boundary tokens "
+                    f"have rows, and with salient tokens the layers run twice; change the plan, drop the assistant, "
+                    f"or use full_model()."
                 )
         if self.decoder.config._attn_implementation == "flex_attention" and (
             self.decoder.compiled or setting("prefill_chunk_size") is not None

@@ -49,11 +49,13 @@ class Trace:
         kwargs: ``{layer: keyword arguments}`` that the model passed to each layer, those with a value for each
             token: rotary tables, position ids, per-layer inputs (:func:`of_tokens` cuts them).
         masks: ``{layer: mask}`` as the model built it, where it was asked for.
+        selectable: which tokens may be salient, ``[batch, tokens]``, where not all may.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kwargs: dict[int, dict] = field(default_factory=dict)
     masks: dict[int, Tensor | BlockMask | None] = field(default_factory=dict)
+    selectable: Tensor | None = None
 
 
 class Decoder:

@@ -305,6 +305,24 @@ def of_tokens(kwargs: dict, span: slice) -> dict:
     return kwargs | {name: cut(kwargs[name], span, dim) for name, dim in PER_TOKEN.items() if name in kwargs}
 
 
+def of_rows(kwargs: dict, index: Tensor) -> dict:
+    """A layer's keyword arguments with everything that has a value for each token at the tokens ``[batch, rows]``."""
+    batch = torch.arange(len(index), device=index.device)[:, None]
+
+    def take(value: Tensor, dim: int) -> Tensor:
+        where = index.to(value.device)
+        if dim == -1:
+            value = value.expand(*value.shape[:-2], len(index), value.shape[-1])
+            return value.gather(-1, where.expand(*value.shape[:-2], *where.shape))
+        return value.expand(len(index), *value.shape[1:])[batch.to(value.device), where]
+
+    return kwargs | {
+        name: each_table(kwargs[name], lambda value, dim=dim: take(value, dim))
+        for name, dim in PER_TOKEN.items()
+        if name in kwargs
+    }
+
+
 def each_table(tables: Tables | None, change: Callable[[Tensor], Tensor]) -> Tables | None:
     """``change`` applied to a tensor, or to each of a tuple of them; None stays None."""
     if tables is None or isinstance(tables, Tensor):

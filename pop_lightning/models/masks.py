@@ -1,8 +1,8 @@
-"""Masks for the last rows of a prompt over a cache, and keys and values placed in the cache where masks expect them."""
+"""Masks for some rows of a prompt over a cache, and keys and values placed in the cache where masks expect them."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import (
     create_causal_mask,
@@ -71,6 +71,38 @@ def tail_mask(decoder: Decoder, layer: int, mask, hidden: Tensor, past: int, cac
         f"attn_implementation {implementation!r} builds masks of type {type(mask).__name__}, which cannot be cut "
         f"to the boundary tokens; use 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2'."
     )
+
+
+def rows_mask(mask, index: Tensor, past: int, columns: int, offset: int = 0):
+    """The part of a pass's ``mask`` for the tokens ``index`` ``[batch, rows]``, over ``columns`` keys.
+
+    Args:
+        mask: as for :func:`tail_mask`, of the whole pass; a 2-D one has no rows to take.
+        index: counted from the pass's first token.
+        past: tokens before the pass.
+        offset: the position of the first key, which is not 0 where a window has moved on.
+    """
+    if mask is None:
+        keys = torch.arange(offset, offset + columns, device=index.device)
+        return (keys <= past + index[..., None])[:, None]
+    if isinstance(mask, BlockMask):
+        whole, (batch, heads) = mask.mask_mod, mask.shape[:2]
+
+        def some(batch, head, query, key):
+            return whole(batch, head, index[batch, query], key)
+
+        device = mask.kv_num_blocks.device
+        return create_block_mask(some, max(batch, len(index)), heads, index.shape[1], columns, device=device)
+    index = index.to(mask.device)
+    batch = torch.arange(len(index), device=mask.device)[:, None]
+    return mask.expand(len(index), -1, -1, -1)[batch, :, index].transpose(1, 2)[..., :columns]
+
+
+def seen(mask) -> Tensor:
+    """A mask ``[batch, heads, rows, columns]`` that is not None, as booleans ``[batch, rows, columns]``."""
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, *mask.shape[:2], *mask.seq_lengths, device=mask.kv_num_blocks.device)[:, 0]
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
 
 
 def append(cache: Cache, layer: int, keys: Tensor, values: Tensor, skipped: int = 0) -> None:

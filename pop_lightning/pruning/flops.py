@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.sizes import linear_weights, linear_weights_outside
+from pop_lightning.pruning.salient import PROBES
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,24 @@ def count_prefill(decoder: Decoder, plan: PruningPlan, tokens: int) -> PrefillFl
     """Count the prefill of one prompt of ``tokens`` tokens; depth L is the plain model.
 
     Every linear map of a layer, except experts, is assumed to run on every token of the layer. For layers without
-    queries and keys (recurrent ones below the depth) only the linear maps are counted.
+    queries and keys (recurrent ones below the depth) only the linear maps are counted. Salient tokens are counted as if
+    they were the last of the context, where they see most.
     """
     linear, attention, projections = 2 * linear_weights_outside(decoder) * tokens, 0, 0
-    context = max(0, tokens - plan.boundary)
+    context, salient = plan.context_of(tokens), plan.salient_of(tokens)
+    again = min(PROBES, tokens) if salient else 0  # the probing tokens run twice
     for layer in range(decoder.num_layers):
-        first = context if layer >= plan.depth else 0
-        linear += 2 * linear_weights(decoder, layer) * (tokens - first)
+        first = context - salient if layer >= plan.depth else 0
+        twice = again if layer >= plan.depth else 0
+        linear += 2 * linear_weights(decoder, layer) * (tokens - first + twice)
         if (parts := decoder.parts.get(layer)) is not None:
-            attention += 4 * parts.queries.count * visible_pairs(first, tokens, parts.window, parts.chunked)
-        if first:
-            projections += 4 * parts.kv_dim * decoder.config.hidden_size * decoder.visible(layer, context)
+            pairs = visible_pairs(first, tokens, parts.window, parts.chunked)
+            pairs += visible_pairs(tokens - twice, tokens, parts.window, parts.chunked)
+            attention += 4 * parts.queries.count * pairs
+        if layer >= plan.depth and context:
+            # Salient tokens anywhere need keys in front of them, so a sliding layer's whole context is projected.
+            projected = tokens - again if salient else decoder.visible(layer, context)
+            projections += 4 * parts.kv_dim * decoder.config.hidden_size * projected
     return PrefillFlops(linear, attention, projections, 2 * decoder.head.in_features * decoder.head.out_features)
 
 

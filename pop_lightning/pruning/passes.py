@@ -3,6 +3,8 @@
 Teacher and student share everything below the depth, so training and teacher-forced evaluation rerun only the pruned
 layers on the recorded state of one full pass."""
 
+from collections.abc import Callable
+
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
@@ -10,10 +12,11 @@ from torch import Tensor
 from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder, Trace
-from pop_lightning.models.layer_parts import of_tokens
+from pop_lightning.models.layer_parts import cut, of_tokens
 from pop_lightning.models.masks import layer_mask, tail_mask
 from pop_lightning.pruning.prefill import cache_context
 from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.pruning.salient import PROBES, PrunedLayers, Selection, check_salient, rows_of
 
 
 @torch.no_grad()
@@ -26,6 +29,8 @@ def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False
     masks = masks or (decoder.vision.see_ahead and bool(batch.get("vision")))
     with decoder.tracing(range(first, decoder.num_layers), masks) as trace:
         decoder.model(**decoder.inputs(batch), use_cache=False, logits_to_keep=1)
+    if decoder.vision.see_ahead and batch.get("vision"):
+        trace.selectable = decoder.vision.types(batch["input_ids"]) == 0
     last = trace.hidden[decoder.num_layers]
     # The last hidden state is enough: an overflow in any layer stays in the residual stream as inf or NaN.
     finite = last.abs().amax(-1).isfinite() | ~batch["attention_mask"].bool()
@@ -115,7 +120,9 @@ def student_hidden(
     """
     decoder, depth = projections.decoder, plan.depth
     tokens = attention_mask.shape[1] - 1  # the last token predicts nothing
-    context = max(0, prompt_length - plan.boundary)
+    context = plan.context_of(prompt_length)
+    if plan.salient and context and context_visible:
+        return _salient_hidden(projections, plan, trace, attention_mask, prompt_length, checkpoint)
     source = trace.hidden[depth][:, :tokens]
     hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
     normed = decoder.normalize(source[:, :context])
@@ -148,3 +155,50 @@ def student_hidden(
     if context == prompt_length:  # boundary 0: the last prompt token stopped at depth d
         return torch.cat([source[:, context - 1 : context], hidden], dim=1)
     return hidden[:, prompt_length - 1 - context :]
+
+
+def _salient_hidden(
+    projections: KVProjections,
+    plan: PruningPlan,
+    trace: Trace,
+    attention_mask: Tensor,
+    prompt_length: int,
+    checkpoint: bool,
+) -> Tensor:
+    """:func:`student_hidden` of a plan with salient tokens: a probing pass selects them, and they run as well."""
+    decoder, tokens, context = projections.decoder, attention_mask.shape[1] - 1, plan.context_of(prompt_length)
+    check_salient(decoder, plan)
+    source = trace.hidden[plan.depth][:, :tokens]
+    layers = PrunedLayers(decoder, source)
+    selection = Selection(layers, plan, context, prompt_length, prompt_length)
+    probes = selection.probes[:, : min(PROBES, prompt_length)]
+    behind = source[:, : prompt_length - probes.shape[1]]
+    normed, hidden, masks = decoder.normalize(behind), rows_of(source, probes), {}
+    for layer in plan.pruned(decoder.num_layers):
+        kwargs = of_tokens(trace.kwargs[layer], slice(tokens))
+        mask = trace.masks.get(layer)
+        if mask is None:
+            kind = decoder.window(layer), decoder.parts[layer].chunked
+            if kind not in masks:
+                masks[kind] = layer_mask(decoder, layer, source, attention_mask[:, :tokens], decoder.new_cache())
+            mask = masks[kind]
+        tables = cut(kwargs.get("position_embeddings"), slice(behind.shape[1]))
+        layers.add(layer, kwargs, mask, decoder.to_cache(layer, projections(layer, behind, normed), tables))
+        with torch.no_grad():
+            arguments = layers.arguments(layer, probes, None, prompt_length)
+            following = decoder.run_layer(layer, hidden, **arguments)
+        selection.watch(layer, hidden, arguments)
+        hidden = following
+    selected = selection.choose(trace.selectable)
+    rest = torch.arange(context, tokens, device=selected.device).expand(len(selected), -1)
+    hidden = layers.run(torch.cat([selected, rest], dim=1), run_layer=_checkpointed(decoder) if checkpoint else None)
+    return hidden[:, selected.shape[1] + prompt_length - 1 - context :]
+
+
+def _checkpointed(decoder: Decoder) -> Callable:
+    """``Decoder.run_layer`` that keeps only a layer's input for the backward pass."""
+
+    def run(layer: int, hidden: Tensor, **kwargs) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(decoder.run_layer, layer, hidden, use_reentrant=False, **kwargs)
+
+    return run

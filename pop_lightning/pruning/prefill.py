@@ -1,4 +1,4 @@
-"""The stage-aware prefill: context tokens stop at the plan's depth, boundary tokens and decode run every layer.
+"""The stage-aware prefill: context tokens stop at the plan's depth; boundary tokens, salient ones and decode run on.
 
 Two ways into the pruned layers share the functions below. Generation attaches pre-hooks to the pruned layers of an
 unchanged model (:class:`StageAwarePrefill`); training and evaluation rerun only the pruned layers over a recorded full
@@ -20,6 +20,7 @@ from pop_lightning.models.layer_parts import Tables, cut, of_tokens
 from pop_lightning.models.masks import append, tail_mask
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.projections import KVProjections, Stack
+from pop_lightning.pruning.salient import PrunedLayers, Selection, check_salient, rows_of, scratch
 
 
 class ContextProjector:
@@ -32,10 +33,11 @@ class ContextProjector:
 
     Args:
         hidden: h_d of the context, ``[batch, context, hidden]``.
+        whole: project the whole context for sliding layers too, as salient tokens need.
     """
 
-    def __init__(self, projections: KVProjections, hidden: Tensor):
-        self.projections, self.decoder = projections, projections.decoder
+    def __init__(self, projections: KVProjections, hidden: Tensor, whole: bool = False):
+        self.projections, self.decoder, self.whole = projections, projections.decoder, whole
         stacks = projections.stack()
         self.place = {layer: (stack, i) for stack in stacks for i, layer in enumerate(stack.layers)}
         self.length = hidden.shape[1]
@@ -48,16 +50,19 @@ class ContextProjector:
 
     def take(self, layer: int) -> Tensor:
         """``[k|v]`` of a layer before k_norm and RoPE, ``[batch, visible context, 2 kv_dim]``; call once per layer."""
-        skipped = self.length - self.decoder.visible(layer, self.length)
+        skipped = self.length - self._visible(layer)
         if layer not in self.place:
             return self.projections(layer, self.hidden[:, skipped:])
         if layer not in self.waiting:
             self._project(*self.place[layer], skipped)
         return self.waiting.pop(layer)
 
+    def _visible(self, layer: int) -> int:
+        return self.length if self.whole else self.decoder.visible(layer, self.length)
+
     def _share(self, stacks: tuple[Stack, ...]) -> dict[tuple[int, ...], int]:
         """How many layers of each stack may wait at once: all, or an even share of the bound, smallest first."""
-        need = {stack.layers: stack.height * self.decoder.visible(stack.layers[0], self.length) for stack in stacks}
+        need = {stack.layers: stack.height * self._visible(stack.layers[0]) for stack in stacks}
         left, counts = 2 * mlp_dim(self.decoder.config) * self.length, {}
         for layers in sorted(need, key=lambda layers: need[layers] * len(layers)):
             share = left // (len(need) - len(counts))
@@ -101,6 +106,7 @@ class StageAwarePrefill:
 
     def __init__(self, projections: KVProjections, plan: PruningPlan):
         plan.check(projections.decoder.num_layers)
+        check_salient(projections.decoder, plan)
         self.projections = projections
         self.decoder = projections.decoder
         self.plan = plan
@@ -114,13 +120,18 @@ class StageAwarePrefill:
             cached: how many of them the cache already holds.
             last: False if more of the prompt will follow: every token is context and no logits are needed.
             compiled: the caller will run the prompt through ``torch.compile``; a compiled model is detected anyway.
+
+        Yields:
+            The running prefill, whose ``selected`` will be the salient tokens.
         """
-        run = _Run(self, prompt_length, prompt_length - (self.plan.boundary if last else 0), cached)
+        check_salient(self.decoder, self.plan)  # again: the attention implementation may have been changed
+        context_end = self.plan.context_of(prompt_length) if last else prompt_length
+        run = (_SalientRun if self.plan.salient else _Run)(self, prompt_length, context_end, cached)
         try:
             if compiled or self.decoder.compiled:
                 run.handles.append(_compiler.pause())
             run.attach()
-            yield
+            yield run
         finally:
             run.release()
 
@@ -135,6 +146,7 @@ class _Run:
         self.keep = self.logits = 0
         self.context: ContextProjector | None = None
         self.last: Tensor | None = None
+        self.selected: Tensor | None = None  # positions of the salient tokens, [batch, salient]
         self.handles: list = []
 
     def attach(self):
@@ -219,6 +231,84 @@ class _Run:
         if self.seen >= self.prompt_length:
             self.release()
         return (args[0][:, -self.logits :], *args[1:]), kwargs
+
+
+class _SalientRun(_Run):
+    """A prefill with salient tokens.
+
+    The model's own loop over the pruned layers runs only the probing tokens, on copies of the cache, and records what
+    each layer is given. Before the final norm the selected tokens and the boundary run through the pruned layers
+    again and fill the cache.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.selection: Selection | None = None
+        self.allowed: Tensor | None = None
+        self.cache: Cache | None = None
+        self.probed: tuple = ()
+        self.filling = False
+
+    def start(self, args: tuple, kwargs: dict):
+        super().start(args, kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self.decoder.vision.see_ahead and ids is not None:
+            # An image whose tokens attend to later ones could run in full only as a whole, so none of them is selected.
+            self.allowed = self.decoder.vision.types(ids) == 0
+
+    def split(self, layer: int, args: tuple, kwargs: dict):
+        """At the first pruned layer: set the whole pass aside and pass on the probing tokens."""
+        if self.filling:
+            return None
+        given = self.decoder.arguments(layer, args, kwargs)
+        hidden, cache = given.pop("hidden_states"), given.get("past_key_values")
+        tokens, past = hidden.shape[1], self.seen
+        keep = min(tokens, max(0, past + tokens - self.context_end))
+        if cache is None or keep == tokens:
+            return super().split(layer, args, kwargs)
+        self.seen, self.keep, self.cache = past + tokens, keep, cache
+        read = tokens - max(0, self.seen - self.prompt_length)  # candidate tokens may follow the prompt
+        layers = PrunedLayers(self.decoder, hidden, past)
+        self.selection = Selection(layers, self.plan, tokens - keep, read, self.prompt_length)
+        projected = hidden[:, : tokens - self.selection.probes.shape[1]]
+        self.context = ContextProjector(self.projections, projected, whole=True)
+        return self.probe(layer, rows_of(hidden, self.selection.probes), given)
+
+    def follow(self, layer: int, args: tuple, kwargs: dict):
+        """At every other pruned layer: score what was read in the layer before, and go on with the probing tokens."""
+        if self.filling or self.selection is None:
+            return None
+        given = self.decoder.arguments(layer, args, kwargs)
+        self.selection.watch(*self.probed)
+        return self.probe(layer, given.pop("hidden_states"), given)
+
+    def probe(self, layer: int, hidden: Tensor, given: dict):
+        kv = self.context.take(layer)
+        tables = cut(given.get("position_embeddings"), slice(kv.shape[1]), device=kv.device)
+        layers = self.selection.layers
+        layers.add(layer, given, given.get("attention_mask"), self.decoder.to_cache(layer, kv, tables))
+        cache = scratch(self.cache, layer)
+        offset = 0 if cache is None else cache.get_mask_sizes(layers.hidden.shape[1], layer)[1]
+        arguments = layers.arguments(layer, self.selection.probes, cache)
+        self.probed = layer, hidden, arguments, offset
+        return (hidden,), arguments
+
+    def finish(self, args: tuple, kwargs: dict):
+        """Before the final norm: select, and run the selected tokens and the boundary in full."""
+        if self.selection is None:
+            return super().finish(args, kwargs)
+        self.selection.watch(*self.probed)
+        layers, context = self.selection.layers, self.selection.context
+        selected = self.selection.choose(self.allowed)
+        rest = torch.arange(context, layers.hidden.shape[1], device=selected.device).expand(len(selected), -1)
+        # The probing pass has recorded everything; what it holds is not needed while the cache is filled.
+        last = layers.hidden[:, -1:].clone()
+        self.context, self.probed, self.selection = None, (), None
+        self.filling = True
+        hidden = layers.run(torch.cat([selected, rest], dim=1), self.cache)[:, selected.shape[1] :]
+        self.filling, self.cache = False, None
+        self.selected = selected + layers.past
+        return (hidden if self.keep else last.to(hidden.device), *args[1:]), kwargs
 
 
 class _Compiler:

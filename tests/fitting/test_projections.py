@@ -32,7 +32,7 @@ from pop_lightning.fitting.regressions import (
     held_bytes,
 )
 from pop_lightning.fitting.training import JointTraining, KVProjectionTraining, chunked_kl
-from pop_lightning.models.attention import attention_weights
+from pop_lightning.models.attention import attention_weights, seen_from
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import cut
 from pop_lightning.models.positions import position_ids
@@ -142,8 +142,9 @@ def test_recomputed_attention_is_what_the_model_pays(family):
         tables, hidden = trace.kwargs[layer]["position_embeddings"], trace.hidden[layer]
         keys, _ = fast.to_cache(layer, fast.own_kv(layer, hidden), tables)
         start = int(columns[0, 0])
+        seen = seen_from(fast.parts[layer], columns, mask)
         ours = attention_weights(
-            fast, layer, hidden[:, start:], cut(tables, slice(start, None)), columns, keys, mask
+            fast, layer, hidden[:, start:], cut(tables, slice(start, None)), columns, keys, seen
         ).flatten(1, 2)
         real = mask[:, start:].bool()
         torch.testing.assert_close(

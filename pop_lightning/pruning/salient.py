@@ -1,0 +1,219 @@
+"""Running some tokens of a pass through the pruned layers, over projected keys and values of all others.
+
+This is what salient tokens need in addition to the plain pruned prefill: tokens anywhere in the prompt run in full, and
+their true keys and values take the place of the projected ones, in token order. Generation (``prefill.py``) and
+teacher-forced passes (``passes.py``) both use it twice: a probing pass of the last token scores the context, and then
+the selected tokens and the boundary run together.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from pop_lightning.core.errors import InputError
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.models.attention import attention_weights
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.layer_parts import cut, of_rows
+from pop_lightning.models.masks import rows_mask, seen
+from pop_lightning.pruning.selectors import selector_named
+from pop_lightning.pruning.selectors.base import Seen, choose
+
+PROBES = 1  # of the last prompt tokens, whose attention scores the context
+
+
+class MendedCache:
+    """Given to a layer in place of its cache: some tokens' own keys and values, and projected ones of all others.
+
+    The layer hands in the keys and values of the tokens that it runs; the real cache is then updated once with those of
+    the whole pass, so that sliding, static and quantized caches behave as in a plain pass.
+
+    Args:
+        cache: the real one, or None to keep nothing.
+        projected: keys and values of the context, ``[batch, kv_heads, context, head_dim]`` each.
+        index: the tokens that run, ``[batch, rows]``, counted from the pass's first.
+        tokens: of the pass.
+    """
+
+    def __init__(self, cache: Cache | None, projected: tuple[Tensor, Tensor], index: Tensor, tokens: int):
+        self.cache, self.projected, self.index, self.tokens = cache, projected, index, tokens
+        self.keys: Tensor | None = None  # what update returned
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        whole = [self._whole(*each) for each in zip(self.projected, (keys, values), strict=True)]
+        if self.cache is not None:
+            whole = self.cache.update(*whole, layer, *args, **kwargs)
+        self.keys = whole[0]
+        return tuple(whole)
+
+    def _whole(self, projected: Tensor, own: Tensor) -> Tensor:
+        batch, heads, context, width = projected.shape
+        index = self.index.to(own.device)[:, None, :, None].expand(-1, heads, -1, width)
+        rest = own.new_zeros(batch, heads, self.tokens - context, width)
+        return torch.cat([projected.to(own), rest], dim=2).scatter(2, index, own)
+
+    def __getattr__(self, name: str):
+        return getattr(self.cache, name)
+
+
+@dataclass
+class PrunedLayers:
+    """The pruned layers of one pass, to be run on some of its tokens.
+
+    Attributes:
+        hidden: h_d of the pass, ``[batch, tokens, hidden]``.
+        past: tokens that caches hold already.
+        kwargs: ``{layer: keyword arguments}`` that the model passes to each layer, for all tokens.
+        masks: ``{layer: mask}`` for all tokens, as the model builds it.
+        projected: ``{layer: (keys, values)}`` of the context, ``[batch, kv_heads, context, head_dim]`` each.
+    """
+
+    decoder: Decoder
+    hidden: Tensor
+    past: int = 0
+    kwargs: dict[int, dict] = field(default_factory=dict)
+    masks: dict[int, object] = field(default_factory=dict)
+    projected: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, layer: int, kwargs: dict, mask, projected: tuple[Tensor, Tensor]) -> None:
+        """Record what the model passes to a layer for all tokens, and the projected keys and values of the context."""
+        self.kwargs[layer], self.masks[layer], self.projected[layer] = kwargs, mask, projected
+
+    def arguments(self, layer: int, index: Tensor, cache: Cache | None, tokens: int | None = None) -> dict:
+        """What a layer needs to run the tokens ``index`` ``[batch, rows]``: mask, cache and per-token arguments.
+
+        Args:
+            cache: receives the keys and values of the whole pass; None keeps them nowhere.
+            tokens: of the pass, if it ends before the last one.
+        """
+        tokens = self.hidden.shape[1] if tokens is None else tokens
+        columns, offset = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, layer)
+        return of_rows(self.kwargs[layer], index) | {
+            "attention_mask": rows_mask(self.masks[layer], index, self.past, columns, offset),
+            "past_key_values": MendedCache(cache, self.projected[layer], index, tokens),
+        }
+
+    def run(self, index: Tensor, cache: Cache | None = None, run_layer: Callable | None = None) -> Tensor:
+        """What leaves the last layer at the tokens ``index`` ``[batch, rows]``: ``[batch, rows, hidden]``.
+
+        What a layer needed is dropped when it has run.
+
+        Args:
+            run_layer: ``Decoder.run_layer`` unless given.
+        """
+        hidden = rows_of(self.hidden, index)
+        for layer in list(self.projected):
+            arguments = self.arguments(layer, index, cache)
+            del self.projected[layer], self.masks[layer], self.kwargs[layer]
+            hidden = (run_layer or self.decoder.run_layer)(layer, hidden, **arguments)
+        return hidden
+
+
+class Selection:
+    """Scores the context while the probing tokens run through the pruned layers, then selects.
+
+    Args:
+        layers: the pass.
+        context: how many of its tokens are context.
+        read: how many of them belong to the prompt.
+        prompt: all tokens of the prompt, of which the pass may be a part.
+
+    Attributes:
+        probes: the probing tokens and any that follow the prompt, ``[batch, probes]``, counted from the pass's first.
+    """
+
+    def __init__(self, layers: PrunedLayers, plan: PruningPlan, context: int, read: int, prompt: int):
+        self.layers, self.plan, self.context, self.read, self.prompt = layers, plan, context, read, prompt
+        self.decoder = layers.decoder
+        pruned = plan.pruned(self.decoder.num_layers)
+        whole = [layer for layer in pruned if self.decoder.window(layer) is None]
+        self.watched = frozenset(whole or pruned)
+        batch, tokens, _ = layers.hidden.shape
+        self.probes = torch.arange(max(0, read - PROBES), tokens, device=layers.hidden.device).expand(batch, -1)
+        self.attention: Tensor | None = None
+        self.visible: Tensor | None = None
+
+    @torch.no_grad()
+    def watch(self, layer: int, hidden: Tensor, arguments: dict, offset: int = 0) -> None:
+        """Record what the probing tokens attended to in a layer that has run.
+
+        Args:
+            hidden: the layer's input at the probing tokens, ``[batch, probes, hidden]``.
+            arguments: :meth:`PrunedLayers.arguments`, with which the layer ran.
+            offset: the position of the first cached key.
+        """
+        if layer not in self.watched:
+            return
+        asking = slice(min(PROBES, self.read))  # tokens after the prompt do not ask
+        visible = seen(arguments["attention_mask"])[:, asking]
+        weights = attention_weights(
+            self.decoder,
+            layer,
+            hidden[:, asking],
+            cut(arguments.get("position_embeddings"), asking),
+            self.probes[:, asking] + self.layers.past,
+            arguments["past_key_values"].keys,
+            visible,
+        )
+        first = self.layers.past - offset
+        weights = weights[..., first : first + self.context].amax((1, 2, 3))
+        self.attention = weights if self.attention is None else self.attention.maximum(weights.to(self.attention))
+        if self.visible is None:
+            self.visible = visible[:, -1, first : first + self.read]
+
+    def choose(self, allowed: Tensor | None = None) -> Tensor:
+        """The selected columns ``[batch, salient]``, counted from the pass's first token.
+
+        Args:
+            allowed: which tokens of the pass may be selected, ``[batch, tokens]``; all unless given.
+        """
+        usable, real = self.visible[:, : self.context], self.visible.sum(-1)
+        if isinstance(self.plan.salient, float):
+            count = (self.plan.salient * real.double() - 1e-9).ceil().long()
+        else:  # of a prompt that is read in parts, each selects its share
+            count = torch.full_like(real, -(-self.plan.salient * self.read // self.prompt))
+        if allowed is not None:
+            usable = usable & allowed[:, : self.context].to(usable.device)
+        known = Seen(self.layers.hidden[:, : self.context], self.attention)
+        return choose(selector_named(self.plan.selector).score(known), usable, count)
+
+
+def check_salient(decoder: Decoder, plan: PruningPlan) -> None:
+    """Raise :class:`InputError` where a model cannot run tokens of a prompt that do not follow one another."""
+    if not plan.salient:
+        return
+    selector_named(plan.selector)
+    implementation = decoder.config._attn_implementation
+    if "flash" in implementation:
+        raise InputError(
+            f"salient tokens need a mask for each token, which attn_implementation {implementation!r} does not take; "
+            "use 'sdpa', 'eager' or 'flex_attention', or salient 0."
+        )
+    for layer in plan.pruned(decoder.num_layers):
+        if layer in decoder.parts and decoder.parts[layer].query_scale is not None:
+            raise InputError(
+                f"{decoder.name} cannot run salient tokens at depth {plan.depth}: layer {layer} scales its queries by "
+                "their position in the cache (attention temperature), which tokens in the middle of a prompt do not "
+                "have there; use salient 0."
+            )
+
+
+def scratch(cache: Cache, layer: int) -> Cache | None:
+    """A copy of one layer's cache that a probing pass may fill, or None where there is nothing to copy."""
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    if held is None or not (held.is_compileable or int(held.get_seq_length())):
+        return None
+    new = copy.copy(cache)
+    new.layers = list(cache.layers)
+    # Dynamic layers replace their tensors; static ones write into them.
+    new.layers[layer] = copy.deepcopy(held) if held.is_compileable else copy.copy(held)
+    return new
+
+
+def rows_of(hidden: Tensor, index: Tensor) -> Tensor:
+    """``[batch, tokens, hidden]`` at the tokens ``index`` ``[batch, rows]``."""
+    return hidden.gather(1, index.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
