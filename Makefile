@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed,eval]'
 	touch $@
 
 # One thread: the model is tiny, and where the machine is busy a second one only waits.

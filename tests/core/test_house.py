@@ -16,6 +16,7 @@ ROOMS = (
     "evaluation",
     "fitting",
     "generation",
+    "harness",
     "serving",
     "benchmark",
     "callbacks",
