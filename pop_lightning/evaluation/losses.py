@@ -42,7 +42,7 @@ class BudgetMetric:
     cap: float = 1.0
 
     def clipping(self, cap: float | None, clipped: float | None) -> str:
-        """The clipping behind a bound, as the end of a sentence; empty for rates."""
+        """The clipping in a bound, as the end of a sentence; empty for rates."""
         if self.rate or cap is None:
             return ""
         return f", where the loss of a prompt counts as {cap:g} nats at most ({percent(clipped or 0.0)} lost more)"
@@ -110,9 +110,7 @@ def metric_named(name: "str | BudgetMetric", cap: float | None = None) -> Budget
     if isinstance(name, BudgetMetric):
         return name
     if name not in METRICS:
-        raise InputError(
-            f"unknown metric {name!r}", key="budget.metric", found=name, expected=f"one of {', '.join(METRICS)}"
-        )
+        raise InputError(key="budget.metric", expected=f"one of {', '.join(METRICS)}", found=name)
     metric = METRICS[name]
     return metric if metric.rate or cap is None else replace(metric, cap=cap)
 

@@ -1,1 +1,1 @@
-"""Ways to get projections, and importance scoring."""
+"""Fitting and training of projections, and importance scoring."""

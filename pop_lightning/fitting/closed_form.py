@@ -1,7 +1,7 @@
-"""Kind ``closed_form``: regressions with everything about them chosen on held-out rows.
+"""Kind ``closed_form``: regressions whose objective and ridge are chosen on held-out rows.
 
-:func:`closed_form` is the one call for a notebook; the pipeline and the study go through :func:`fit_depths`, which
-decides what is fitted in which pass and leaves to them where rows come from and what becomes of the result.
+:func:`closed_form` is for notebooks; the pipeline and the study call :func:`fit_depths`, which plans the passes, with
+their own rows.
 """
 
 import itertools
@@ -38,10 +38,7 @@ Option = tuple[str, float | None]  # objective and ridge; ("reuse", None) fits n
 
 @dataclass
 class FittedDepth:
-    """What was fitted for one depth, and the KL to the full model that each option left on the tuning rows.
-
-    ``options`` keeps the best of each objective, ``kl`` every figure.
-    """
+    """The fitted options of one depth: the best of each objective, and every option's KL on the tuning rows."""
 
     depth: int
     options: dict[Option, KVProjections]
@@ -49,25 +46,25 @@ class FittedDepth:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in self.options.values())
+        return sum(projections.nbytes for projections in self.options.values())
 
-    def keep(self, option: Option, projections: KVProjections, kl: float) -> None:
-        """Take down the figure of an option, and the option where it is the best of its objective so far."""
+    def add(self, option: Option, projections: KVProjections, kl: float) -> None:
+        """Record the KL of an option, and keep its projections if it is the best of its objective so far."""
         self.kl[option] = kl
         if self.best(option[0]) == option:
-            self.options = {each: kept for each, kept in self.options.items() if each[0] != option[0]}
+            self.options = {other: kept for other, kept in self.options.items() if other[0] != option[0]}
             self.options[option] = projections
 
     def fits(self, objective: str) -> bool:
-        """Whether ``objective`` is among the options."""
+        """Whether some option has that objective."""
         return any(name == objective for name, _ in self.kl)
 
     def best(self, *objectives: str) -> Option:
-        """The option of least held-out KL, among ``objectives`` where some are named."""
+        """The option with the smallest held-out KL, of the given objectives only if there are any."""
         return min((o for o in self.kl if not objectives or o[0] in objectives), key=self.kl.__getitem__)
 
     def summary(self) -> dict[str, Any]:
-        """As JSON: what was chosen and every figure that it was chosen by."""
+        """The chosen option and the KL of every option, as JSON."""
         objective, ridge = self.best()
         kl = {name if strength is None else f"{name} {strength:g}": loss for (name, strength), loss in self.kl.items()}
         return {"objective": objective, "ridge": ridge, "kl": kl}
@@ -91,7 +88,7 @@ class ClosedForm(Kind):
             **rows,
         ):
             yield Fitted(fitted.depth, fitted.options[fitted.best()], fitted.summary())
-            del fitted  # not held through the next pass
+            del fitted  # frees its memory before the next pass
 
 
 KIND = ClosedForm("closed_form")
@@ -115,7 +112,7 @@ def closed_form(
         options: of :func:`fit_depths`, such as ``memory`` and ``grouping``.
     """
 
-    def validate(what: str, module: lightning.LightningModule, rows: DataLoader) -> None:
+    def validate(title: str, module: lightning.LightningModule, rows: DataLoader) -> None:
         trainer(logger=False, enable_checkpointing=False, enable_model_summary=False).validate(
             module, rows, verbose=False
         )
@@ -131,7 +128,7 @@ def closed_form(
         validate=validate,
         **options,
     )
-    return {each.depth: each.options[each.best()] for each in fitted}
+    return {at.depth: at.options[at.best()] for at in fitted}
 
 
 def fit_depths(
@@ -150,12 +147,12 @@ def fit_depths(
 ) -> Iterator[FittedDepth]:
     """Fit all depths, in as few passes over ``fit_rows`` as ``memory`` bytes of running sums and options allow.
 
-    Reuse is always one of the options, so the best of them is never worse than reuse on the tuning rows.
+    Reuse is always an option, so the best option is never worse than reuse on the tuning rows.
 
     Args:
-        grouping: of :class:`ClosedFormFit`; ``auto`` takes the finest that needs one pass.
-        refit: give the best ``attention`` option of each depth a second pass (:class:`ValueRefit`).
-        validate: runs a module over rows, as ``Trainer.validate`` does; the text says what for.
+        grouping: of :class:`ClosedFormFit`; ``auto`` is the finest that needs a single pass.
+        refit: also fit the best ``attention`` option of each depth again in a second pass (:class:`ValueRefit`).
+        validate: runs a module over rows, as ``Trainer.validate`` does; its first argument is a title for progress.
 
     Raises:
         InputError: one depth does not fit in ``memory``.
@@ -163,57 +160,56 @@ def fit_depths(
     shape = Shape.of(decoder)
     grouping, groups = passes(shape, depths, grouping, memory)
 
-    def chooser(regressions: ClosedFormFit | ValueRefit, found: list[FittedDepth]) -> _Chooser:
+    def selection(regressions: ClosedFormFit | ValueRefit, fitted: list[FittedDepth]) -> _Selection:
         def room() -> int:
-            return memory - regressions.nbytes - sum(each.nbytes for each in found)
+            return memory - regressions.nbytes - sum(at.nbytes for at in fitted)
 
-        return _Chooser(decoder, shape, boundary, tune_rows, validate, room)
+        return _Selection(decoder, shape, boundary, tune_rows, validate, room)
 
     def first_pass(number: int, group: list[int]) -> list[FittedDepth]:
         fit = ClosedFormFit(decoder, group, boundary, grouping=grouping, queries=queries)
         needed = sum(bytes_needed(shape, depth, grouping) for depth in group)
-        what = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
-        validate(f"{what}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
-        found = [FittedDepth(depth, {}) for depth in group]
-        choice = chooser(fit, found)
-        for fitted in found:
-            depth = fitted.depth
-            choice.offer(fitted, ("reuse", None), partial(nothing_fitted, decoder, depth))
-            if depth < decoder.num_layers - 1:
+        title = f"closed form, pass {number} of {len(groups)}: depths {', '.join(map(str, group))}, grouping {grouping}"
+        validate(f"{title}, {needed / 2**20:.0f} MiB of running sums", fit, fit_rows)
+        fitted = [FittedDepth(depth, {}) for depth in group]
+        options = selection(fit, fitted)
+        for at in fitted:
+            options.add(at, ("reuse", None), partial(nothing_fitted, decoder, at.depth))
+            if at.depth < decoder.num_layers - 1:
                 for name, ridge in itertools.product(objectives(grouping), ridges):
-                    choice.offer(fitted, (name, ridge), partial(fit.solve, depth, ridge, name))
-            fit.drop(depth)
-        choice.measure()
-        return found
+                    options.add(at, (name, ridge), partial(fit.solve, at.depth, ridge, name))
+            fit.drop(at.depth)
+        options.measure()
+        return fitted
 
-    def second_pass(found: list[FittedDepth]) -> None:
-        starts = {each.depth: each.options[each.best("attention")] for each in found if each.fits("attention")}
+    def second_pass(fitted: list[FittedDepth]) -> None:
+        starts = {at.depth: at.options[at.best("attention")] for at in fitted if at.fits("attention")}
         if not starts:
             return
         second = ValueRefit(starts, boundary, grouping=grouping, queries=queries)
         validate("closed form, second pass", second, fit_rows)
-        choice = chooser(second, found)
-        for fitted in found:
-            if fitted.depth in starts:
+        options = selection(second, fitted)
+        for at in fitted:
+            if at.depth in starts:
                 for ridge in ridges:
-                    choice.offer(fitted, ("refit", ridge), partial(second.solve, fitted.depth, ridge))
-                second.drop(fitted.depth)
-        choice.measure()
+                    options.add(at, ("refit", ridge), partial(second.solve, at.depth, ridge))
+                second.drop(at.depth)
+        options.measure()
 
     for number, group in enumerate(groups, 1):
-        found = first_pass(number, group)
+        fitted = first_pass(number, group)
         if refit:
-            second_pass(found)
-        while found:  # what was taken is not held here through the next pass
-            yield found.pop(0)
+            second_pass(fitted)
+        while fitted:  # popped, so that no reference here keeps them in memory during the next pass
+            yield fitted.pop(0)
 
 
-class _Chooser:
-    """Measures options on held-out rows, many at a time over one full pass each, and keeps the best of each objective.
+class _Selection:
+    """Measures options on held-out rows, many per pass, and keeps the best of each objective.
 
     Args:
-        room: bytes that options which wait for their measurement may take; the next one is made where it fits, and
-            after a measurement where it does not.
+        room: bytes available to options that wait to be measured; those waiting are measured before one that exceeds it
+            is made.
     """
 
     def __init__(
@@ -229,8 +225,8 @@ class _Chooser:
         self.rows, self.validate, self.room = rows, validate, room
         self.waiting: list[tuple[FittedDepth, Option, KVProjections]] = []
 
-    def offer(self, fitted: FittedDepth, option: Option, make: Callable[[], KVProjections]) -> None:
-        held = sum(each.nbytes for *_, each in self.waiting)
+    def add(self, fitted: FittedDepth, option: Option, make: Callable[[], KVProjections]) -> None:
+        held = sum(projections.nbytes for *_, projections in self.waiting)
         if held + self.shape.map_bytes * (self.shape.layers - fitted.depth) > self.room():
             self.measure()
         self.waiting.append((fitted, option, make()))
@@ -238,11 +234,13 @@ class _Chooser:
     def measure(self) -> None:
         if not self.waiting:
             return
-        named = {f"{fitted.depth} {option}": (fitted, option, each) for fitted, option, each in self.waiting}
-        plans = {name: PruningPlan(fitted.depth, self.boundary) for name, (fitted, *_) in named.items()}
-        evaluation = Evaluation(self.decoder, {name: Variant(plans[name], each) for name, (*_, each) in named.items()})
+        variants = {
+            f"{fitted.depth} {option}": Variant(PruningPlan(fitted.depth, self.boundary), projections)
+            for fitted, option, projections in self.waiting
+        }
+        evaluation = Evaluation(self.decoder, variants)
         depths = ", ".join(dict.fromkeys(str(fitted.depth) for fitted, *_ in self.waiting))
-        self.validate(f"choosing among {len(named)} closed forms at depth {depths}", evaluation, self.rows)
-        for name, (fitted, option, each) in named.items():
-            fitted.keep(option, each, evaluation.rows(name)["kl"].double().mean().item())
+        self.validate(f"choosing among {len(variants)} closed forms at depth {depths}", evaluation, self.rows)
+        for name, (fitted, option, projections) in zip(variants, self.waiting, strict=True):
+            fitted.add(option, projections, evaluation.rows(name)["kl"].double().mean().item())
         self.waiting = []

@@ -1,4 +1,4 @@
-"""Kind ``full``: all of W' and b' of every fitted layer are trained."""
+"""Kind ``full``: W' and b' of every fitted layer are trained."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ KIND = Full("full")
 
 
 def make_trainable(projections: KVProjections) -> KVProjections:
-    """Every fitted layer's W', b' as float32 masters that ask for gradients (kind ``full``)."""
+    """Replace every fitted layer's W', b' by trainable float32 masters (kind ``full``)."""
     masters(projections, "full")
     for layer in projections.fitted_layers:
         projections.maps[str(layer)].requires_grad_(True)
@@ -30,7 +30,8 @@ def make_trainable(projections: KVProjections) -> KVProjections:
 
 
 def masters(projections: KVProjections, kind: str) -> KVProjections:
-    """Every fitted layer's map as a float32 copy of its own, with a bias, so that training it changes nothing else."""
+    """Replace every fitted layer's map by its own float32 copy, with a bias, so that training changes nothing else."""
+
     projections.replace({layer: projections.affine(layer) for layer in projections.fitted_layers}, kind)
     for layer in projections.fitted_layers:
         projections.maps[str(layer)].float()

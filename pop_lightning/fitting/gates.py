@@ -1,7 +1,7 @@
 """Virtual gates: one scalar per layer, stage and row over both branches of a layer (arXiv 2602.03295, section 3).
 
-Scoring needs their gradients at one, where a gate multiplies nothing: dL/dg is the branch's output times its gradient,
-read off in the backward pass.
+Scoring needs their gradients only at one, where a gate changes nothing: dL/dg is the branch's output times its
+gradient, computed in the backward pass without inserting gates.
 """
 
 from contextlib import contextmanager
@@ -14,17 +14,19 @@ from pop_lightning.models.decoder import Decoder
 
 @contextmanager
 def probed(decoder: Decoder, rows: int, context: int):
-    """The gradients of every gate at one, at the price of one product per branch in the backward pass.
+    """Record the gradients of all gates at one, for one product per branch in the backward pass.
+
+    The model runs once inside, and then backward; its weights may be frozen.
 
     Args:
         rows: of the batch.
-        context: how many tokens at the front are context; boundary and response tokens follow.
+        context: number of context tokens, which come first; boundary and response tokens follow.
 
     Yields:
-        A list that the backward pass of what runs inside, each layer once, fills with ``(layer, [rows, 2])`` (prefill,
-        decode), float32, an entry per branch; :func:`gate_gradients` sums it. The model's weights may be frozen.
+        A list that the backward pass fills with ``(layer, [rows, 2])`` (prefill, decode), float32, one entry per
+        branch; :func:`gate_gradients` sums it.
     """
-    handles, found = [], []
+    handles, gradients = [], []
 
     def start(module, args, kwargs):
         # A leaf below the first layer, so that gradients reach every branch of a frozen model.
@@ -37,8 +39,8 @@ def probed(decoder: Decoder, rows: int, context: int):
     def hook(layer: int):
         def apply(module, args, output):
             branch = output[0] if isinstance(output, tuple) else output
-            held = by_row(branch.detach(), rows)
-            branch.register_hook(lambda grad: found.append((layer, _by_stage(held, grad.view_as(held), context))))
+            value = by_row(branch.detach(), rows)
+            branch.register_hook(lambda grad: gradients.append((layer, _by_stage(value, grad.view_as(value), context))))
 
         return apply
 
@@ -47,22 +49,24 @@ def probed(decoder: Decoder, rows: int, context: int):
         for layer in range(decoder.num_layers):
             for branch in decoder.branches(layer):
                 handles.append(branch.register_forward_hook(hook(layer)))
-        yield found
+        yield gradients
     finally:
         for handle in handles:
             handle.remove()
 
 
-def gate_gradients(found: list[tuple[int, Tensor]], layers: int) -> Tensor:
-    """``[batch, L, 2]`` from what :func:`probed` collected."""
-    total = torch.zeros(len(found[0][1]), layers, 2, device=found[0][1].device)
-    for layer, gradient in found:
+def gate_gradients(gradients: list[tuple[int, Tensor]], layers: int) -> Tensor:
+    """``[batch, L, 2]``, summed from the list of :func:`probed`."""
+    rows, device = len(gradients[0][1]), gradients[0][1].device
+    total = torch.zeros(rows, layers, 2, device=device)
+    for layer, gradient in gradients:
         total[:, layer] += gradient
     return total
 
 
 def by_row(output: Tensor, rows: int) -> Tensor:
-    """A branch's output as ``[batch, tokens, hidden]``; some mixtures of experts give all tokens flat."""
+    """A branch's output as ``[batch, tokens, hidden]``; some mixtures of experts return it flattened over tokens."""
+
     return output if output.dim() == 3 else output.unflatten(0, (rows, -1))
 
 

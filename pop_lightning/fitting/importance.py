@@ -1,12 +1,12 @@
-"""ImportanceScoring: how much each layer matters in prefill and in decode, from virtual gates.
+"""ImportanceScoring: the importance of every layer in prefill and in decode, from virtual gates.
 
 I_l = E[(dL/dg_l)^2] at g = 1 with targets drawn from the model (arXiv 2602.03295, section 3): one forward and one
-backward per batch give every layer and both stages. Depth candidates are placed by it.
+backward per batch give all layers and both stages. Depth candidates are placed by these scores.
 
-A gradient is linear in the residuals e_y - p of its positions, so the expectation depends on their covariance only.
-Where the model is sure of itself nearly every drawn target is the most likely token, and the estimate rests on the few
-that are not. So what is drawn here is a residual that has the same mean and covariance, diag(p) - p p^T, and in which
-every token takes part (:func:`draw_residuals`).
+The gradient is linear in the residuals e_y - p of the positions, so the expectation depends only on their covariance.
+Where the model is confident, nearly every drawn target is the most likely token, and the estimate depends on the few
+that are not. Therefore residuals with the same mean and covariance, diag(p) - p p^T, are drawn to which every token
+contributes (:func:`draw_residuals`).
 """
 
 from collections.abc import Sequence
@@ -23,26 +23,26 @@ from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.pruning.module import DecoderModule, outside_inference, resting
 from pop_lightning.pruning.passes import refuse_broken, teacher_trace
 
-RESIDUALS = 2**24  # numbers of a residual that are made at a time
-_BITS = 32  # random bits, and so signs, of one drawn integer
+RESIDUALS = 2**24  # entries of the residuals that are computed at a time
+_BITS = 32  # random bits, and so signs, per drawn integer
 
 
 class ImportanceScoring(DecoderModule):
     """Score all layers for both stages; after ``Trainer.validate``, :attr:`scores` holds ``[L, 2]``, float64.
 
-    Batches are those of ``collate``; ``validate`` reads the rows of the ``fit`` split. What is drawn depends on (seed,
-    row content) only, so scores do not depend on batch size, padding, order or the number of processes. The scores are
-    logged as ``prefill_importance/LAYER`` and ``decode_importance/LAYER``.
+    Batches are those of ``collate``; ``validate`` reads the rows of the ``fit`` split. The random numbers depend on
+    (seed, row content) only, so scores do not depend on batch size, padding, order or the number of processes. The
+    scores are logged as ``prefill_importance/LAYER`` and ``decode_importance/LAYER``.
 
     Args:
         model: the base: a hub id or folder, a Transformers model, or a decoder; its weights get no gradient.
-        boundary: how many of the last prompt tokens count as decode.
-        seed: of what is drawn.
-        gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again there: the
-            activations of one layer live at a time, for half as many operations again.
+        boundary: number of last prompt tokens that count as decode.
+        seed: of the random numbers.
+        gradient_checkpointing: keep only the inputs of the layers and run every layer again in the backward pass:
+            the activations of one layer in memory at a time, for 50% more operations.
 
     Attributes:
-        rows: how many rows were scored.
+        rows: number of scored rows.
     """
 
     split = "fit"
@@ -66,7 +66,7 @@ class ImportanceScoring(DecoderModule):
         self.counted.zero_()
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        # The square is taken per row, before any sum over rows or processes.
+        # Squared per row, before any sum over rows or processes.
         gradients = self.gradients(batch)
         finite = gradients.isfinite().flatten(1).all(1)
         refuse_broken(finite, batch, "gate gradients", self.decoder.model.dtype)
@@ -97,32 +97,32 @@ class ImportanceScoring(DecoderModule):
         """dL/dg of every row, layer and stage at g = 1, ``[batch, L, 2]`` (prefill, decode), float32.
 
         Args:
-            targets: ``[batch, response]`` tokens for yhat; residuals are drawn unless given.
+            targets: ``[batch, response]`` tokens for yhat; unless given, residuals are drawn.
         """
-        # Trainer.validate runs in inference mode by default, whose tensors autograd cannot save.
+        # Trainer.validate runs in inference mode by default, and autograd cannot save tensors from it.
         with torch.inference_mode(False), torch.enable_grad(), resting(self.decoder.model):
             batch = outside_inference(batch)
             rows, context = len(batch["input_ids"]), max(0, batch["prompt_length"] - self.boundary)
             trace = teacher_trace(self.decoder, batch, 0, masks=True) if self.gradient_checkpointing else None
-            with probed(self.decoder, rows, context) as found:
+            with probed(self.decoder, rows, context) as gradients:
                 if trace is None:
                     self.loss(batch, targets).backward()
                 else:
                     self._backward_by_layer(trace, batch, targets)
-            return gate_gradients(found, self.decoder.num_layers)
+            return gate_gradients(gradients, self.decoder.num_layers)
 
     def loss(self, batch: dict, targets: Tensor | None = None) -> Tensor:
         """-sum over t = N..T-1 of log p(yhat_{t+1} | x_1..x_t), over the rows.
 
-        Unless ``targets`` are given its value means nothing, and its gradient is that of drawn residuals.
+        Without ``targets`` only its gradient is meaningful: that of drawn residuals.
         """
         return self._loss(self.decoder.response_logits(batch), batch, targets)
 
     def _backward_by_layer(self, trace: Trace, batch: dict, targets: Tensor | None) -> None:
-        """The backward pass of :meth:`loss`, down from the head, over layers that run again from their inputs.
+        """The backward pass of :meth:`loss`, from the head down, over layers that run again from their inputs.
 
-        Whatever a family adds between two layers (DeepStack) depends on no gate, so a layer's output and the next
-        one's input share their gradient.
+        What some families add between two layers (DeepStack) does not depend on a gate, so a layer's output and the
+        next layer's input have the same gradient.
         """
         hidden = trace.hidden.pop(self.decoder.num_layers).requires_grad_()
         logits = self.decoder.logits(hidden[:, batch["prompt_length"] - 1 : -1])
@@ -146,7 +146,7 @@ def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int)
 
     Args:
         logits: ``[positions, vocabulary]`` of all rows, one row after the other.
-        lengths: ``[rows]``, how many of the positions each row has.
+        lengths: ``[rows]``, number of positions per row.
         row_seed: ``[rows]``, a hash of each row's content.
 
     Returns:
@@ -158,7 +158,7 @@ def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int)
         generator = torch.Generator().manual_seed((content ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1))
         for first in range(start, start + length, step):
             here = slice(first, min(first + step, start + length))
-            # On the CPU, so that a device draws what another would: a word of random bits for many signs.
+            # Drawn on the CPU, for the same numbers on every device; one word of random bits gives many signs.
             shape = (here.stop - first, -(-vocabulary // _BITS), 1)
             words = torch.randint(2**_BITS, shape, generator=generator).to(logits.device)
             signs = (words >> bits & 1).flatten(1)[:, :vocabulary] * 2 - 1
@@ -170,8 +170,8 @@ def draw_residuals(logits: Tensor, lengths: Tensor, row_seed: Tensor, seed: int)
 def _residuals(logits: Tensor, signs: Tensor) -> Tensor:
     """diag(sqrt(p)) H signs, with H the reflection of sqrt(p) onto the axis of the likeliest token, whose sign is 0.
 
-    diag(sqrt(p)) alone would have the covariance diag(p); pp^T is the direction that this leaves out. With two possible
-    tokens, as where the model is nearly sure, one sign is left, and the square of what it multiplies is exact.
+    diag(sqrt(p)) signs would have the covariance diag(p); the zero sign removes the direction of pp^T. With only two
+    possible tokens, as where the model is nearly certain, a single sign remains, and its square is exact.
     """
     p = logits.softmax(-1)
     likeliest = p.argmax(-1, keepdim=True)
@@ -187,21 +187,22 @@ def _residuals(logits: Tensor, signs: Tensor) -> Tensor:
 def candidates(importance: Sequence[float], number: int, *, smallest: int = 1, min_pruned: int = 2) -> list[int]:
     """Depths to measure, shallowest pruning first, denser where the removed importance rises fast.
 
-    They lie at even steps of the logarithm of what is removed, the summed prefill importance of the pruned layers.
+    They are spaced evenly in the logarithm of the removed importance, the summed prefill importance of the pruned
+    layers, plus their depth on the same scale.
 
     Args:
         importance: prefill importance, one value per layer.
-        number: how many depths; all of them where there are fewer.
+        number: of depths; all depths if there are fewer.
         smallest: the smallest depth that the model allows.
         min_pruned: the fewest pruned layers.
     """
-    every = list(range(len(importance) - min_pruned, smallest - 1, -1))
-    if number >= len(every):
-        return every
-    removed = torch.tensor([sum(importance[depth:]) for depth in every], dtype=torch.float64)
-    # Half of the step goes by depth, so that a jump of importance at one layer cannot swallow all candidates.
+    depths = list(range(len(importance) - min_pruned, smallest - 1, -1))
+    if number >= len(depths):
+        return depths
+    removed = torch.tensor([sum(importance[depth:]) for depth in depths], dtype=torch.float64)
+    # Depth counts as much as importance, so that a jump of importance at one layer cannot attract all candidates.
     level = removed.clamp(min=1e-30).log()
     level = (level - level[0]).clamp(min=0) / (level[-1] - level[0]).clamp(min=1e-12)
-    level = level + torch.linspace(0, 1, len(every), dtype=torch.float64)
+    level = level + torch.linspace(0, 1, len(depths), dtype=torch.float64)
     chosen = {int((level - share * level[-1]).abs().argmin()) for share in torch.linspace(0, 1, number).tolist()}
-    return [every[index] for index in sorted(chosen)]
+    return [depths[index] for index in sorted(chosen)]

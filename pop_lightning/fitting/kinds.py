@@ -1,7 +1,7 @@
-"""The kinds of projections: what the pipeline asks of each, and where a kind is found by its name.
+"""The kinds of projections: their common interface, and the lookup by name.
 
-A kind is a file of this folder with the kind's name, in which ``KIND`` is an instance of :class:`Kind`. Its name in
-``core/kinds.py`` registers it; recipes, artifacts and training know it from then on.
+A kind is a file of this folder with the kind's name, in which ``KIND`` is an instance of :class:`Kind`. Adding its name
+to ``core/kinds.py`` makes it available to recipes, artifacts and training.
 """
 
 import importlib
@@ -28,7 +28,8 @@ class Fitted:
     """Projections of one depth.
 
     Attributes:
-        how: what was chosen in fitting them, as JSON; ``chosen`` of it goes into the curve of ``metrics.json``.
+        how: the choices made in fitting, as JSON; :attr:`Kind.chosen` of them are added to the curve of
+            ``metrics.json``.
     """
 
     depth: int
@@ -37,13 +38,13 @@ class Fitted:
 
 
 class Kind:
-    """A kind that is made without training: ``reuse`` as it is, ``closed_form`` in passes over rows.
+    """A kind without training: ``reuse`` needs nothing, ``closed_form`` is fitted in passes over rows.
 
     Args:
         name: as in recipes and artifacts.
 
     Attributes:
-        trains: whether its projections are trained, from those of another kind.
+        trains: whether its projections are trained, starting from those of another kind.
         chosen: keys of :attr:`Fitted.how` that the curve shows.
     """
 
@@ -62,10 +63,10 @@ class Kind:
         return self.name
 
     def passes(self, decoder: Decoder, depths: Sequence[int], settings: Any) -> list[list[int]]:
-        """Which depths each pass over the rows fits; none where nothing is fitted.
+        """The depths that every pass over the rows fits; no passes if nothing is fitted.
 
         Raises:
-            InputError: what one depth needs does not fit in the memory of ``settings``.
+            InputError: a single depth does not fit in the memory of ``settings``.
         """
         return []
 
@@ -80,10 +81,10 @@ class Kind:
         tune_rows: DataLoader,
         validate: Validate,
     ) -> Iterator[Fitted]:
-        """Fit every depth, one after the other; nothing comes where nothing is fitted.
+        """Fit every depth, one after the other; yields nothing if the kind is not fitted.
 
         Args:
-            validate: runs a module over rows, as ``Trainer.validate`` does; the text says what for.
+            validate: runs a module over rows, as ``Trainer.validate`` does; its first argument is a title for progress.
         """
         return iter(())
 
@@ -92,7 +93,7 @@ class TrainedKind(Kind, ABC):
     """A kind that :class:`~pop_lightning.fitting.training.KVProjectionTraining` trains.
 
     Attributes:
-        replaces_start: whether what is trained is all of the fitted maps, so that a checkpoint needs no start.
+        replaces_start: whether the trained parameters replace the fitted maps, so that a checkpoint needs no start.
     """
 
     trains = True
@@ -102,19 +103,19 @@ class TrainedKind(Kind, ABC):
         return settings.start
 
     def arguments(self, settings: Any) -> dict[str, Any]:
-        """What :meth:`prepare` is given of the recipe's ``projection`` section."""
+        """The arguments of :meth:`prepare`, from the recipe's ``projection`` section."""
         return {}
 
     @abstractmethod
     def prepare(self, projections: KVProjections, **arguments) -> nn.Module | None:
-        """Make ``projections`` trainable, in place; returns what :meth:`finish` needs besides them."""
+        """Make ``projections`` trainable, in place; returns a module for :meth:`finish` if it needs one."""
 
     @abstractmethod
     def finish(self, projections: KVProjections, prepared: nn.Module | None, folder: Path | None) -> KVProjections:
         """Trained projections with plain maps of this kind.
 
         Args:
-            folder: for what the kind stores besides the maps, such as adapters in peft's format; None stores nothing.
+            folder: for files of the kind, such as adapters in peft's format; None stores nothing.
         """
 
 
@@ -125,18 +126,17 @@ def kind(name: str) -> Kind:
         InputError: there is none.
     """
     if name not in KINDS:
-        raise InputError("is unknown", key="projection.kind", expected=f"one of {', '.join(KINDS)}", found=name)
+        raise InputError(key="projection.kind", expected=f"one of {', '.join(KINDS)}", found=name)
     return importlib.import_module(f"pop_lightning.fitting.{name}").KIND
 
 
 def trained_kind(name: str) -> TrainedKind:
-    """The kind with that name, which trains.
+    """The trained kind with that name.
 
     Raises:
-        InputError: there is none, or it does not train.
+        InputError: there is none, or it is not trained.
     """
-    found = kind(name)
-    if not isinstance(found, TrainedKind):
-        names = ", ".join(each for each in KINDS if kind(each).trains)
+    if not isinstance(trained := kind(name), TrainedKind):
+        names = ", ".join(other for other in KINDS if kind(other).trains)
         raise InputError(f"projections of kind {name} are not trained: expected one of {names}.")
-    return found
+    return trained

@@ -1,8 +1,8 @@
-"""Kind ``lora``: low-rank adapters on the projections, by peft, saved in its format and merged for export.
+"""Kind ``lora``: low-rank adapters on the projections with peft, saved in its format and merged for export.
 
-They go into the projections' own Linears, never into the model's k_proj or v_proj, which decode runs through. A saved
-folder is loaded onto the projections that training started from: ``PeftModel.from_pretrained(projections, folder)``;
-loading it onto the language model would find nothing there and say nothing.
+They are added to the projections' own Linears, never to the model's k_proj or v_proj, which decode uses. To load a
+saved folder onto the projections that training started from: ``PeftModel.from_pretrained(projections, folder)``.
+Loading it onto the language model silently loads nothing.
 """
 
 from dataclasses import asdict
@@ -40,13 +40,13 @@ def inject(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
 ) -> PeftModel:
-    """Adapters on every fitted layer's map, which stays frozen; names and meaning of the arguments are peft's.
+    """Add adapters to every fitted layer's map, which stays frozen; the arguments are those of peft's LoraConfig.
 
     Args:
-        projections: closed form or reuse, as a rule; changed in place: its maps become peft's layers in float32.
+        projections: usually closed form or reuse; changed in place: its maps become peft's layers in float32.
 
     Returns:
-        The peft model around ``projections``: ``save_pretrained(folder)`` writes the adapters alone.
+        The peft model around ``projections``: ``save_pretrained(folder)`` writes only the adapters.
     """
     masters(projections, projections.kind)
     config = LoraConfig(
@@ -60,7 +60,8 @@ def inject(
 
 
 def merge(adapters: PeftModel) -> KVProjections:
-    """The projections with the adapters folded into W', plain Linears again (kind ``lora``)."""
+    """The projections with the adapters merged into W' (kind ``lora``); their maps are plain Linears again."""
+
     projections = adapters.merge_and_unload()
     projections.requires_grad_(False)
     projections.kind = "lora"

@@ -1,15 +1,15 @@
-"""The regressions of the closed form: from n(h_d) to what the full model caches, in passes over rows.
+"""The regressions of the closed form: from n(h_d) to the keys and values of the full model, in passes over rows.
 
-For depth d and layer l the fit adds to reuse a correction D by least squares on context tokens, with a ridge that pulls
-D to zero, so that a large ridge is reuse. What counts as an error decides how good it is; two objectives share one
-pass, and ``closed_form.py`` picks among them, their ridges and reuse by held-out KL:
+For depth d and layer l, a correction D is added to reuse: least squares on context tokens, with a ridge that pulls D to
+zero, so that a large ridge gives reuse. The quality depends on which errors count. Two objectives share one pass;
+``closed_form.py`` selects among them, their ridges and reuse by held-out KL:
 
-- ``plain``: every token alike, ``sum_t |y_t - W' n_t|^2`` with y_t the keys and values before k_norm and RoPE.
-- ``attention``: what a layer's attention gives out. Values: ``sum_q |sum_t a_qt (v_t - W' n_t)|^2`` over the queries q
+- ``plain``: all tokens equally, ``sum_t |y_t - W' n_t|^2`` with y_t the keys and values before k_norm and RoPE.
+- ``attention``: the output of the layer's attention. Values: ``sum_q |sum_t a_qt (v_t - W' n_t)|^2`` over the queries q
   of boundary and response tokens, with the full model's attention a. Keys: ``sum_t w_t |k_t - W' n_t|^2`` with
-  ``w_t = sum_q a_qt^2 |v_t - o_q|^2``, which is how far, to first order, an error in one logit moves the output o_q.
+  ``w_t = sum_q a_qt^2 |v_t - o_q|^2``, the squared first-order effect of an error in one logit on the output o_q.
 
-:class:`ValueRefit` is the second pass: values again, for the attention that the pruned model's own queries pay.
+:class:`ValueRefit` is a second pass, which fits the values again for the attention of the pruned model's own queries.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,14 +36,14 @@ GROUPINGS = ("head", "layer", "none")
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a decoder that memory and operations follow from; of its widest layers where layers differ."""
+    """The sizes of a decoder that determine memory and operations; those of its widest layers if layers differ."""
 
     hidden: int
     layers: int
     kv_dim: int
     heads: int
     kv_heads: int
-    itemsize: int  # bytes of a weight of the base, and so of a fitted one
+    itemsize: int  # bytes per weight of the base, and so of the projections
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Shape":
@@ -54,11 +54,11 @@ class Shape:
 
     @property
     def map_bytes(self) -> int:
-        """Of one layer's projection."""
+        """Size of one layer's projection."""
         return 2 * self.kv_dim * (self.hidden + 1) * self.itemsize
 
     def groups(self, grouping: str) -> int:
-        """How many separate regressions the values of one layer make under ``attention``, at most."""
+        """The largest number of separate value regressions of a layer under ``attention``."""
         return _groups(self.kv_heads, grouping)
 
 
@@ -67,13 +67,13 @@ def _groups(kv_heads: int, grouping: str) -> int:
 
 
 def objectives(grouping: str) -> tuple[str, ...]:
-    """Which objectives have sums: without groups nothing asks for attention, which leaves ``plain``."""
+    """The objectives that are fitted: without groups only ``plain``."""
     return ("plain",) if grouping == "none" else OBJECTIVES
 
 
 def bytes_needed(shape: Shape, depth: int, grouping: str) -> int:
-    """Memory of one depth's running sums, in bytes: triangles of ``[hidden+1, hidden+1]`` Gram matrices, and cross
-    matrices, float64.
+    """Bytes of one depth's running sums: triangles of ``[hidden+1, hidden+1]`` Gram matrices, and cross matrices, in
+    float64.
     """
     width, layers = shape.hidden + 1, max(0, shape.layers - depth - 1)
     grams = 1 if layers else 0
@@ -83,10 +83,10 @@ def bytes_needed(shape: Shape, depth: int, grouping: str) -> int:
 
 
 def held_bytes(shape: Shape, depths: Sequence[int], grouping: str) -> int:
-    """The most that a pass over ``depths`` and the choice that follows have to hold: of all of them the sums and the
-    maps that they are pulled toward; of one depth the best option of each objective, reuse, and one that is tried.
+    """Peak bytes of a pass over ``depths`` and the choice that follows: for all of them the sums and the reuse maps;
+    for one depth the best option of each objective, reuse, and the option being measured.
 
-    What a depth keeps is smaller than what it frees once its options are made.
+    The options that a depth keeps are smaller than the sums that it frees once they are made.
     """
     layers = [shape.layers - depth for depth in depths]
     options = len(objectives(grouping)) + 2
@@ -95,9 +95,10 @@ def held_bytes(shape: Shape, depths: Sequence[int], grouping: str) -> int:
 
 
 def passes(shape: Shape, depths: Sequence[int], grouping: str, limit: int) -> tuple[str, list[list[int]]]:
-    """``depths`` in groups that each fit in ``limit`` bytes, in order: one forward pass over the rows per group.
+    """``depths`` in order, in groups that fit in ``limit`` bytes: one forward pass over the rows per group.
 
-    ``grouping`` ``auto`` becomes the finest with which all of them fit in one pass, or ``none``; it is returned too.
+    Returns:
+        The grouping and the groups. ``auto`` becomes the finest grouping that fits all depths in one pass, or ``none``.
 
     Raises:
         InputError: a single depth does not fit.
@@ -107,7 +108,7 @@ def passes(shape: Shape, depths: Sequence[int], grouping: str, limit: int) -> tu
         return held_bytes(shape, group, grouping) <= limit
 
     if grouping == "auto":
-        grouping = next((each for each in GROUPINGS if fits(depths, each)), "none")
+        grouping = next((name for name in GROUPINGS if fits(depths, name)), "none")
     groups: list[list[int]] = []
     for depth in depths:
         if not fits([depth], grouping):
@@ -123,7 +124,7 @@ def passes(shape: Shape, depths: Sequence[int], grouping: str, limit: int) -> tu
 
 
 class _Regressions(DecoderModule):
-    """What both passes hold for every depth: running sums, and the reuse maps that solutions are pulled toward."""
+    """State of both passes: the running sums of every depth, and the reuse maps that solutions are pulled toward."""
 
     split = "fit"
 
@@ -131,13 +132,14 @@ class _Regressions(DecoderModule):
         self,
         model: str | PreTrainedModel | Decoder,
         depths: Iterable[int],
-        boundary: int,
-        grouping: str,
-        queries: int,
+        boundary: int = 1,
+        *,
+        grouping: str = "head",
+        queries: int = 24,
     ):
         super().__init__(model)
-        self.boundary, self.grouping, self.queries = boundary, grouping, queries
-        self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in depths}
+        self.depths, self.boundary, self.grouping, self.queries = list(depths), boundary, grouping, queries
+        self.reuse = {depth: _plain_tensors(KVProjections(self.decoder, depth)) for depth in self.depths}
         self.sums = _Sums()
 
     def on_validation_epoch_end(self) -> None:
@@ -150,69 +152,57 @@ class _Regressions(DecoderModule):
 
     @property
     def nbytes(self) -> int:
-        return self.sums.nbytes + sum(each.nbytes for each in self.reuse.values())
+        return self.sums.nbytes + sum(projections.nbytes for projections in self.reuse.values())
 
     def drop(self, depth: int) -> None:
-        """Give back what is held for a depth that is solved."""
+        """Free the sums and reuse maps of a depth."""
         self.sums.drop(depth)
         del self.reuse[depth]
 
 
 class ClosedFormFit(_Regressions):
-    """Collect the sums of the regressions in one ``validate`` pass; then :meth:`solve` gives projections.
+    """Collect the sums of the regressions in one ``validate`` pass; then :meth:`solve` returns projections.
 
-    Sums are kept in float64, products are float32; :func:`bytes_needed` states their memory.
+    Sums are kept in float64, products are float32; :func:`bytes_needed` gives their memory.
 
     Args:
-        depths: candidate depths (at L-1 reuse is exact and there is nothing to fit).
-        boundary: the last prompt tokens that run in full and so need no projection.
+        depths: candidate depths (at L-1 reuse is exact and nothing is fitted).
+        boundary: number of last prompt tokens that run in full and so need no projection.
         grouping: of the ``attention`` objective: ``head`` fits the values of each key-value head for its own queries,
-            ``layer`` all heads of a layer for all of the layer's queries; ``none`` collects ``plain`` alone.
-        queries: how many boundary and response tokens per row are asked, evenly spread.
+            ``layer`` all heads of a layer for all of the layer's queries; ``none`` collects ``plain`` only.
+        queries: number of boundary and response tokens per row that serve as queries, evenly spread.
 
     Raises:
-        InputError: the base's weights are no plain tensors.
+        InputError: the base's weights are not plain tensors.
     """
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | Decoder,
-        depths: Sequence[int],
-        boundary: int = 1,
-        *,
-        grouping: str = "head",
-        queries: int = 24,
-    ):
-        super().__init__(model, depths, boundary, grouping, queries)
-        self.depths = list(depths)
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_index: int) -> None:
         context = batch["prompt_length"] - self.boundary
         if context <= 0:  # of the widest prompt of all processes, so all of them return
             return
-        # Causal: what follows the context cannot change it, so where nothing is asked the pass stops there. An image
-        # is read whole, wherever the context ends.
-        asking = self.grouping != "none"
-        end = batch["input_ids"].shape[1] if asking or batch.get("vision") else context
+        # Attention is causal, so without queries the pass ends with the context, unless that could cut an image.
+        attends = self.grouping != "none"
+        end = batch["input_ids"].shape[1] if attends or batch.get("vision") else context
         layers = range(min(self.depths) + 1, self.decoder.num_layers)
-        seen = _Full(self.decoder, batch, context, end, min(self.depths))
-        real = seen.mask[:, :context].bool()
+        full = _FullPass(self.decoder, batch, context, end, min(self.depths))
+        real = full.mask[:, :context].bool()
         fitted = [depth for depth in self.depths if depth + 1 in layers]
-        normed = {depth: _with_one(self.decoder.normalize(seen.hidden(depth)[:, :context])) for depth in fitted}
+        normed = {depth: _with_one(self.decoder.normalize(full.hidden(depth)[:, :context])) for depth in fitted}
         inputs = {depth: n[real] for depth, n in normed.items()}
         for layer in layers:
-            kv = seen.kv(layer)
+            kv = full.kv(layer)
             targets = kv[:, :context][real].float()
-            asked = _Asked(seen, layer, kv, self.queries) if asking else None
             depths = [depth for depth in fitted if depth < layer]
             for depth in depths:
                 self.sums.add_cross(Sum("plain", depth), layer, targets, inputs[depth])
-            if asked is not None:
-                key_weights, read = asked.key_weights(kv)[real], asked.read(slice(context), self.grouping == "layer")
+            if attends:
+                attention = _Attention(full, layer, kv, self.queries)
+                key_weights = attention.key_weights(kv)[real]
+                output = attention.output(slice(context), self.grouping == "layer")
                 for depth in depths:
                     self._add_keys(depth, layer, inputs[depth], targets, key_weights)
-                    _add_values(self.sums, depth, layer, asked, self.grouping, normed[depth], read)
+                    _add_values(self.sums, depth, layer, attention, self.grouping, normed[depth], output)
         for depth, n in inputs.items():
             self.sums.add_gram(Sum("plain", depth), n, n)
 
@@ -223,9 +213,10 @@ class ClosedFormFit(_Regressions):
         self.sums.add_cross(name, layer, targets[:, : self.decoder.parts[layer].kv_dim], weighted)
 
     def solve(self, depth: int, ridge: float, objective: str = "plain") -> KVProjections:
-        """Projections of one depth for one objective at one ridge strength; the sums are left as they are.
+        """Projections of one depth for one objective; the sums are not changed.
 
-        ``ridge`` is in units of the Gram's mean diagonal.
+        Args:
+            ridge: in units of the Gram's mean diagonal.
         """
         projections = nothing_fitted(self.decoder, depth)
         for layer in projections.fitted_layers:
@@ -242,27 +233,21 @@ class ClosedFormFit(_Regressions):
 
 
 class ValueRefit(_Regressions):
-    """The second pass: refit the values for the attention that the pruned model's own queries pay.
+    """The second pass: fit the values again, for the attention of the pruned model's own queries.
 
-    The pruned model's queries and keys differ a little from the full model's, so its attention does too. Keys stay;
-    the values of layer l are fitted so that the pruned model's attention gives out what the full model's did there:
-    ``sum_q |o_q - (what q reads after the context) - sum_t a'_qt W' n_t|^2`` with the pruned model's a'. One
-    ``validate`` pass over the rows, all layers at once (fitting them one after the other gave the same KL).
+    The pruned model's queries and keys differ slightly from the full model's, and so does its attention a'. Keys are
+    kept; the values of layer l are fitted so that its attention output equals the full model's o_q:
+    ``sum_q |o_q - sum_s a'_qs v_s - sum_t a'_qt W' n_t|^2`` over tokens s after the context and t of the context. One
+    ``validate`` pass over the rows fits all layers at once (fitting them one after the other gave the same KL).
 
     Args:
         starts: by depth, the projections to start from.
-        boundary, grouping, queries: as for :class:`ClosedFormFit`.
+        boundary: as for :class:`ClosedFormFit`.
+        options: ``grouping`` and ``queries``, as for :class:`ClosedFormFit`.
     """
 
-    def __init__(
-        self,
-        starts: Mapping[int, KVProjections],
-        boundary: int = 1,
-        *,
-        grouping: str = "head",
-        queries: int = 24,
-    ):
-        super().__init__(next(iter(starts.values())).decoder, starts, boundary, grouping, queries)
+    def __init__(self, starts: Mapping[int, KVProjections], boundary: int = 1, **options):
+        super().__init__(next(iter(starts.values())).decoder, starts, boundary, **options)
         self.starts = dict(starts)
 
     @torch.no_grad()
@@ -270,30 +255,29 @@ class ValueRefit(_Regressions):
         decoder, context, end = self.decoder, batch["prompt_length"] - self.boundary, batch["input_ids"].shape[1]
         if context <= 0:
             return
-        seen = _Full(decoder, batch, context, end, min(self.starts))
-        every = self.grouping == "layer"
-        wanted = {
-            layer: _Asked(seen, layer, seen.kv(layer), self.queries).read(every_head=every)
+        full = _FullPass(decoder, batch, context, end, min(self.starts))
+        every_head = self.grouping == "layer"
+        outputs = {
+            layer: _Attention(full, layer, full.kv(layer), self.queries).output(every_head=every_head)
             for layer in range(min(self.starts) + 1, decoder.num_layers)
         }
         for depth, start in self.starts.items():
             with decoder.tracing(range(depth, decoder.num_layers)) as pruned:
-                student_logits(start, PruningPlan(depth, self.boundary), seen.trace, seen.mask, batch["prompt_length"])
-            hidden = seen.hidden(depth)[:, :context]
+                student_logits(start, PruningPlan(depth, self.boundary), full.trace, full.mask, batch["prompt_length"])
+            hidden = full.hidden(depth)[:, :context]
             n = decoder.normalize(hidden)
             for layer in start.fitted_layers:
                 if layer not in pruned.hidden:
                     continue  # boundary 0 and responses of one token: nothing runs above the depth
-                rows = pruned.hidden[layer]
-                own = decoder.own_kv(layer, rows)
-                kv = torch.cat([start(layer, hidden, n), own], 1)
+                decoded = pruned.hidden[layer]
+                kv = torch.cat([start(layer, hidden, n), decoder.own_kv(layer, decoded)], 1)
                 # The last token predicts nothing: it is not rerun, and no query sees it.
-                asked = _Asked(seen, layer, kv, self.queries, rows)
-                rest = wanted[layer] - asked.read(slice(context, None), every)
-                _add_values(self.sums, depth, layer, asked, self.grouping, _with_one(n), rest)
+                attention = _Attention(full, layer, kv, self.queries, decoded)
+                rest = outputs[layer] - attention.output(slice(context, None), every_head)
+                _add_values(self.sums, depth, layer, attention, self.grouping, _with_one(n), rest)
 
     def solve(self, depth: int, ridge: float) -> KVProjections:
-        """The start with its values refitted at one ridge strength (toward reuse, as in the first pass)."""
+        """The start with its values refitted; the ridge pulls toward reuse, as in the first pass."""
         start = self.starts[depth]
         projections = nothing_fitted(self.decoder, depth)
         for layer in start.fitted_layers:
@@ -308,21 +292,21 @@ class ValueRefit(_Regressions):
 
 
 def nothing_fitted(decoder: Decoder, depth: int) -> KVProjections:
-    """A closed form before anything is fitted: reuse, which it stays where no fit is better."""
+    """Kind ``closed_form`` with the maps of reuse, which it keeps where no fit is better."""
     return KVProjections(decoder, depth).replace({}, "closed_form")
 
 
-class _Full:
-    """One full pass: the inputs of the layers, and the queries' places."""
+class _FullPass:
+    """One pass of the full model: the inputs of the layers, and the positions of the queries."""
 
     def __init__(self, decoder: Decoder, batch: dict, context: int, end: int, first: int):
         self.decoder, self.context = decoder, context
         self.mask = batch["attention_mask"][:, :end]
-        self.asking = self.mask[:, context:].bool()
+        self.query_mask = self.mask[:, context:].bool()
         if decoder.vision.see_ahead and batch.get("vision"):
-            # Their attention is not causal, and is not what decode asks.
+            # The attention of image tokens is not causal, and decode has no such queries.
             ids, image = batch["input_ids"][:, context:end], torch.tensor(decoder.vision_tokens)
-            self.asking = self.asking & ~torch.isin(ids, image.to(ids.device))
+            self.query_mask = self.query_mask & ~torch.isin(ids, image.to(ids.device))
         rows = batch | {"input_ids": batch["input_ids"][:, :end], "attention_mask": self.mask}
         self.trace = teacher_trace(decoder, rows, first)
 
@@ -339,32 +323,37 @@ class _Full:
         )
 
     def columns(self, wanted: int) -> tuple[Tensor, Tensor]:
-        """Up to ``wanted`` asking tokens per row, evenly spread: columns ``[batch, queries]``, and which are real.
+        """Up to ``wanted`` queries per row, evenly spread: their columns ``[batch, queries]``, and which are valid.
 
-        They lie after the context and before the row's last token, which predicts nothing. A row's choice depends
-        on the row alone, whatever it is batched with.
+        They lie after the context and before the row's last token, which predicts nothing. The selection depends on
+        the row only, not on the batch.
         """
-        behind = self.mask[:, self.context :]
-        followed = torch.nn.functional.pad(behind[:, 1:], (0, 1)).bool()
-        asking = self.asking & followed
-        # Columns that ask come first, in order: a prompt within the boundary is padded in front of them too.
-        order = self.context + asking.int().argsort(dim=-1, descending=True, stable=True)
-        count = asking.sum(-1)
-        taken = count.clamp(max=wanted)
-        steps = torch.arange(int(taken.max()), device=self.mask.device)
-        places = steps * count[:, None] // taken.clamp(min=1)[:, None]
-        valid = steps < taken[:, None]
+        followed = torch.nn.functional.pad(self.mask[:, self.context + 1 :], (0, 1)).bool()
+        queries = self.query_mask & followed
+        # Query columns first, in order: a prompt that is shorter than the boundary has padding before them.
+        order = self.context + queries.int().argsort(dim=-1, descending=True, stable=True)
+        count = queries.sum(-1)
+        selected = count.clamp(max=wanted)
+        steps = torch.arange(int(selected.max()), device=self.mask.device)
+        places = steps * count[:, None] // selected.clamp(min=1)[:, None]
+        valid = steps < selected[:, None]
         return order.gather(1, places.where(valid, 0)), valid
 
 
-class _Asked:
-    """What one layer's queries read: attention weights ``[batch, kv_heads, queries per kv head, queries, tokens]``."""
+class _Attention:
+    """The attention of one layer's queries: weights ``[batch, kv_heads, queries per kv head, queries, tokens]``.
 
-    def __init__(self, seen: _Full, layer: int, kv: Tensor, queries: int, behind: Tensor | None = None):
-        decoder, self.context = seen.decoder, seen.context
-        columns, valid = seen.columns(queries)
-        source, offset = (seen.hidden(layer), 0) if behind is None else (behind, self.context)
-        tables, tokens = seen.tables(layer), kv.shape[1]
+    Args:
+        kv: keys and values of the tokens, before k_norm and RoPE.
+        queries: the largest number of queries per row.
+        decoded: hidden states of the tokens after the context, for the queries; the full model's unless given.
+    """
+
+    def __init__(self, full: _FullPass, layer: int, kv: Tensor, queries: int, decoded: Tensor | None = None):
+        decoder, self.context = full.decoder, full.context
+        columns, valid = full.columns(queries)
+        source, offset = (full.hidden(layer), 0) if decoded is None else (decoded, self.context)
+        tables, tokens = full.tables(layer), kv.shape[1]
         keys, values = decoder.to_cache(layer, kv, cut(tables, slice(tokens)))
         self.weights = (
             attention_weights(
@@ -374,7 +363,7 @@ class _Asked:
                 each_table(tables, lambda table: _take(table, columns)),
                 columns,
                 keys,
-                seen_from(decoder.parts[layer], columns, seen.mask[:, :tokens]),
+                seen_from(decoder.parts[layer], columns, full.mask[:, :tokens]),
             )
             * valid[:, None, None, :, None]
         )
@@ -390,10 +379,10 @@ class _Asked:
         return self.weights[..., : self.context]
 
     def pooling(self, groups: int) -> Tensor:
-        """The weights that inputs of the value regression are summed with: what multiplies a value before its norm.
+        """The weights of the value regression's inputs: the factor of a value before its norm.
 
-        Without a value norm the attention. With one, a value is divided by its length there, which is taken as given
-        (its mean over the heads where one group is fitted for all of them).
+        Without a value norm, the attention. A value norm divides a value by its length, which is treated as a constant
+        (averaged over the heads if one group is fitted for all of them).
         """
         if self.lengths is None:
             return self.of_context
@@ -401,26 +390,26 @@ class _Asked:
         lengths = lengths.mean(1, keepdim=True) if groups == 1 else lengths
         return self.of_context / lengths[:, :, None, None]
 
-    def read(self, tokens: slice = slice(None), every_head: bool = False) -> Tensor:
-        """What the attention reads from some of the tokens, before W_O.
+    def output(self, tokens: slice = slice(None), every_head: bool = False) -> Tensor:
+        """The attention's output from some of the tokens, before W_O.
 
         Returns:
-            ``[batch, kv_heads, queries per kv head, queries, head_dim]``: each query head reads its own values; or
-            ``[..., kv_dim]`` under ``every_head``: what it would read from the values of all heads.
+            ``[batch, kv_heads, queries per kv head, queries, head_dim]``, each query head over its own values; with
+            ``every_head`` ``[..., kv_dim]``, each query head over the values of all heads.
         """
         if every_head:
-            reads = torch.einsum("bghqt,bktd->bghqkd", self.weights[..., tokens], self.values[:, :, tokens])
-            return reads.flatten(4)
+            output = torch.einsum("bghqt,bktd->bghqkd", self.weights[..., tokens], self.values[:, :, tokens])
+            return output.flatten(4)
         return torch.einsum("bghqt,bgtd->bghqd", self.weights[..., tokens], self.values[:, :, tokens])
 
     def key_weights(self, kv: Tensor) -> Tensor:
         """sum_q a_qt^2 |v_t - o_q|^2 over the layer's queries, ``[batch, context]``.
 
-        Where the family normalizes keys an error counts relative to its key's length.
+        In families that normalize keys, an error counts relative to the length of its key.
         """
         values, squared = self.values[:, :, : self.context], self.of_context.square()
-        output = self.read()
-        # |v - o|^2 = |v|^2 - 2 v.o + |o|^2, each summed over the queries before the tokens are looked at.
+        output = self.output()
+        # |v - o|^2 = |v|^2 - 2 v.o + |o|^2, each summed over the queries first, without a tensor of all differences.
         weights = squared.sum((2, 3)) * values.square().sum(-1)
         weights = weights - 2 * (torch.einsum("bghqt,bghqd->bgtd", squared, output) * values).sum(-1)
         weights = weights + torch.einsum("bghqt,bghq->bgt", squared, output.square().sum(-1))
@@ -431,18 +420,18 @@ class _Asked:
 
 
 def _add_values(
-    sums: "_Sums", depth: int, layer: int, asked: _Asked, grouping: str, normed: Tensor, wanted: Tensor
+    sums: "_Sums", depth: int, layer: int, attention: _Attention, grouping: str, normed: Tensor, wanted: Tensor
 ) -> None:
     """Add the pooled regressions of one (depth, layer): inputs ``sum_t a_qt n_t``, targets ``wanted``.
 
     Args:
         normed: n(h_d) with a one appended, ``[batch, context, hidden + 1]``.
-        wanted: what is to be read from the context, as :meth:`_Asked.read` gives it, for every head where there is one
-            group for all of them.
+        wanted: the output that the context should give, from :meth:`_Attention.output`; with ``every_head`` if one
+            group is fitted for all heads.
     """
-    groups = _groups(asked.parts.kv_heads, grouping)
+    groups = _groups(attention.parts.kv_heads, grouping)
     for group, (weights, targets) in enumerate(
-        zip(asked.pooling(groups).chunk(groups, 1), wanted.chunk(groups, 1), strict=True)
+        zip(attention.pooling(groups).chunk(groups, 1), wanted.chunk(groups, 1), strict=True)
     ):
         pooled = torch.einsum("bghqt,btn->bghqn", weights, normed).flatten(0, 3)
         name = Sum("values", depth, layer, group)
@@ -459,9 +448,9 @@ class Sum(NamedTuple):
     """The name of a regression's sums.
 
     Attributes:
-        of: ``plain``, or of the ``attention`` objective ``keys`` or ``values``.
-        depth: where the inputs come from.
-        layer: whose regression it is; None where all layers share a Gram matrix.
+        of: ``plain``, or ``keys`` or ``values`` of the ``attention`` objective.
+        depth: of the inputs.
+        layer: that is fitted; None if all layers share a Gram matrix.
         group: of key-value heads that share a regression.
     """
 
@@ -474,7 +463,7 @@ class Sum(NamedTuple):
 class _Sums:
     """Running Gram and cross matrices by name, float64, and the ridge solution toward a prior.
 
-    Gram matrices are symmetric: of each the lower triangle is kept, row after row.
+    Gram matrices are symmetric, so only the lower triangle is kept, row by row.
     """
 
     def __init__(self):
@@ -487,29 +476,29 @@ class _Sums:
         _add(self.gram, name, product.view(-1)[self._triangle(product)])
 
     def _triangle(self, like: Tensor) -> Tensor:
-        """Where the lower triangle of a matrix lies; all of them are of one width."""
+        """Flat indices of the lower triangle; all matrices have the same width."""
         if like.device not in self._triangles:
             rows, columns = torch.tril_indices(*like.shape, device=like.device)
             self._triangles[like.device] = rows * len(like) + columns
         return self._triangles[like.device]
 
     def add_cross(self, name: Sum, layer: int, targets: Tensor, inputs: Tensor) -> None:
-        """Targets ``[tokens, outputs]`` against inputs ``[tokens, hidden + 1]``."""
+        """Add the products of targets ``[tokens, outputs]`` and inputs ``[tokens, hidden + 1]``."""
         _add(self.cross, (name, layer), targets.T @ inputs)
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (*self.gram.values(), *self.cross.values()))
+        return sum(matrix.nbytes for matrix in (*self.gram.values(), *self.cross.values()))
 
     def drop(self, depth: int) -> None:
         """Free the sums of one depth."""
-        self.gram = {name: each for name, each in self.gram.items() if name.depth != depth}
-        self.cross = {(name, layer): each for (name, layer), each in self.cross.items() if name.depth != depth}
+        self.gram = {name: matrix for name, matrix in self.gram.items() if name.depth != depth}
+        self.cross = {(name, layer): matrix for (name, layer), matrix in self.cross.items() if name.depth != depth}
 
     def add_up(self) -> None:
-        """Make them the sums over the rows of all processes, in place; every process has the same names in order."""
-        for each in (*self.gram.values(), *self.cross.values()):
-            distributed.add_up(each)
+        """Add the sums of all processes, in place; every process has the same names in the same order."""
+        for matrix in (*self.gram.values(), *self.cross.values()):
+            distributed.add_up(matrix)
 
     def solve(self, name: Sum, layer: int, prior: Tensor, ridge: float) -> Tensor:
         """argmin over W of sum |y - W x|^2 + ridge * mean diagonal * |W - prior|^2, ``[outputs, hidden + 1]``."""
@@ -529,7 +518,7 @@ class _Sums:
 
 def _add(sums: dict, key, value: Tensor) -> None:
     if key in sums:
-        sums[key].add_(value)  # in float64; in place, because a Gram matrix may be 100 MB
+        sums[key].add_(value)  # in place, because a Gram matrix can be 100 MB
     else:
         sums[key] = value.double()
 
@@ -545,10 +534,10 @@ def _take(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def _plain_tensors(projections: KVProjections) -> KVProjections:
-    missing: Iterable[int] = (layer for layer in projections.fitted_layers if str(layer) not in projections.maps)
-    if (layer := next(iter(missing), None)) is not None:
-        raise InputError(
-            f"the weights of layer {layer} are no plain tensors (quantized or offloaded), and closed form starts from "
-            "them; load the base unquantized (model.dtype, model.device_map) or set projection.kind to reuse."
-        )
+    for layer in projections.fitted_layers:
+        if str(layer) not in projections.maps:
+            raise InputError(
+                f"closed form starts from the weights of layer {layer}, which are not plain tensors (quantized or "
+                "offloaded): load the base unquantized (model.dtype, model.device_map) or set projection.kind to reuse."
+            )
     return projections

@@ -1,4 +1,4 @@
-"""Kind ``reuse``: the pruned layers' own weights, as :class:`KVProjections` start out. Nothing is fitted."""
+"""Kind ``reuse``: the pruned layers' own weights, the initial state of :class:`KVProjections`. Nothing is fitted."""
 
 from pop_lightning.fitting.kinds import Kind
 

@@ -1,8 +1,8 @@
-"""KVProjectionTraining: distil the unpruned model into the projections; the base stays frozen.
+"""KVProjectionTraining: distill the unpruned model into the projections; the base stays frozen.
 
-Teacher and student share everything below the depth, so a step is one full forward without graph and a small forward
-and backward of the pruned layers on boundary and response tokens (``prefill.student_hidden``). Logits are made a chunk
-of positions at a time, in the forward and again in the backward pass, so a large vocabulary costs no memory.
+Teacher and student share everything below the depth, so a step is a full forward without a graph, and a small forward
+and backward of the pruned layers on boundary and response tokens (:func:`~.passes.student_hidden`). Logits are computed
+for a chunk of positions at a time, and again in the backward pass, which bounds their memory for large vocabularies.
 """
 
 import math
@@ -27,34 +27,34 @@ from pop_lightning.pruning.module import DecoderModule
 from pop_lightning.pruning.passes import _at_loss_positions, student_hidden, teacher_trace
 from pop_lightning.pruning.projections import KVProjections, fingerprint
 
-CHUNK_LOGITS = 2**26  # logits alive at a time per model: 256 MiB in float32
+CHUNK_LOGITS = 2**26  # logits in memory at a time per model: 256 MiB in float32
 
 
 def chunked_kl(
     decoder: Decoder, student: Tensor, teacher: Tensor, temperature: float = 1.0, chunk: int | None = None
 ) -> Tensor:
-    """T^2 KL(teacher || student) at temperature T, mean over positions, from what goes into the final norm.
+    """T^2 KL(teacher || student) at temperature T, mean over positions, from the inputs of the final norm.
 
-    With several processes the mean is over the positions of all of them: each one returns its own part times their
-    number, so that the average that DDP and ZeRO make of gradients is the gradient of that mean.
+    With several processes the mean is over the positions of all: each process returns its own part times the number of
+    processes, so that the gradients that DDP and ZeRO average are the gradient of that mean.
 
     Args:
-        student, teacher: ``[positions, hidden]``, of this process; no gradient flows into ``teacher``.
-        chunk: positions whose logits are alive at a time; as many as :data:`CHUNK_LOGITS` allows unless given.
+        student, teacher: ``[positions, hidden]``, of this process; ``teacher`` gets no gradient.
+        chunk: positions whose logits are in memory at a time; as many as :data:`CHUNK_LOGITS` allows unless given.
 
     Returns:
-        A scalar, float32. Its backward pass makes each chunk's logits again, unless there is a single chunk.
+        A scalar, float32. With several chunks, the backward pass computes their logits again.
     """
 
     def divergence(student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = (decoder.logits(teacher).float() / temperature).log_softmax(-1)
-        found = (decoder.logits(student).float() / temperature).log_softmax(-1)
-        return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
+            target = (decoder.logits(teacher).float() / temperature).log_softmax(-1)
+        output = (decoder.logits(student).float() / temperature).log_softmax(-1)
+        return torch.nn.functional.kl_div(output, target, log_target=True, reduction="sum")
 
     chunk = chunk or max(1, CHUNK_LOGITS // decoder.config.vocab_size)
     positions = distributed.counts(len(student), student.device)
-    chunks = -(-max(positions) // chunk)  # as many as the others make: weights in shards are gathered together
+    chunks = -(-max(positions) // chunk)  # the same number in every process: all gather sharded weights together
     if chunks <= 1:
         total = divergence(student, teacher)
     else:
@@ -66,36 +66,35 @@ def chunked_kl(
 
 
 class KVProjectionTraining(DecoderModule):
-    """Train the projections of one depth, starting from what they are.
+    """Train the projections of one depth, starting from their current maps.
 
-    ``Trainer.fit`` reads the rows of the ``fit`` split, and those of ``tune`` where it validates.
+    ``Trainer.fit`` reads the rows of the ``fit`` split, and validates on those of ``tune``.
 
     Loss: ``T^2 KL(teacher || student)`` averaged over the loss positions t = N..T-1, at temperature T, plus
     ``kv_match`` times the squared error of the context's keys and values (before k_norm and RoPE) and ``hidden_match``
-    times that of the hidden states of boundary and response tokens, each relative to the full model's mean square and
-    averaged over the pruned layers. ``loss`` is logged, and so is each of its terms where there are several.
+    times that of the hidden states of boundary and response tokens, both relative to the full model's mean square and
+    averaged over the pruned layers. ``loss`` is logged, and its terms if there are several.
 
     Args:
-        start: projections, which are trained in place; or a base, whose reuse is the start: a hub id or folder, a
-            Transformers model, or a decoder.
+        start: projections, which are trained in place; or a base, whose training starts from reuse: a hub id or
+            folder, a Transformers model, or a decoder.
         depth: the first pruned layer; that of the projections unless given.
-        boundary: the last prompt tokens that run in full.
-        kind: what is trained (``full`` or ``lora``). Projections some of whose parameters ask for a gradient are
-            trained as they are.
+        boundary: number of last prompt tokens that run in full.
+        kind: ``full`` or ``lora``. Projections with parameters that already require a gradient are trained unchanged.
         kind_arguments: of the kind, such as ``r`` and ``lora_alpha`` of lora.
         temperature: of the distillation.
-        seed: of the adapters' first values and dropout, the latter together with the step's number.
-        learning_rate: the peak: reached over the ``warmup`` share of the steps, then a decay to zero.
-        decay: its shape.
-        round_steps: the learning rate rises and falls over so many steps, and again where a training continues after
-            a round's end; over the whole training unless given.
+        seed: of the adapters' initial values and, together with the step, of dropout.
+        learning_rate: the peak, reached after the ``warmup`` share of the steps, followed by a decay to zero.
+        decay: shape of the decay.
+        round_steps: length of one rise and decay of the learning rate, which repeats if training continues after it;
+            the whole training unless given.
         gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
 
     Raises:
-        InputError: ``depth`` is missing or not that of the projections, or nothing is trained at it.
+        InputError: ``depth`` is missing or differs from that of the projections, or nothing can be trained at it.
 
-    ``load_from_checkpoint`` loads the base by its name, or needs ``start=`` again. Checkpoints hold what was trained;
-    adapters need the start that they were trained on.
+    ``load_from_checkpoint`` loads the base by its name, or needs ``start=`` again. Checkpoints hold only the trained
+    parameters; adapters need the start that they were trained on.
     """
 
     split = "tune"
@@ -123,17 +122,17 @@ class KVProjectionTraining(DecoderModule):
         depth = projections.depth if depth is None else depth  # of the checkpoint too
         super().__init__(projections.decoder)
         self.save_hyperparameters(ignore=() if isinstance(start, str) else "start")
-        self.strict_loading = False  # checkpoints hold what is trained, never the base
+        self.strict_loading = False  # checkpoints hold the trained parameters, never the base
         self.plan, self.temperature, self.seed = PruningPlan(depth, boundary), temperature, seed
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
         self.round_steps = round_steps
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
         if depth != projections.depth:
-            raise InputError(f"the projections to be trained were made for depth {projections.depth}, not for {depth}.")
+            raise InputError(f"the projections to train were made for depth {projections.depth}, not for {depth}.")
         if not projections.fitted_layers:
             raise InputError(
-                f"nothing can be trained at depth {depth}, whose projections are exact: choose a smaller depth."
+                f"nothing can be trained at depth {depth}, where projections are exact: choose a smaller depth."
             )
         self.projections, self.kind = projections, trained_kind(kind)
         self._prepared: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is not a submodule
@@ -142,34 +141,33 @@ class KVProjectionTraining(DecoderModule):
             self._prepared = (self.kind.prepare(projections, **(kind_arguments or {})),)
 
     def trained(self, folder: Path | None = None) -> KVProjections:
-        """The projections as an artifact holds them: adapters merged, in the base's dtype. The training ends here.
+        """The projections for an artifact: adapters merged, in the base's dtype. They cannot be trained further.
 
         Args:
-            folder: where adapters are written to first, in peft's format.
+            folder: if given, adapters are saved there first, in peft's format.
         """
         return self.kind.finish(self.projections, *self._prepared, folder).copy(self.kind.name)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if checkpoint.get("start") not in (None, self._start()):
             raise InputError(
-                "the adapters of this checkpoint were trained on other projections than those given as start: pass the "
-                "projections that the training started from."
+                "the adapters of this checkpoint were trained on different projections: pass as start the projections "
+                "that the training started from."
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["start"] = self._start()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {name: each for name, each in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
     def _start(self) -> str | None:
-        """A hash of what the trained parameters are added to; None where they replace it."""
+        """A hash of the weights that the trained parameters are added to; None if they replace them."""
         if self.kind.replaces_start:
             return None
-        frozen = {name: each for name, each in self.projections.named_parameters() if not each.requires_grad}
-        return fingerprint(frozen)
+        return fingerprint({name: p for name, p in self.projections.named_parameters() if not p.requires_grad})
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
-        # Checkpoints hold no state of the random generator: dropout follows from the step, resumed or not.
+        # Checkpoints do not hold the random generator's state: seeding from the step makes a resumed run the same.
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * distributed.size() + distributed.rank())
         terms = self._terms(batch)
         self.log("loss", loss := sum(terms.values()), prog_bar=True, sync_dist=True)
@@ -178,17 +176,17 @@ class KVProjectionTraining(DecoderModule):
         return loss
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        # Weighted with the positions of all processes, so that the mean over batches is the one over positions.
+        # Weighted by the positions of all processes, so that the mean over batches is the mean over positions.
         positions = batch["attention_mask"][:, batch["prompt_length"] :].sum()
         weight = int(distributed.total(positions))
         self.log("validation_loss", self.loss(batch), prog_bar=True, sync_dist=True, batch_size=weight)
 
     def loss(self, batch: dict, trace: Trace | None = None) -> Tensor:
-        """The loss of a batch; ``trace`` is its :func:`teacher_trace` where the caller has it already."""
+        """The loss of a batch; ``trace`` is its :func:`teacher_trace`, computed here unless given."""
         return sum(self._terms(batch, trace).values())
 
     def _terms(self, batch: dict, trace: Trace | None = None) -> dict[str, Tensor]:
-        """What the loss is the sum of."""
+        """The terms whose sum is the loss."""
         decoder, mask, prompt = self.decoder, batch["attention_mask"], batch["prompt_length"]
         trace = teacher_trace(decoder, batch, self.plan.depth) if trace is None else trace
         with decoder.tracing(range(self.plan.depth, decoder.num_layers)) as pruned:
@@ -212,8 +210,8 @@ class KVProjectionTraining(DecoderModule):
         errors = []
         for layer in self.projections.fitted_layers:
             with torch.no_grad():
-                wanted = self.decoder.own_kv(layer, trace.hidden[layer][:, :context])[real]
-            errors.append(_relative_error(self.projections(layer, hidden, normed)[real], wanted))
+                target = self.decoder.own_kv(layer, trace.hidden[layer][:, :context])[real]
+            errors.append(_relative_error(self.projections(layer, hidden, normed)[real], target))
         return torch.stack(errors).mean()
 
     def _hidden_error(self, trace: Trace, pruned: Trace, mask: Tensor, prompt: int) -> Tensor:
@@ -230,16 +228,16 @@ class KVProjectionTraining(DecoderModule):
         return _optimizer([self], self.trainer)
 
     def parameter_group(self) -> dict:
-        """What is trained, as an optimiser's parameter group."""
+        """The trained parameters, as an optimizer's parameter group."""
         parameters = [p for p in self.projections.parameters() if p.requires_grad]
         return {"params": parameters, "lr": self.learning_rate, "weight_decay": self.weight_decay}
 
 
 class JointTraining(DecoderModule):
-    """Several trainings on the same batches over one teacher pass: depths, kinds and learning rates side by side.
+    """Several trainings of different depths, kinds and learning rates on the same batches, with one teacher pass.
 
-    Their losses are summed and share no parameter, so each goes as it would alone (short of gradient clipping, which
-    would look at all of them together). Warm-up and decay are those of the first.
+    Their losses are summed and share no parameter, so each training is the same as a separate one (except for gradient
+    clipping, which would apply to all of them together). Warm-up and decay are those of the first.
     """
 
     def __init__(self, trainings: list[KVProjectionTraining]):
@@ -247,15 +245,15 @@ class JointTraining(DecoderModule):
         self.trainings = nn.ModuleList(trainings)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
-        trace = teacher_trace(self.decoder, batch, min(each.plan.depth for each in self.trainings))
-        return sum(each.loss(batch, trace) for each in self.trainings)
+        trace = teacher_trace(self.decoder, batch, min(training.plan.depth for training in self.trainings))
+        return sum(training.loss(batch, trace) for training in self.trainings)
 
     def configure_optimizers(self):
         return _optimizer(list(self.trainings), self.trainer)
 
 
 def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer) -> dict:
-    optimizer = torch.optim.AdamW([each.parameter_group() for each in trainings])
+    optimizer = torch.optim.AdamW([training.parameter_group() for training in trainings])
     first = trainings[0]
     steps = first.round_steps or max(1, int(trainer.estimated_stepping_batches))
     factor = partial(learning_rate_factor, steps=steps, warmup=round(first.warmup * steps), decay=first.decay)
@@ -264,7 +262,7 @@ def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["cosine", "linear"]) -> float:
-    """The share of the peak at ``step``: up from zero over ``warmup`` steps, down to zero at ``steps``, then anew."""
+    """The share of the peak at ``step``: up from zero over ``warmup`` steps, down to zero at ``steps``, repeating."""
     step %= steps
     if step < warmup:
         return step / warmup
@@ -274,11 +272,11 @@ def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["
 
 def _reuse(base: Decoder | PreTrainedModel | str, depth: int | None) -> KVProjections:
     if depth is None:
-        raise InputError("training from a base needs the depth that it is pruned at.")
+        raise InputError("training from a base needs the depth to prune it at: pass depth=.")
     return KVProjections(as_decoder(base), depth)
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """The squared error over the mean square of ``wanted``; of several processes as in :func:`chunked_kl`."""
-    size = distributed.total(wanted.float().square().sum()).clamp(min=1e-12)
-    return distributed.size() * (found.float() - wanted.float()).square().sum() / size
+def _relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """The squared error over the mean square of ``target``; over several processes as in :func:`chunked_kl`."""
+    size = distributed.total(target.float().square().sum()).clamp(min=1e-12)
+    return distributed.size() * (output.float() - target.float()).square().sum() / size

@@ -36,7 +36,7 @@ def test_every_registered_name_is_the_name_of_its_kind():
 
 
 def test_an_unknown_kind_and_one_that_does_not_train_are_refused():
-    with pytest.raises(InputError, match=r"projection\.kind is unknown: expected one of reuse, .*, found loar"):
+    with pytest.raises(InputError, match=r"projection\.kind must be one of reuse, .*, found loar"):
         kind("loar")
     with pytest.raises(InputError, match="kind closed_form are not trained: expected one of lora, full"):
         trained_kind("closed_form")

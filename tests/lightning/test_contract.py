@@ -131,7 +131,7 @@ def test_projections_of_another_depth_than_the_plan_are_refused():
     decoder = Decoder(build("llama"))
     with pytest.raises(InputError, match="made for depth 2, not for 1"):
         KVProjectionTraining(KVProjections(decoder, 2), 1)
-    with pytest.raises(InputError, match="plan prunes at depth 1, and its projections were made for depth 2"):
+    with pytest.raises(InputError, match="plan prunes at depth 1, but its projections were made for depth 2"):
         Variant(PruningPlan(1), KVProjections(decoder, 2))
     with pytest.raises(InputError, match="plan prunes at depth 1"):
         Evaluation(decoder, {1: KVProjections(decoder, 2)})
@@ -171,7 +171,7 @@ def test_adapters_are_not_loaded_onto_another_start(data, tmp_path):
     other = KVProjections(decoder, 1)
     with torch.no_grad():
         other.maps["3"].weight.mul_(1.1)
-    with pytest.raises(InputError, match="adapters of this checkpoint were trained on other projections"):
+    with pytest.raises(InputError, match="adapters of this checkpoint were trained on different projections"):
         KVProjectionTraining.load_from_checkpoint(tmp_path / "last.ckpt", start=other, weights_only=True)
 
 
