@@ -1,5 +1,5 @@
 """What a notebook does with the modules, through an ordinary Trainer: in this process, or as a script that Lightning
-starts again for each process. Prints the figures as JSON, one line per process."""
+starts again for each process. Writes the figures as JSON, one file per process."""
 
 import json
 import sys
@@ -58,5 +58,7 @@ def figures(base: Path, rows: Path, **arguments) -> dict:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    found = figures(Path(sys.argv[1]), Path(sys.argv[2]), strategy="ddp", devices=int(sys.argv[3]))
-    print("FIGURES " + json.dumps(found), flush=True)
+    base, rows, folder, processes = sys.argv[1:]
+    measured = figures(Path(base), Path(rows), strategy="ddp", devices=int(processes))
+    # A file per process: lines of this length, printed to one pipe, can mix.
+    (Path(folder) / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(measured))
