@@ -1,4 +1,4 @@
-"""``pop-generate``: run an exported artifact on a prompt or a file, or measure the speedup of pruning.
+"""``pop-generate``: run an exported artifact on a prompt, a file or standard tasks, or measure the speedup of pruning.
 
 A command of its own is a :class:`Command` in ``COMMANDS``: its flags, and what runs with them.
 """
@@ -281,6 +281,56 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, required=True)
+    parser.add_argument("--tasks", metavar="A,B", required=True, help="tasks, groups or tags of lm-eval")
+    parser.add_argument("--include_path", metavar="DIR", help="folder with tasks of your own (YAML files)")
+    parser.add_argument("--limit", type=_whole(1), metavar="N", help="only the first N documents of every task")
+    parser.add_argument("--num_fewshot", type=_whole(0), metavar="N", help="examples before every question")
+    parser.add_argument("--batch_size", default="8", metavar="N", help="prompts per batch, or auto (default: 8)")
+    parser.add_argument("--max_length", type=_whole(2), metavar="N", help="cut prompts to fit (default: the context)")
+    parser.add_argument("--lengths", type=_numbers, metavar="N,M", help="prompt lengths of tasks such as RULER's")
+    parser.add_argument("--gen_kwargs", metavar="K=V,...", help="change how answers are generated: max_gen_toks=32")
+    parser.add_argument("--apply_chat_template", action="store_true", help="write prompts with the chat template")
+    parser.add_argument("--system_instruction", metavar="TEXT", help="begin every prompt with this")
+    parser.add_argument("--seed", type=_whole(0), metavar="N", help="of all that is random (default: lm-eval's seeds)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the results, as lm-eval writes them")
+    parser.add_argument("--log_samples", action="store_true", help="write every prompt and answer to --output")
+    parser.add_argument("--confirm_run_unsafe_code", action="store_true", help="run code that the model writes")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.log_samples and arguments.output is None:
+        raise InputError("--log_samples needs --output: expected a folder to write them to.")
+    if not (arguments.batch_size.isdecimal() and int(arguments.batch_size)) and arguments.batch_size != "auto":
+        raise InputError(f"--batch_size must be a whole number of at least 1, or auto, found {arguments.batch_size!r}.")
+    names = [name for name in arguments.tasks.split(",") if name]
+    if not names:
+        raise InputError("--tasks names no task: expected names with commas between them.")
+    with importing():
+        from pop_lightning.core.memory import memory_advice
+
+        try:
+            from pop_lightning.harness import compare
+        except ModuleNotFoundError as error:
+            raise InputError(f"--tasks needs {error.name}: pip install 'pop-lightning[eval]'.") from error
+
+    tasks = compare.Tasks(names, arguments.include_path, arguments.lengths)
+    passed = ("limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template")
+    passed += ("system_instruction", "seed", "output", "log_samples", "confirm_run_unsafe_code")
+    given = vars(arguments)
+    generator = _generator(arguments, lambda: None)
+    with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
+        found, _ = compare.compare(generator, tasks, **{name: given[name] for name in passed})
+    print(compare.table(found), end="")
+    if arguments.output is not None:
+        print(f"results: {arguments.output}")
+    return 0
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,10 +345,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "prompt": Command("generate from a prompt, streaming, and print the TTFT", _add_prompt, _prompt),
     "data": Command("generate for every row of a file, and compare with references", _add_data, _data),
+    "eval": Command("run lm-eval's tasks with the full and the pruned model", _add_eval, _eval),
     "bench": Command("time plain and pruned prefill side by side", _add_bench, _bench),
 }
 # The flag that chose what to do before there were commands, which scripts still use.
-_CHOSEN_BY = {"--prompt": "prompt", "--data": "data", "--benchmark": "bench"}
+_CHOSEN_BY = {"--prompt": "prompt", "--data": "data", "--tasks": "eval", "--benchmark": "bench"}
 
 
 def _translated(words: list[str]) -> list[str]:

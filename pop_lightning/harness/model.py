@@ -13,7 +13,7 @@
 import copy
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -85,6 +85,8 @@ class PopLM(HFLM):
             raise InputError(f"the pop model needs an artifact (artifact=DIR) or a generator; {given} is given.")
         if generator is None:
             check_dtype(None if dtype == "auto" else dtype)
+            if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+                device = None  # lm-eval's command passes cuda:0 unless told otherwise, and hf falls back as well
             generator = StageAwareGenerator.from_artifact(
                 artifact, base, dtype=dtype, trust_remote_code=trust_remote_code
             ).to(choose_device(device))
@@ -96,13 +98,14 @@ class PopLM(HFLM):
         if generator.tokenizer is None:
             raise InputError("the base has no tokenizer, which lm-eval's tasks need; save one in its folder.")
         self.generator, self.full = generator, full
-        super().__init__(
-            pretrained=generator,
-            backend="causal",
-            tokenizer=generator.tokenizer,
-            batch_size=batch_size,
-            **settings,
-        )
+        with _quiet("lm_eval.models.huggingface"):  # it warns of any model that is given loaded
+            super().__init__(
+                pretrained=generator,
+                backend="causal",
+                tokenizer=generator.tokenizer,
+                batch_size=batch_size,
+                **settings,
+            )
         generator.eval()
 
     def _stages(self):
@@ -217,6 +220,18 @@ class PopLM(HFLM):
         model, plan = self.generator.model, self.generator.plan
         pruning = {"full": True} if self.full else {**asdict(plan), "projections": self.generator.projections.kind}
         return {"model_num_parameters": model.num_parameters(), "model_dtype": model.dtype, "pop": pruning}
+
+
+@contextmanager
+def _quiet(name: str):
+    """Inside, the logger of that name reports errors only."""
+    named = logging.getLogger(name)
+    level = named.level
+    named.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        named.setLevel(level)
 
 
 def rows_of_cache(cache: Cache, rows: Tensor) -> Cache:
