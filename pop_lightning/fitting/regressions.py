@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.fitting.finite import check_maps
 from pop_lightning.models.attention import attention_weights, seen_from
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import Tables, cut, each_table
@@ -144,6 +145,7 @@ class _Regressions(DecoderModule):
 
     def on_validation_epoch_end(self) -> None:
         self.sums.add_up()
+        self.sums.check()
 
     def prior(self, depth: int, layer: int) -> Tensor:
         """``[W' | b']`` of reuse, ``[2 kv_dim, hidden + 1]``, float64."""
@@ -229,7 +231,7 @@ class ClosedFormFit(_Regressions):
             else:
                 fitted = self.sums.solve(Sum("plain", depth), layer, prior, ridge)
             projections.replace({layer: (fitted[:, :-1].float(), fitted[:, -1].float())}, "closed_form")
-        return projections
+        return _checked(projections, ridge)
 
 
 class ValueRefit(_Regressions):
@@ -288,12 +290,18 @@ class ValueRefit(_Regressions):
             values = _solve_values(self.sums, depth, layer, prior, groups, ridge).to(keys)
             fitted = torch.cat([keys[:kv_dim], values[:, :-1]]), torch.cat([shift[:kv_dim], values[:, -1]])
             projections.replace({layer: fitted}, "closed_form")
-        return projections
+        return _checked(projections, ridge)
 
 
 def nothing_fitted(decoder: Decoder, depth: int) -> KVProjections:
     """Kind ``closed_form`` with the maps of reuse, which it keeps where no fit is better."""
     return KVProjections(decoder, depth).replace({}, "closed_form")
+
+
+def _checked(projections: KVProjections, ridge: float) -> KVProjections:
+    smaller = ("raise ", Key("projection.ridge"), f" ({ridge:g}) or choose another ", Key("model.dtype"))
+    check_maps(projections, "the closed form", smaller)
+    return projections
 
 
 class _FullPass:
@@ -500,8 +508,30 @@ class _Sums:
         for matrix in (*self.gram.values(), *self.cross.values()):
             distributed.add_up(matrix)
 
+    def check(self) -> None:
+        """Reject sums that are not finite: float32 products overflow where keys or values are huge (about 1e19).
+
+        Raises:
+            InputError: naming the first one.
+        """
+        named = [(name, name.layer, matrix) for name, matrix in self.gram.items()]
+        named += [(name, layer, matrix) for (name, layer), matrix in self.cross.items()]
+        for name, layer, matrix in named:
+            if matrix.is_meta or matrix.sum().isfinite():  # adding up keeps inf and NaN, and allocates nothing
+                continue
+            coarser = () if name.of == "plain" else ("set ", Key("projection.grouping"), " to none or ")
+            of_layer = "all layers" if layer is None else f"layer {layer}"
+            raise InputError(
+                f"the closed form: the running sums of {name.of} for {of_layer} at depth {name.depth} are not finite",
+                advice=(*coarser, "set ", Key("projection.kind"), " to reuse"),
+            )
+
     def solve(self, name: Sum, layer: int, prior: Tensor, ridge: float) -> Tensor:
-        """argmin over W of sum |y - W x|^2 + ridge * mean diagonal * |W - prior|^2, ``[outputs, hidden + 1]``."""
+        """argmin over W of sum |y - W x|^2 + ridge * mean diagonal * |W - prior|^2, ``[outputs, hidden + 1]``.
+
+        Raises:
+            InputError: the ridge is too small for the rows, which leave the Gram matrix singular.
+        """
         if name not in self.gram:
             return prior
         prior = prior.to(self.gram[name].device)
@@ -513,7 +543,14 @@ class _Sums:
             return prior
         residual = self.cross[name, layer] - prior @ gram
         gram.diagonal().add_(ridge * scale)
-        return prior + torch.cholesky_solve(residual.T, torch.linalg.cholesky(gram)).T
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not failed.is_meta and failed:
+            raise InputError(
+                f"the closed form: the regression of layer {layer} at depth {name.depth} has no unique solution on "
+                f"these rows with a ridge of {ridge:g}",
+                advice=("raise ", Key("projection.ridge"), " or give more rows"),
+            )
+        return prior + torch.cholesky_solve(residual.T, factor).T
 
 
 def _add(sums: dict, key, value: Tensor) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.fitting.finite import check_maps
 from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.loading import as_decoder
@@ -27,6 +28,8 @@ from pop_lightning.pruning.module import DecoderModule
 from pop_lightning.pruning.passes import _at_loss_positions, student_hidden, teacher_trace
 from pop_lightning.pruning.projections import KVProjections, fingerprint
 
+# What to do about a training that diverged; a resumed run would continue from the diverged values.
+_LOWER = ("start again (pop-fit --overwrite) with a lower ", Key("projection.learning_rate"))
 CHUNK_LOGITS = 2**26  # logits in memory at a time per model: 256 MiB in float32
 
 
@@ -145,8 +148,15 @@ class KVProjectionTraining(DecoderModule):
 
         Args:
             folder: if given, adapters are saved there first, in peft's format.
+
+        Raises:
+            InputError: a trained value is not finite, or is not once it is in the base's dtype.
         """
-        return self.kind.finish(self.projections, *self._prepared, folder).copy(self.kind.name)
+        stage = f"training of kind {self.kind.name}"
+        check_maps(self.projections, stage, _LOWER)
+        trained = self.kind.finish(self.projections, *self._prepared, folder).copy(self.kind.name)
+        check_maps(trained, stage, ("choose another ", Key("model.dtype"), " or ", *_LOWER))
+        return trained
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if checkpoint.get("start") not in (None, self._start()):
@@ -170,7 +180,14 @@ class KVProjectionTraining(DecoderModule):
         # Checkpoints do not hold the random generator's state: seeding from the step makes a resumed run the same.
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * distributed.size() + distributed.rank())
         terms = self._terms(batch)
-        self.log("loss", loss := sum(terms.values()), prog_bar=True, sync_dist=True)
+        loss = sum(terms.values())
+        if not loss.isfinite():  # the next checkpoint would hold NaN, and every resumed run start from it
+            raise InputError(
+                f"training of kind {self.kind.name}: the loss at depth {self.plan.depth} is {loss.item()} at step "
+                f"{self.global_step}",
+                advice=_LOWER if self.global_step else ("choose another ", Key("model.dtype")),
+            )
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         if len(terms) > 1:
             self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, sync_dist=True)
         return loss

@@ -6,7 +6,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from pop_lightning.core.errors import InputError
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.prefill import StageAwarePrefill
@@ -63,6 +63,12 @@ def _compare_with_plain(decoder: Decoder, ids: Tensor) -> None:
             kv = decoder.own_kv(layer, hidden)
         else:
             weight = reuse.weight.to(hidden.dtype)
+            if not weight.isfinite().all():
+                raise InputError(
+                    f"{decoder.name}: the key and value weights of layer {layer}, with its norm's weight folded in, "
+                    f"are not finite in {str(weight.dtype).removeprefix('torch.')}",
+                    advice=("choose another ", Key("model.dtype"), ", such as bfloat16"),
+                )
             bias = None if reuse.bias is None else reuse.bias.to(hidden.dtype)
             kv = torch.nn.functional.linear(decoder.normalize(hidden), weight, bias)
         keys, values = decoder.to_cache(layer, kv, trace.kwargs[layer].get("position_embeddings"))

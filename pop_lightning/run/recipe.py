@@ -144,13 +144,13 @@ class Projection:
     start: Literal["closed_form", "reuse"] = Field("closed_form", description="where lora and full start")
     lora: Lora = field(default_factory=Lora)
     steps: Count = Field(100, description="training steps of lora and full")
-    learning_rate: Positive = Field(1e-3, description="peak learning rate")
+    learning_rate: Positive = Field(1e-3, le=1e30, description="peak learning rate")
     temperature: Positive = Field(2.0, description="temperature of the distillation")
     warmup: Annotated[float, Field(strict=True, ge=0, le=1)] = Field(
         0.1, description="share of steps with a rising rate"
     )
     decay: Literal["cosine", "linear"] = Field("cosine", description="how the learning rate falls after that")
-    weight_decay: AtLeast0 = Field(0.0, description="of AdamW")
+    weight_decay: AtLeast0 = Field(0.0, le=1e6, description="of AdamW")
     kv_match: AtLeast0 = Field(0.0, description="weight of the error of projected keys and values in the loss")
     hidden_match: AtLeast0 = Field(
         0.0, description="weight of the error of the pruned layers' hidden states in the loss"

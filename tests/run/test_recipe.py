@@ -345,7 +345,12 @@ def test_yaml_that_cannot_be_read_is_one_sentence(write, text):
 
 
 def test_a_number_of_thousands_of_digits_is_one_sentence(write):
-    assert "seed must be a whole number" in refusal("--recipe", write(MINIMAL), "--seed", "0x" + "f" * 5000)
+    long = "0x" + "f" * 5000
+    for key in ("seed", "projection.steps"):
+        assert f"--{key}" in (sentence := refusal("--recipe", write(MINIMAL), f"--{key}", long))
+        assert "a whole number beyond 64 bits" in sentence
+    text = f"model: {{base: x}}\ndata: {{calibration: y}}\nprojection: {{steps: {long}}}\n"
+    assert "at line 3: a whole number beyond 64 bits" in refusal("--recipe", write(text))
 
 
 def test_a_date_is_text(write):
