@@ -3,7 +3,9 @@
 import json
 import random
 import sys
+from pathlib import Path
 
+import lm_eval.tasks as lm_eval_tasks
 import numpy as np
 import pytest
 import yaml
@@ -151,6 +153,70 @@ def test_lm_evals_own_command_knows_the_model(artifact, folder, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["lm_eval", *command[:3], "artifact=nowhere", *command[4:]])
     assert lm_eval.main() == 2
     assert "lm-eval: error: " in capsys.readouterr().err
+
+
+CODE_EVAL = """
+import datasets
+import evaluate
+
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        names = {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(names))
+
+    def _compute(self, predictions, references, k):
+        return {"pass@1": float("assert" in references[0] and predictions[0][0].startswith("def "))}, {}
+"""
+
+
+def test_the_task_files_of_gsm8k_and_humaneval_run_over_local_data(artifact, tmp_path, monkeypatch, capsys):
+    """HumanEval's file loads the metric ``code_eval``, from the hub or from a folder of this name."""
+    rows = {
+        "gsm8k": [{"question": f"Tom has {n} eggs and buys 2 .", "answer": f"{n} + 2\n#### {n + 2}"} for n in range(7)],
+        "humaneval": [
+            {"task_id": f"HumanEval/{n}", "prompt": f"def f{n}(x):\n", "entry_point": f"f{n}", "test": "assert True"}
+            for n in range(3)
+        ],
+    }
+    (tmp_path / "code_eval").mkdir()
+    (tmp_path / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
+    for name, each in rows.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, each)))
+        local = {
+            "include": str(Path(lm_eval_tasks.__file__).parent / name / f"{name}.yaml"),
+            "task": f"local_{name}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"train": str(data), "test": str(data)}},
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(local))
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", "--artifact", artifact, "--tasks", "local_gsm8k,local_humaneval", "--include_path", "."]
+    command += ["--limit", "2", "--gen_kwargs", "max_gen_toks=8", "--confirm_run_unsafe_code", "--output", "out"]
+    assert generate.main([*command, "--log_samples"]) == 0
+    printed = capsys.readouterr().out
+    assert "exact_match (strict-match)" in printed
+    assert "exact_match (flexible-extract)" in printed
+    assert "pass@1 (create_test)" in printed
+    (samples,) = Path("out/pruned").glob("samples_local_gsm8k_*.jsonl")
+    prompt = json.loads(samples.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.count("Question:") == 6  # five examples, as the task file says
+    metrics = json.loads(Path("out/comparison.json").read_text())["metrics"]
+    assert {(each["metric"], each["full"]) for each in metrics if each["task"] == "local_humaneval"} == {
+        ("pass@1", 1.0)
+    }
+
+
+@pytest.mark.full  # reads all tasks of lm-eval, and RULER makes 500 documents per task
+def test_rulers_tasks_that_need_no_download_run(artifact, capsys):
+    """The others need essays, SQuAD or HotpotQA."""
+    tasks = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+    command = ["eval", "--artifact", artifact, "--tasks", ",".join(tasks), "--lengths", "900", "--limit", "1"]
+    assert generate.main([*command, "--gen_kwargs", "max_gen_toks=8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines if line.startswith(tasks)] == [[task, "900", "1"] for task in tasks]
 
 
 @pytest.mark.parametrize(
