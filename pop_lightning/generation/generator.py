@@ -20,7 +20,8 @@ eager, flash and flex attention; several threads at once. Where pruning is visib
 - ``pixel_values``: where images attend to their own later tokens (Gemma), a boundary that begins inside one is refused.
 - A forward without a cache (``generator(input_ids)``) is refused: it does not say where its prompt ends. With a
   filled cache it is a decode step. So lm-eval's ``HFLM(generator)`` measures generation tasks and refuses
-  log-likelihood ones; ``HFLM(generator.model)`` and ``pipeline(..., model=generator.model)`` run the unpruned model.
+  log-likelihood ones, which ``harness.model.PopLM`` runs; ``HFLM(generator.model)`` and
+  ``pipeline(..., model=generator.model)`` run the unpruned model.
 - A base that changed after the projections were made (adapters, training): reused projections follow it, fitted ones
   are refused.
 - ``guidance_scale``: the unconditional branch is prefilled by the plain model.

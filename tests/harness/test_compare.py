@@ -170,6 +170,7 @@ class CodeEval(evaluate.Metric):
 """
 
 
+@pytest.mark.full
 def test_the_task_files_of_gsm8k_and_humaneval_run_over_local_data(artifact, tmp_path, monkeypatch, capsys):
     """HumanEval's file loads the metric ``code_eval``, from the hub or from a folder of this name."""
     rows = {
