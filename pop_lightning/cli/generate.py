@@ -286,13 +286,15 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, required=True)
-    parser.add_argument("--tasks", metavar="A,B", required=True, help="tasks, groups or tags of lm-eval")
+    parser.add_argument(
+        "--tasks", metavar="A,B", required=True, help="tasks, groups or tags of lm-eval; needle: retrieval"
+    )
     parser.add_argument("--include_path", metavar="DIR", help="folder with tasks of your own (YAML files)")
     parser.add_argument("--limit", type=_whole(1), metavar="N", help="only the first N documents of every task")
     parser.add_argument("--num_fewshot", type=_whole(0), metavar="N", help="examples before every question")
     parser.add_argument("--batch_size", default="8", metavar="N", help="prompts per batch, or auto (default: 8)")
     parser.add_argument("--max_length", type=_whole(2), metavar="N", help="cut prompts to fit (default: the context)")
-    parser.add_argument("--lengths", type=_numbers, metavar="N,M", help="prompt lengths of tasks such as RULER's")
+    parser.add_argument("--lengths", type=_numbers, metavar="N,M", help="prompt lengths for needle and RULER's tasks")
     parser.add_argument("--gen_kwargs", metavar="K=V,...", help="change how answers are generated: max_gen_toks=32")
     parser.add_argument("--apply_chat_template", action="store_true", help="write prompts with the chat template")
     parser.add_argument("--system_instruction", metavar="TEXT", help="begin every prompt with this")
@@ -314,7 +316,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         from pop_lightning.core.memory import memory_advice
 
         try:
-            from pop_lightning.harness import compare
+            from pop_lightning.harness import compare, needle
         except ModuleNotFoundError as error:
             raise InputError(f"--tasks needs {error.name}: pip install 'pop-lightning[eval]'.") from error
 
@@ -324,8 +326,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     generator = _generator(arguments, lambda: None)
     with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
-        found, _ = compare.compare(generator, tasks, **{name: given[name] for name in passed})
+        found, results = compare.compare(generator, tasks, **{name: given[name] for name in passed})
     print(compare.table(found), end="")
+    if cells := needle.cells(results):
+        print(needle.grid_table(cells), end="")
     if arguments.output is not None:
         print(f"results: {arguments.output}")
     return 0

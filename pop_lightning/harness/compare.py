@@ -16,12 +16,14 @@ from lm_eval import simple_evaluate
 from lm_eval.api.metrics import mean
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core.errors import InputError, first_sentence
 from pop_lightning.core.files import check_writable, write_json
 from pop_lightning.core.tables import text_table
 from pop_lightning.evaluation.paired import Paired, bootstrap_interval, paired_interval
 from pop_lightning.generation.generator import StageAwareGenerator
+from pop_lightning.harness import needle
 from pop_lightning.harness.model import PopLM
 
 VARIANTS = ("full", "pruned")
@@ -53,9 +55,9 @@ class Tasks(TaskManager):
     """lm-eval's task manager, which loads its tasks once: both models run over the same objects.
 
     Args:
-        names: tasks, groups and tags.
+        names: tasks, groups and tags; of :mod:`~pop_lightning.harness.needle` its tasks, or ``needle`` for all of them.
         include_path: a folder with tasks of one's own, as YAML.
-        lengths: prompt lengths in tokens of tasks that make their own data (RULER; 4096 is its default).
+        lengths: prompt lengths in tokens of tasks that make their own data (``needle``, RULER); 4096 unless given.
 
     Raises:
         InputError: no such folder, or an unknown name.
@@ -64,31 +66,40 @@ class Tasks(TaskManager):
     def __init__(self, names: Sequence[str], include_path: str | None = None, lengths: Sequence[int] | None = None):
         if include_path is not None and not Path(include_path).is_dir():
             raise InputError(f"--include_path {include_path!r} is not a folder.")
-        self.names, self.loaded = list(names), None
+        expanded = (each for name in names for each in (needle.TASKS if name == "needle" else (name,)))
+        self.names, self.loaded = list(dict.fromkeys(expanded)), None
+        self.sized = lengths is not None or not set(needle.TASKS).isdisjoint(self.names)
         self.passed = {"max_seq_lengths": list(lengths or [4096])}  # every task gets it; prepare() adds the tokenizer
         super().__init__(include_path=include_path, include_defaults=False, metadata=self.passed)
-        # Reading the thousands of tasks that come with lm-eval costs seconds, which tasks of one's own do not need.
-        if not set(names) <= set(self.all_subtasks):
+        # Reading the thousands of tasks that come with lm-eval costs seconds, which other tasks do not need.
+        if not set(self.names) <= {*self.all_subtasks, *needle.TASKS}:
             super().__init__(include_path=include_path, metadata=self.passed)
-        for name in names:
-            if name not in self.all_tasks:
-                near = difflib.get_close_matches(name, self.all_tasks, n=1)
+        for name in self.names:
+            if name not in (known := [*self.all_tasks, *needle.TASKS, "needle"]):
+                near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists them, --include_path adds yours."
                 raise InputError(f"--tasks: lm-eval has no task {name!r}; {hint}")
 
-    def prepare(self, tokenizer: str, *, unsafe: bool = False) -> None:
+    @property
+    def lengths(self) -> list[int]:
+        return self.passed["max_seq_lengths"]
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, *, unsafe: bool = False) -> None:
         """Load the tasks.
 
         Args:
-            tokenizer: its name or folder, by which tasks that make their own data measure lengths.
+            tokenizer: by which tasks that make their own data measure lengths.
             unsafe: whether the user agreed to run code that the model writes.
 
         Raises:
             InputError: a task does not load, shows images, or runs code without ``unsafe``.
         """
-        self.passed["tokenizer"] = tokenizer
+        self.passed["tokenizer"] = tokenizer.name_or_path
+        specs = [needle.task(name, tokenizer, self.lengths) if name in needle.TASKS else name for name in self.names]
         try:
-            self.loaded = super().load(self.names)
+            self.loaded = super().load(specs)
+        except InputError:
+            raise
         except Exception as error:  # of the task's own code, of datasets or of the network
             raise InputError(f"--tasks {','.join(self.names)} cannot be loaded: {first_sentence(error)}") from error
         for name, task in self.loaded["tasks"].items():
@@ -137,12 +148,14 @@ def compare(
     lms = {
         name: PopLM(generator=generator, full=name == "full", batch_size=batch_size, **settings) for name in VARIANTS
     }
+    if tasks.sized and max(tasks.lengths) > (context := lms["full"].max_length):
+        raise InputError(f"--lengths {max(tasks.lengths)} is more than the model's context of {context} tokens.")
     if apply_chat_template and not generator.tokenizer.chat_template:
         raise InputError("--apply_chat_template: the tokenizer of the base has no chat template.")
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     results = {}
     with redirect_stdout(sys.stderr):  # where some tasks print while they make their data
-        tasks.prepare(generator.tokenizer.name_or_path or generator.name_or_path, unsafe=confirm_run_unsafe_code)
+        tasks.prepare(generator.tokenizer, unsafe=confirm_run_unsafe_code)
         for name, lm in lms.items():
             tracker = EvaluationTracker(output_path=None if output is None else str(output))
             results[name] = simple_evaluate(
@@ -165,6 +178,8 @@ def compare(
     found = differences(tasks, results)
     if output is not None:
         write_json(Path(output) / "comparison.json", summary(found, results))
+        if cells := needle.cells(results):
+            needle.write_heat_map(cells, Path(output) / "needle.png")
     return found, results
 
 
@@ -240,6 +255,7 @@ def summary(found: Sequence[Difference], results: dict[str, dict]) -> dict[str, 
         "seeds": {name: value for name, value in config.items() if name.endswith("_seed")},
         "lm_eval": results["pruned"]["lm_eval_version"],
         "metrics": entries,
+        "needle": needle.cells(results),
     }
 
 
