@@ -1,11 +1,12 @@
 """Atomic file writes: a file appears whole or not at all. All output and all resumable state goes through here."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 # Errors of the disk itself. Any other errno counts as a write error only if it names a file in the output folder.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+_CHECKSUM = "sha256"
 # torch.save and safetensors report disk errors only as text, without an errno.
 _TORCH = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist|cannot be opened")
 _SAFETENSORS = re.compile(r"I/O error|os error")
@@ -47,7 +49,7 @@ def write_problem(error: BaseException, folder: Path) -> str | None:
     for each in _chain(error):
         text = str(each)
         if isinstance(each, OSError) and (each.errno in _DISK or _inside(each.filename, folder)):
-            return each.strerror or text
+            return f"{each.strerror or text}{f': {each.filename2}' if each.filename2 else ''}"
         if isinstance(each, SafetensorError) and _SAFETENSORS.search(text):
             return text.rpartition("error: ")[2]
         if isinstance(each, RuntimeError) and _TORCH.search(text):
@@ -112,6 +114,26 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1))
+
+
+def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` with a checksum of it and the file's name, for :func:`read_checked_json`."""
+    content = json.loads(json.dumps(content))  # as it will be read: keys become text, tuples lists
+    write_json(path, content | {_CHECKSUM: _checksum(path, content)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_checked_json` wrote there; empty if it is missing, unreadable or was changed since."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stated = content.pop(_CHECKSUM)
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return {}
+    return content if stated == _checksum(path, content) else {}
+
+
+def _checksum(path: Path, content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([path.name, content], sort_keys=True).encode()).hexdigest()
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

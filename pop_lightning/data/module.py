@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError, Key
-from pop_lightning.core.files import write_json
+from pop_lightning.core.files import read_checked_json, write_checked_json
 from pop_lightning.data.examples import given_examples, read_examples
 from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.data.rows import EMPTY_RESPONSE, Row, RowTokenizer, hash63
@@ -634,12 +634,12 @@ def _spread(lengths: list[int]) -> dict[str, float] | None:
 
 def _read_cache(cache: Path, stamp: dict) -> dict[str, list[int]]:
     try:
-        content = json.loads(cache.read_text())
+        content = read_checked_json(cache)
         return dict(content["responses"]) if all(content[key] == value for key, value in stamp.items()) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return {}  # unreadable or of another version: the responses are generated again
 
 
 def _write_cache(cache: Path, content: dict) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    write_json(cache, content)
+    write_checked_json(cache, content)

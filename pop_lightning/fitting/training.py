@@ -164,10 +164,19 @@ class KVProjectionTraining(DecoderModule):
                 "the adapters of this checkpoint were trained on different projections: pass as start the projections "
                 "that the training started from."
             )
+        # Other names would be skipped, since checkpoints never hold the base; DeepSpeed loads them in its own way.
+        if "state_dict" in checkpoint and set(checkpoint["state_dict"]) != self._trained_names():
+            raise InputError(
+                f"the checkpoint holds other parameters than a training of kind {self.kind.name} at depth "
+                f"{self.plan.depth}: give one of the same kind and depth."
+            )
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["start"] = self._start()
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
     def _start(self) -> str | None:

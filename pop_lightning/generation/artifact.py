@@ -101,7 +101,7 @@ def write_artifact(
         os.path.abspath(Path(folder).expanduser())
     )  # "." has no name for the temporary folder to be derived from
     recipe, measured = recipe or {}, measured or {}
-    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder / CONFIG).is_file() and not _holds_only_own_files(folder):
         raise InputError(f"{folder} holds something other than an artifact; name another folder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     for name, tensor in tensors.items():
@@ -138,6 +138,11 @@ def write_artifact(
         raise InputError(f"the artifact cannot be written to {folder}: {reason.rstrip('.')}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _holds_only_own_files(folder: Path) -> bool:
+    """Whether ``folder`` is empty or a damaged artifact: nothing in it has another name than an artifact's files."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, TENSORS, CARD}
 
 
 def _stated(tensor: Tensor) -> dict[str, Any]:

@@ -24,7 +24,14 @@ from safetensors import SafetensorError, safe_open
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.files import is_unfinished, remove_unfinished, write_json, write_problem, write_whole
+from pop_lightning.core.files import (
+    is_unfinished,
+    read_checked_json,
+    remove_unfinished,
+    write_checked_json,
+    write_problem,
+    write_whole,
+)
 from pop_lightning.core.plan import Choice
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.projections import KVProjections
@@ -60,6 +67,14 @@ class RunFolder:
             distributed.stop_together(problem)
 
     def _open(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+        try:
+            self._enter(recipe, resume, overwrite)
+        except OSError as error:
+            raise InputError(
+                f"output {self.root} cannot be written ({error.strerror}); choose another with --output."
+            ) from error
+
+    def _enter(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"output {self.root} is a file; name a folder.")
         stored = self.root / "recipe.yaml"
@@ -71,21 +86,16 @@ class RunFolder:
             else:
                 self._hold()
                 self._check_recipe(stored, recipe)
-        try:
-            self.state.mkdir(parents=True, exist_ok=True)
-            if self._held is None:
-                self._hold()
-            remove_unfinished(self.root)
-            write_whole(stored, recipe.save)
-        except OSError as error:
-            raise InputError(
-                f"output {self.root} cannot be written ({error.strerror}); choose another with --output."
-            ) from error
+        self.state.mkdir(parents=True, exist_ok=True)
+        if self._held is None:
+            self._hold()
+        remove_unfinished(self.root)
+        write_whole(stored, recipe.save)
 
     def _check_recipe(self, stored: Path, recipe: Recipe) -> None:
         try:
             before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             before = None
         if not isinstance(before, dict):
             raise InputError(f"output {self.root} has no recipe.yaml that can be read: --overwrite it.")
@@ -235,12 +245,12 @@ class RunFolder:
 
     def read(self, name: str) -> dict:
         """What the JSON file ``name`` holds; empty where there is none, or none that can be read."""
-        return distributed.from_first(lambda: _read_json(self.root / name))
+        return distributed.from_first(lambda: read_checked_json(self.root / name))
 
     def write(self, name: str, content: dict) -> None:
         if distributed.is_first():
             self._check_place()
-            write_json(self.root / name, content)
+            write_checked_json(self.root / name, content)
 
     def _check_place(self) -> None:
         if self._held is not None and not self._is_ours():
@@ -248,6 +258,16 @@ class RunFolder:
                 f"output {self.root} was removed or replaced while the run was at work, so nothing more is written; "
                 "start it anew."
             )
+
+    def has_results(self) -> bool:
+        """Whether a stage has left something that depends on the base and the rows."""
+        own = {"data.json", self._lock.name}
+        return distributed.from_first(
+            lambda: (
+                any((self.root / name).exists() for name in ("importance.json", "metrics.json"))
+                or any(path.name not in own for path in self.state.iterdir())
+            )
+        )
 
     def has_projections(self, choice: Choice) -> bool:
         """Whether what was fitted under ``choice`` is there and whole."""
@@ -257,10 +277,9 @@ class RunFolder:
         if distributed.is_first():
             self._check_place()
             state = projections.fitted_state()
-            metadata = {"sha256": _digest(state)}  # one entry: their order is not fixed
-            write_whole(
-                self._projections(choice), lambda path: safetensors.torch.save_file(state, path, metadata=metadata)
-            )
+            path = self._projections(choice)
+            metadata = {"sha256": _digest(path.name, state)}  # one entry: their order is not fixed
+            write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata=metadata))
         distributed.barrier()  # the others may read it next
 
     def read_projections(self, decoder: Decoder, choice: Choice) -> KVProjections:
@@ -274,27 +293,19 @@ class RunFolder:
         return self.state / f"{file_name(choice)}.safetensors"
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _is_whole(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as file:
             stated = (file.metadata() or {}).get("sha256")
-        return stated == _digest(safetensors.torch.load_file(path))
+        return stated == _digest(path.name, safetensors.torch.load_file(path))
     except (OSError, SafetensorError):
         return False
 
 
-def _digest(state: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest(file: str, state: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256(file.encode())
     for name in sorted(state):
-        found.update(name.encode())
+        found.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
         found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 

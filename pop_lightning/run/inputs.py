@@ -122,6 +122,11 @@ def load(recipe: Recipe, folder: RunFolder, trainers: Trainers) -> Run:
 def check_same_input(run: Run) -> None:
     """Refuse to resume a run on other rows or another base; their content counts, not where they are."""
     now = {"digest": run.data.digest, "base": run.base["fingerprint"], "versions": versions()}
+    if not run.folder.read("state/data.json") and run.folder.has_results():
+        raise InputError(
+            f"output {run.folder} has results, but no state/data.json that says which base and rows they are of (it is "
+            "missing or damaged): --overwrite it."
+        )
     stored = run.folder.once("state/data.json", lambda: now)
     for package, before in stored["versions"].items():
         if before != (current := version(package)):

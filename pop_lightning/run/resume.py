@@ -30,7 +30,7 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
          "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.precision"),
     ),
     ("state/lora-*", "checkpoints/lora-*/last.ckpt"): ("adapters were trained with it", ("projection.lora.",)),
-    ("state/verify.json",): (
+    ("state/verify.json", "artifact", "metrics.json"): (
         "the verify split was opened for it, and a second look would void its bound",
         ("budget.", "depth", "boundary", "projection.kind"),
     ),

@@ -16,6 +16,7 @@ import gc
 import os
 import shutil
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -147,7 +148,16 @@ def whole_checkpoints(name: str, plugins: object) -> list:
 
 
 def training_step_of(checkpoint: Path) -> int:
-    """At which step a training was when ``checkpoint`` (a file, or DeepSpeed's folder) was written."""
+    """At which step a training was when ``checkpoint`` (a file, or DeepSpeed's folder) was written.
+
+    Raises:
+        Exception: whatever reading damaged bytes raises. PyTorch does not compare an archive's checksums, so a flipped
+            bit would go unnoticed without it.
+    """
+    for file in sorted(checkpoint.rglob("*.pt")) if checkpoint.is_dir() else [checkpoint]:
+        with zipfile.ZipFile(file) as archive:
+            if (name := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{name} in {file} is damaged")
     inside = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"
     return torch.load(inside if checkpoint.is_dir() else checkpoint, weights_only=True)["global_step"]
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pop_lightning.run import pipeline
 from pop_lightning.run.folder import RunFolder
 from pop_lightning.run.recipe import parse
 from pop_lightning.run.resume import refused_changes
+from pop_lightning.run.trainers import _step_of
 
 from tests.helpers.ranked import TENSORS, exported
 from tests.helpers.workbench import arguments, save_base, save_rows, snapshot
@@ -165,19 +167,55 @@ def test_an_artifact_that_is_gone_or_damaged_is_written_again_from_state(finishe
 
 
 @pytest.mark.parametrize(
-    "name", ["importance.json", "state/ridge.json", "state/search.json", "state/closed_form-depth2.safetensors"]
+    ("name", "damage"),
+    [
+        ("importance.json", "cut"),
+        ("importance.json", "another number"),
+        ("state/ridge.json", "empty"),
+        ("state/search.json", "another number"),
+        ("state/closed_form-depth2.safetensors", "zeros"),
+        ("state/closed_form-depth2.safetensors", "flipped"),
+    ],
 )
-@pytest.mark.parametrize("damage", ["empty", "zeros", "cut"])
-def test_state_that_cannot_be_read_is_made_again(searched, finished, base, data, tmp_path, name, damage):
+def test_state_that_was_damaged_is_made_again(searched, finished, base, data, tmp_path, name, damage):
     output = shutil.copytree(searched, tmp_path / "run")
     content = (output / name).read_bytes()
-    damaged = {"empty": b"", "zeros": bytes(len(content)), "cut": content[: len(content) // 2]}[damage]
+    damaged = {
+        "cut": content[: len(content) // 2],
+        "empty": b"",
+        "zeros": bytes(len(content)),
+        "flipped": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+        "another number": re.sub(rb"\d\.\d+", b"7.5", content, count=1),  # still valid JSON
+    }[damage]
     (output / name).write_bytes(damaged)
-    if damage == "zeros" and name != "state/closed_form-depth2.safetensors":
-        pytest.skip("as empty")
     assert fit.main([*arguments(base, data, output), "--resume"]) == 0
-    assert (output / name).read_bytes() != damaged
+    assert (output / name).read_bytes() == content
     assert exported(output) == exported(finished)
+
+
+def test_results_of_rows_that_no_file_names_any_more_are_refused(searched, base, data, tmp_path, capsys):
+    output = shutil.copytree(searched, tmp_path / "run")
+    (output / "state/data.json").unlink()
+    assert fit.main([*arguments(base, data, output), "--resume"]) == 2
+    assert "has results, but no state/data.json that says which base and rows" in capsys.readouterr().err
+
+
+def test_a_budget_stays_what_was_verified_where_the_record_of_it_is_gone(copy, base, data, capsys):
+    (copy / "state/verify.json").unlink()
+    (copy / "metrics.json").unlink()
+    assert fit.main([*arguments(base, data, copy, budget__max_drop=99.0), "--resume"]) == 2
+    assert "budget.max_drop was 100.0 and is 99.0 (the verify split was opened" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_noticed_although_pytorch_reads_it(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"global_step": 3, "weight": torch.ones(64)}, path)
+    assert _step_of(path) == 3
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(64).numpy().tobytes()) + 9] ^= 4
+    path.write_bytes(content)
+    assert torch.load(path)["weight"].ne(1).sum() == 1
+    assert _step_of(path) == 0
 
 
 def test_projections_that_were_written_stay_where_the_fit_was_stopped_before_its_end(
