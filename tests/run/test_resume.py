@@ -397,7 +397,7 @@ def test_a_given_depth_is_verified_for_its_loss_and_exported_whatever_it_loses(b
     assert metrics["verified"]["bound"] >= metrics["verified"]["value"] > 0.001
     assert metrics["verified"]["max_drop"] is None
     assert "Depth 1 was given" in (output / "report.html").read_text()
-    assert "its loss was no condition" in capsys.readouterr().out
+    assert "with no limit on its loss" in capsys.readouterr().out
     for depth in (4, 9):
         assert fit.main(arguments(base, data, tmp_path / "refused", depth=depth)) == 2
         assert "depth prunes nothing" in capsys.readouterr().err
