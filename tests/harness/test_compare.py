@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import pop_lightning.harness
 from pop_lightning import PruningPlan, StageAwareGenerator
 from pop_lightning.cli import generate, lm_eval
 from pop_lightning.core.bundled import resolve_bundled
@@ -140,6 +142,31 @@ def test_the_command_prints_a_table_and_writes_what_lm_eval_writes(artifact, fol
     assert entry["documents"] == 5
     assert entry["low"] <= entry["difference"] <= entry["high"]
     assert entry["difference"] == pytest.approx(entry["pruned"] - entry["full"])
+
+
+def test_without_the_extra_the_command_says_what_to_install(artifact, monkeypatch, capsys):
+    for name in ("compare", "needle"):
+        monkeypatch.delattr(pop_lightning.harness, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"pop_lightning.harness.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert generate.main(["eval", "--artifact", artifact, "--tasks", "look_up"]) == 2
+    assert "--tasks needs lm_eval: pip install 'pop-lightning[eval]'." in capsys.readouterr().err
+
+
+@pytest.mark.full  # a group makes lm-eval read all of its tasks, which it may name
+def test_a_group_has_both_aggregates(folder, tmp_path):
+    for path in folder.glob("*.yaml"):
+        shutil.copy(path, tmp_path)
+    again = yaml.safe_load((folder / "choose.yaml").read_text()) | {"task": "choose_again"}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    group = {"group": "both", "task": ["choose", "choose_again"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    found, _ = compare(generator(2), Tasks(["both"], str(tmp_path)), batch_size=4, limit=4)
+    each = {entry.task: entry for entry in found if entry.metric == "acc"}
+    assert set(each) == {"choose", "choose_again", "both"}
+    assert (each["both"].full, each["both"].pruned) == (each["choose"].full, each["choose"].pruned)
+    assert each["both"].paired is None
+    assert "both" in table(found)
 
 
 @pytest.mark.full  # lm-eval's command always reads all of its tasks
