@@ -324,7 +324,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     passed = ("limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template")
     passed += ("system_instruction", "seed", "output", "log_samples", "confirm_run_unsafe_code")
     given = vars(arguments)
-    generator = _generator(arguments, lambda: None)
+    generator = _generator(arguments, lambda: compare.check_output(arguments.output))
     with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
         found, results = compare.compare(generator, tasks, **{name: given[name] for name in passed})
     print(compare.table(found), end="")

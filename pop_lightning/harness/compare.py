@@ -112,6 +112,15 @@ class Tasks(TaskManager):
         return self.loaded
 
 
+def check_output(output: str | Path | None) -> None:
+    """Raise :class:`InputError` if results cannot be written to ``output``."""
+    try:
+        if output is not None:
+            check_writable(Path(output) / "comparison.json")
+    except OSError as error:
+        raise InputError(f"--output {str(output)!r} cannot be written: {error.strerror}.") from error
+
+
 def compare(
     generator: StageAwareGenerator,
     tasks: Tasks,
@@ -142,8 +151,7 @@ def compare(
     Raises:
         InputError: a task that is unknown or cannot run with this model, or an output that cannot be written.
     """
-    if output is not None:
-        _check_folder(Path(output))
+    check_output(output)
     settings = {} if max_length is None else {"max_length": max_length}
     lms = {
         name: PopLM(generator=generator, full=name == "full", batch_size=batch_size, **settings) for name in VARIANTS
@@ -284,13 +292,6 @@ def table(found: Sequence[Difference]) -> str:
 
 def _with_error(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        check_writable(folder / "comparison.json")
-    except OSError as error:
-        raise InputError(f"--output {str(folder)!r} cannot be written: {error.strerror}.") from error
 
 
 def _write(tracker: EvaluationTracker, name: str, results: dict, log_samples: bool) -> None:

@@ -194,7 +194,7 @@ class PopLM(HFLM):
         Returns:
             for each of ``part`` the log-probabilities of what follows each token, ``[tokens, vocabulary]``.
         """
-        rows = torch.tensor([row for row, _ in part], device=mask.device)
+        rows = torch.tensor([row for row, _ in part])  # not on a device: the layers may be on several
         # Padding comes after the tokens that are scored, which cannot see it.
         ids, _ = self._padded([tokens for _, tokens in part], "right")
         positions = mask[rows].sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=mask.device)
