@@ -13,13 +13,15 @@ from pop_lightning.harness.model import PopLM
 from pop_lightning.models.loading import load_model, load_tokenizer
 
 from tests.helpers import vision
-from tests.helpers.families import build, two_pass
+from tests.helpers.families import build, marked, two_pass
 from tests.helpers.workbench import WORDS, save_base, save_tokenizer
 
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.full)])
+@pytest.fixture(
+    scope="module", params=marked(("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "cohere2"), ("llama",))
+)
 def base(request, tmp_path_factory):
     folder = save_base(tmp_path_factory.mktemp("base"), request.param)
     save_tokenizer(folder, CHAT)
