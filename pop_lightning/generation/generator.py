@@ -51,6 +51,7 @@ from pop_lightning.models.loading import end_tokens
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.prefill import StageAwarePrefill
 from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.pruning.salient import depends_on_padding
 
 _MARK = "_pop_mark"  # on a cache: who filled it
 _SHIFT = "_pop_rotary_shift"  # on a cache: Positions.shift of what it holds
@@ -301,7 +302,8 @@ class StageAwareGenerator:
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
         self._check_boundary(ids, kwargs)
         shift = self._place_tokens(ids, kwargs, cached) if self.decoder.positions.mrope else None
-        with self._prefill.attached(length, cached=cached, compiled=chunked) as run:
+        padding = self._padding(ids, kwargs)
+        with self._prefill.attached(length, cached=cached, compiled=chunked, padding=padding) as run:
             output = self.model.generate(inputs, **kwargs)
         self._thread.selected = run.selected
         if isinstance(getattr(output, "past_key_values", None), Cache):
@@ -357,7 +359,8 @@ class StageAwareGenerator:
         if not self._pruning:
             output = self.model(**call, logits_to_keep=1)
         else:
-            with self._prefill.attached(cached + tokens.shape[1], cached=cached, last=last) as run:
+            length, padding = cached + tokens.shape[1], self._padding(None, call)
+            with self._prefill.attached(length, cached=cached, last=last, padding=padding) as run:
                 output = self.model(**call, logits_to_keep=1)
             self._thread.selected = run.selected
             self._claim(cache)
@@ -386,6 +389,18 @@ class StageAwareGenerator:
         if pad is None or pad in end_tokens(self.model):
             return torch.ones_like(ids)
         return (ids != pad).long()
+
+    def _padding(self, ids: Tensor | None, call: dict) -> Tensor | None:
+        """Padding tokens in front of each row, ``[batch]``, if there are any and the plan has shares of the prompt."""
+        if not depends_on_padding(self.plan):
+            return None
+        mask = call.get("attention_mask")
+        if mask is None and ids is not None:
+            mask = self._mask_of(ids, call)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        padding = (mask == 0).sum(-1)
+        return padding if padding.any() else None
 
     def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
         """Raise if the boundary begins inside an image that cannot be split between context and boundary."""

@@ -16,7 +16,15 @@ from pop_lightning.models.layer_parts import cut, of_tokens
 from pop_lightning.models.masks import layer_mask, tail_mask
 from pop_lightning.pruning.prefill import cache_context
 from pop_lightning.pruning.projections import KVProjections
-from pop_lightning.pruning.salient import PROBES, PrunedLayers, Selection, check_salient, rows_of
+from pop_lightning.pruning.salient import (
+    PROBES,
+    PrunedLayers,
+    Selection,
+    check_salient,
+    context_ends,
+    depends_on_padding,
+    rows_of,
+)
 
 
 @torch.no_grad()
@@ -121,8 +129,12 @@ def student_hidden(
     decoder, depth = projections.decoder, plan.depth
     tokens = attention_mask.shape[1] - 1  # the last token predicts nothing
     context = plan.context_of(prompt_length)
-    if plan.salient and context and context_visible:
-        return _salient_hidden(projections, plan, trace, attention_mask, prompt_length, checkpoint)
+    if context and context_visible:
+        padding = _padding(plan, attention_mask, prompt_length)
+        ends = context_ends(plan, prompt_length, padding)
+        if plan.salient or ends is not None:
+            given = padding, ends
+            return _salient_hidden(projections, plan, trace, attention_mask, prompt_length, checkpoint, *given)
     source = trace.hidden[depth][:, :tokens]
     hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
     normed = decoder.normalize(source[:, :context])
@@ -157,6 +169,14 @@ def student_hidden(
     return hidden[:, prompt_length - 1 - context :]
 
 
+def _padding(plan: PruningPlan, attention_mask: Tensor, prompt_length: int) -> Tensor | None:
+    """Padding tokens in front of each row, ``[batch]``, if there are any and the plan has shares of the prompt."""
+    if not depends_on_padding(plan):
+        return None
+    padding = (attention_mask[:, :prompt_length] == 0).sum(-1)
+    return padding if padding.any() else None
+
+
 def _salient_hidden(
     projections: KVProjections,
     plan: PruningPlan,
@@ -164,13 +184,15 @@ def _salient_hidden(
     attention_mask: Tensor,
     prompt_length: int,
     checkpoint: bool,
+    padding: Tensor | None,
+    ends: Tensor | None,
 ) -> Tensor:
     """:func:`student_hidden` of a plan with salient tokens: a probing pass selects them, and they run as well."""
     decoder, tokens, context = projections.decoder, attention_mask.shape[1] - 1, plan.context_of(prompt_length)
-    check_salient(decoder, plan)
+    check_salient(decoder, plan, ragged=ends is not None)
     source = trace.hidden[plan.depth][:, :tokens]
     layers = PrunedLayers(decoder, source)
-    selection = Selection(layers, plan, context, prompt_length, prompt_length)
+    selection = Selection(layers, plan, context, prompt_length, prompt_length, padding, ends)
     probes = selection.probes[:, : min(PROBES, prompt_length)]
     behind = source[:, : prompt_length - probes.shape[1]]
     normed, hidden, masks = decoder.normalize(behind), rows_of(source, probes), {}
@@ -184,14 +206,17 @@ def _salient_hidden(
             mask = masks[kind]
         tables = cut(kwargs.get("position_embeddings"), slice(behind.shape[1]))
         layers.add(layer, kwargs, mask, decoder.to_cache(layer, projections(layer, behind, normed), tables))
+        if not plan.salient:
+            continue
         with torch.no_grad():
             arguments = layers.arguments(layer, probes, None, prompt_length)
             following = decoder.run_layer(layer, hidden, **arguments)
         selection.watch(layer, hidden, arguments)
         hidden = following
-    selected = selection.choose(trace.selectable)
+    selected, kept = selection.choose(trace.selectable)
     rest = torch.arange(context, tokens, device=selected.device).expand(len(selected), -1)
-    hidden = layers.run(torch.cat([selected, rest], dim=1), run_layer=_checkpointed(decoder) if checkpoint else None)
+    run_layer = _checkpointed(decoder) if checkpoint else None
+    hidden = layers.run(torch.cat([selected, rest], dim=1), kept=kept, run_layer=run_layer)
     return hidden[:, selected.shape[1] + prompt_length - 1 - context :]
 
 

@@ -20,7 +20,7 @@ from pop_lightning.models.layer_parts import Tables, cut, of_tokens
 from pop_lightning.models.masks import append, tail_mask
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.projections import KVProjections, Stack
-from pop_lightning.pruning.salient import PrunedLayers, Selection, check_salient, rows_of, scratch
+from pop_lightning.pruning.salient import PrunedLayers, Selection, check_salient, context_ends, rows_of, scratch
 
 
 class ContextProjector:
@@ -112,7 +112,15 @@ class StageAwarePrefill:
         self.plan = plan
 
     @contextmanager
-    def attached(self, prompt_length: int, *, cached: int = 0, last: bool = True, compiled: bool = False):
+    def attached(
+        self,
+        prompt_length: int,
+        *,
+        cached: int = 0,
+        last: bool = True,
+        compiled: bool = False,
+        padding: Tensor | None = None,
+    ):
         """Prune every forward of this thread until ``prompt_length`` tokens have been read.
 
         Args:
@@ -120,13 +128,19 @@ class StageAwarePrefill:
             cached: how many of them the cache already holds.
             last: False if more of the prompt will follow: every token is context and no logits are needed.
             compiled: the caller will run the prompt through ``torch.compile``; a compiled model is detected anyway.
+            padding: padding tokens in front of each row, ``[batch]``, which shares of the prompt do not count.
 
         Yields:
             The running prefill, whose ``selected`` will be the salient tokens.
         """
-        check_salient(self.decoder, self.plan)  # again: the attention implementation may have been changed
         context_end = self.plan.context_of(prompt_length) if last else prompt_length
-        run = (_SalientRun if self.plan.salient else _Run)(self, prompt_length, context_end, cached)
+        ends = context_ends(self.plan, prompt_length, padding) if last else None
+        # Again: the attention implementation may have been changed.
+        check_salient(self.decoder, self.plan, ragged=ends is not None)
+        if self.plan.salient or ends is not None:
+            run = _SalientRun(self, prompt_length, context_end, cached, padding, ends)
+        else:
+            run = _Run(self, prompt_length, context_end, cached)
         try:
             if compiled or self.decoder.compiled:
                 run.handles.append(_compiler.pause())
@@ -238,11 +252,18 @@ class _SalientRun(_Run):
 
     The model's own loop over the pruned layers runs only the probing tokens, on copies of the cache, and records what
     each layer is given. Before the final norm the selected tokens and the boundary run through the pruned layers
-    again and fill the cache.
+    again and fill the cache. It also serves a boundary that is a share of the prompt over rows of different lengths,
+    with no token selected: the last ``context_end`` columns run for all rows, and those that are context of a shorter
+    row keep their projected keys and values.
+
+    Args:
+        padding: padding tokens in front of each row, ``[batch]``, or None.
+        ends: tokens of each row before its boundary, padding included, ``[batch]``, if rows differ.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, prefill, prompt_length, context_end, seen, padding: Tensor | None, ends: Tensor | None):
+        super().__init__(prefill, prompt_length, context_end, seen)
+        self.padding, self.ends = padding, ends
         self.selection: Selection | None = None
         self.allowed: Tensor | None = None
         self.cache: Cache | None = None
@@ -264,13 +285,20 @@ class _SalientRun(_Run):
         hidden, cache = given.pop("hidden_states"), given.get("past_key_values")
         tokens, past = hidden.shape[1], self.seen
         keep = min(tokens, max(0, past + tokens - self.context_end))
-        if cache is None or keep == tokens:
+        if cache is None or (keep == tokens and self.ends is None):
             return super().split(layer, args, kwargs)
         self.seen, self.keep, self.cache = past + tokens, keep, cache
         read = tokens - max(0, self.seen - self.prompt_length)  # candidate tokens may follow the prompt
         layers = PrunedLayers(self.decoder, hidden, past)
-        self.selection = Selection(layers, self.plan, tokens - keep, read, self.prompt_length)
-        projected = hidden[:, : tokens - self.selection.probes.shape[1]]
+        padding, ends = (
+            None if each is None else each.to(hidden.device).repeat_interleave(len(hidden) // len(each))  # beams
+            for each in (self.padding, self.ends)
+        )
+        ends = None if ends is None else ends - past
+        self.selection = Selection(layers, self.plan, tokens - keep, read, self.prompt_length, padding, ends)
+        # The probing tokens run in full if they are boundary; of a part of the prompt they are context as well.
+        ending = keep and self.seen >= self.prompt_length
+        projected = hidden[:, : tokens - self.selection.probes.shape[1]] if ending else hidden
         self.context = ContextProjector(self.projections, projected, whole=True)
         return self.probe(layer, rows_of(hidden, self.selection.probes), given)
 
@@ -298,16 +326,17 @@ class _SalientRun(_Run):
         if self.selection is None:
             return super().finish(args, kwargs)
         self.selection.watch(*self.probed)
-        layers, context = self.selection.layers, self.selection.context
-        selected = self.selection.choose(self.allowed)
-        rest = torch.arange(context, layers.hidden.shape[1], device=selected.device).expand(len(selected), -1)
+        layers = self.selection.layers
+        selected, kept = self.selection.choose(self.allowed)
+        tokens = layers.hidden.shape[1]
+        rest = torch.arange(tokens - self.keep, tokens, device=selected.device).expand(len(selected), -1)
         # The probing pass has recorded everything; what it holds is not needed while the cache is filled.
         last = layers.hidden[:, -1:].clone()
         self.context, self.probed, self.selection = None, (), None
         self.filling = True
-        hidden = layers.run(torch.cat([selected, rest], dim=1), self.cache)[:, selected.shape[1] :]
+        hidden = layers.run(torch.cat([selected, rest], dim=1), self.cache, kept)[:, selected.shape[1] :]
         self.filling, self.cache = False, None
-        self.selected = selected + layers.past
+        self.selected = selected + layers.past if self.plan.salient else None
         return (hidden if self.keep else last.to(hidden.device), *args[1:]), kwargs
 
 

@@ -37,10 +37,18 @@ class MendedCache:
         projected: keys and values of the context, ``[batch, kv_heads, context, head_dim]`` each.
         index: the tokens that run, ``[batch, rows]``, counted from the pass's first.
         tokens: of the pass.
+        kept: which tokens keep projected keys and values even if they run, ``[batch, tokens]``; none unless given.
     """
 
-    def __init__(self, cache: Cache | None, projected: tuple[Tensor, Tensor], index: Tensor, tokens: int):
-        self.cache, self.projected, self.index, self.tokens = cache, projected, index, tokens
+    def __init__(
+        self,
+        cache: Cache | None,
+        projected: tuple[Tensor, Tensor],
+        index: Tensor,
+        tokens: int,
+        kept: Tensor | None = None,
+    ):
+        self.cache, self.projected, self.index, self.tokens, self.kept = cache, projected, index, tokens, kept
         self.keys: Tensor | None = None  # what update returned
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -54,7 +62,9 @@ class MendedCache:
         batch, heads, context, width = projected.shape
         index = self.index.to(own.device)[:, None, :, None].expand(-1, heads, -1, width)
         rest = own.new_zeros(batch, heads, self.tokens - context, width)
-        return torch.cat([projected.to(own), rest], dim=2).scatter(2, index, own)
+        whole = torch.cat([projected.to(own), rest], dim=2)
+        mended = whole.scatter(2, index, own)
+        return mended if self.kept is None else torch.where(self.kept.to(own.device)[:, None, :, None], whole, mended)
 
     def __getattr__(self, name: str):
         return getattr(self.cache, name)
@@ -83,31 +93,41 @@ class PrunedLayers:
         """Record what the model passes to a layer for all tokens, and the projected keys and values of the context."""
         self.kwargs[layer], self.masks[layer], self.projected[layer] = kwargs, mask, projected
 
-    def arguments(self, layer: int, index: Tensor, cache: Cache | None, tokens: int | None = None) -> dict:
+    def arguments(
+        self, layer: int, index: Tensor, cache: Cache | None, tokens: int | None = None, kept: Tensor | None = None
+    ) -> dict:
         """What a layer needs to run the tokens ``index`` ``[batch, rows]``: mask, cache and per-token arguments.
 
         Args:
             cache: receives the keys and values of the whole pass; None keeps them nowhere.
             tokens: of the pass, if it ends before the last one.
+            kept: see :class:`MendedCache`.
         """
         tokens = self.hidden.shape[1] if tokens is None else tokens
         columns, offset = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, layer)
         return of_rows(self.kwargs[layer], index) | {
             "attention_mask": rows_mask(self.masks[layer], index, self.past, columns, offset),
-            "past_key_values": MendedCache(cache, self.projected[layer], index, tokens),
+            "past_key_values": MendedCache(cache, self.projected[layer], index, tokens, kept),
         }
 
-    def run(self, index: Tensor, cache: Cache | None = None, run_layer: Callable | None = None) -> Tensor:
+    def run(
+        self,
+        index: Tensor,
+        cache: Cache | None = None,
+        kept: Tensor | None = None,
+        run_layer: Callable | None = None,
+    ) -> Tensor:
         """What leaves the last layer at the tokens ``index`` ``[batch, rows]``: ``[batch, rows, hidden]``.
 
         What a layer needed is dropped when it has run.
 
         Args:
+            kept: see :class:`MendedCache`.
             run_layer: ``Decoder.run_layer`` unless given.
         """
         hidden = rows_of(self.hidden, index)
         for layer in list(self.projected):
-            arguments = self.arguments(layer, index, cache)
+            arguments = self.arguments(layer, index, cache, kept=kept)
             del self.projected[layer], self.masks[layer], self.kwargs[layer]
             hidden = (run_layer or self.decoder.run_layer)(layer, hidden, **arguments)
         return hidden
@@ -121,13 +141,26 @@ class Selection:
         context: how many of its tokens are context.
         read: how many of them belong to the prompt.
         prompt: all tokens of the prompt, of which the pass may be a part.
+        padding: padding tokens in front of each row, ``[batch]``; none unless given.
+        ends: where each row's context ends in the pass, ``[batch]``, if not all rows' at ``context``.
 
     Attributes:
         probes: the probing tokens and any that follow the prompt, ``[batch, probes]``, counted from the pass's first.
     """
 
-    def __init__(self, layers: PrunedLayers, plan: PruningPlan, context: int, read: int, prompt: int):
-        self.layers, self.plan, self.context, self.read, self.prompt = layers, plan, context, read, prompt
+    def __init__(
+        self,
+        layers: PrunedLayers,
+        plan: PruningPlan,
+        context: int,
+        read: int,
+        prompt: int,
+        padding: Tensor | None = None,
+        ends: Tensor | None = None,
+    ):
+        self.layers, self.plan, self.read, self.prompt = layers, plan, read, prompt
+        self.padding, self.ends, self.end = padding, ends, context
+        self.context = context if ends is None else read  # the widest row's
         self.decoder = layers.decoder
         pruned = plan.pruned(self.decoder.num_layers)
         whole = [layer for layer in pruned if self.decoder.window(layer) is None]
@@ -165,40 +198,93 @@ class Selection:
         if self.visible is None:
             self.visible = visible[:, -1, first : first + self.read]
 
-    def choose(self, allowed: Tensor | None = None) -> Tensor:
-        """The selected columns ``[batch, salient]``, counted from the pass's first token.
+    def choose(self, allowed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Select.
 
         Args:
             allowed: which tokens of the pass may be selected, ``[batch, tokens]``; all unless given.
+
+        Returns:
+            The selected columns ``[batch, salient]``, counted from the pass's first token; and which tokens keep their
+            projected keys and values even if they run, ``[batch, tokens]``, or None where rows need no such difference.
         """
-        usable, real = self.visible[:, : self.context], self.visible.sum(-1)
-        if isinstance(self.plan.salient, float):
-            count = (self.plan.salient * real.double() - 1e-9).ceil().long()
-        else:  # of a prompt that is read in parts, each selects its share
-            count = torch.full_like(real, -(-self.plan.salient * self.read // self.prompt))
+        batch, tokens, _ = self.layers.hidden.shape
+        columns = torch.arange(tokens, device=self.layers.hidden.device)
+        behind = columns < (self.end if self.ends is None else self.ends[:, None])
+        usable = behind.expand(batch, -1)[:, : self.context]
+        if self.visible is not None:
+            usable = usable.to(self.visible.device) & self.visible[:, : self.context]
         if allowed is not None:
             usable = usable & allowed[:, : self.context].to(usable.device)
-        known = Seen(self.layers.hidden[:, : self.context], self.attention)
-        return choose(selector_named(self.plan.selector).score(known), usable, count)
+        if self.plan.salient:
+            known = Seen(self.layers.hidden[:, : self.context], self.attention)
+            selected = choose(selector_named(self.plan.selector).score(known), usable, self._count(usable))
+        else:
+            selected = columns.new_empty(batch, 0)
+        if allowed is None and self.ends is None:
+            return selected, None
+        own = torch.zeros(batch, tokens, dtype=torch.bool, device=usable.device)
+        own = own.scatter(1, selected, usable.gather(1, selected))
+        return selected, behind.to(own.device) & ~own
+
+    def _count(self, usable: Tensor) -> Tensor:
+        """How many tokens each row selects; of a prompt that is read in parts, each part selects its share."""
+        real = torch.full((len(usable),), self.read, device=usable.device)
+        if not isinstance(self.plan.salient, float):
+            return torch.full_like(real, -(-self.plan.salient * self.read // self.prompt))
+        if self.padding is not None:
+            real = (real - (self.padding - self.layers.past).clamp(min=0)).clamp(min=0)
+        return count_of(self.plan.salient, real)
 
 
-def check_salient(decoder: Decoder, plan: PruningPlan) -> None:
-    """Raise :class:`InputError` where a model cannot run tokens of a prompt that do not follow one another."""
-    if not plan.salient:
+def depends_on_padding(plan: PruningPlan) -> bool:
+    """Whether rows of one batch that have different lengths differ in their numbers of tokens that run in full."""
+    return isinstance(plan.boundary, float) or isinstance(plan.salient, float)
+
+
+def count_of(part: int | float, tokens: Tensor) -> Tensor:
+    """:func:`~pop_lightning.core.plan.number_of` for each row: ``part``, or the share of its tokens ``[batch]``."""
+    if isinstance(part, float):
+        return (part * tokens.double() - 1e-9).ceil().long()
+    return torch.full_like(tokens, part)
+
+
+def context_ends(plan: PruningPlan, prompt: int, padding: Tensor | None) -> Tensor | None:
+    """Where the context of each row ends, ``[batch]``, if the boundary is a share of rows of different lengths.
+
+    Args:
+        prompt: the padded prompts' width.
+        padding: padding tokens in front of each row, ``[batch]``, or None where there are none.
+    """
+    if padding is None or not isinstance(plan.boundary, float):
+        return None
+    return prompt - count_of(plan.boundary, prompt - padding)
+
+
+def check_salient(decoder: Decoder, plan: PruningPlan, ragged: bool = False) -> None:
+    """Raise :class:`InputError` where a model cannot run tokens of a prompt that do not follow one another.
+
+    Args:
+        ragged: rows of a batch differ in the number of their boundary tokens (:func:`context_ends`).
+    """
+    if not (plan.salient or ragged):
         return
     selector_named(plan.selector)
+    what, instead = "salient tokens", "salient 0"
+    if not plan.salient:
+        what, instead = "a boundary that is a share of prompts of different lengths", "a whole number for boundary"
     implementation = decoder.config._attn_implementation
     if "flash" in implementation:
         raise InputError(
-            f"salient tokens need a mask for each token, which attn_implementation {implementation!r} does not take; "
-            "use 'sdpa', 'eager' or 'flex_attention', or salient 0."
+            f"{what}: each token needs a mask of its own, which attn_implementation {implementation!r} does not take; "
+            f"use 'sdpa', 'eager' or 'flex_attention', or {instead}."
         )
     for layer in plan.pruned(decoder.num_layers):
         if layer in decoder.parts and decoder.parts[layer].query_scale is not None:
             raise InputError(
-                f"{decoder.name} cannot run salient tokens at depth {plan.depth}: layer {layer} scales its queries by "
+                f"{decoder.name} cannot run {what} at depth {plan.depth}: layer {layer} scales its queries by "
                 "their position in the cache (attention temperature), which tokens in the middle of a prompt do not "
-                "have there; use salient 0."
+                f"have there; use {instead}."
             )
 
 
