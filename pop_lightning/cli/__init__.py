@@ -38,8 +38,7 @@ def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_re
 
 def _outcome(program: str, body: Callable[[], int | None], spelling: Spelling) -> int:
     try:
-        with _terminable():
-            return body() or 0
+        return _terminable(body) or 0
     except InputError as error:
         number, reports = _process()
         if reports:
@@ -83,14 +82,27 @@ def importing():
     return _handling({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
 
 
-def _terminable():
-    """Inside, SIGTERM raises :class:`Terminated` in the main thread, and SIGALRM as well: see :func:`_terminate`."""
-    return _handling({signal.SIGTERM: _terminate, signal.SIGALRM: _terminate})
+def _terminable(body: Callable[[], int | None]) -> int | None:
+    """Run ``body``, in which SIGTERM raises :class:`Terminated` in the main thread.
 
+    It is raised again after :data:`GRACE` seconds, in case that a destructor or a library swallows it. What a library
+    makes of it counts as it: an extension module whose import is cut short raises ImportError, for one.
+    """
+    arrived = False
 
-def _terminate(*_) -> None:
-    signal.alarm(GRACE)  # once more, in case that a destructor or a library swallows the exception
-    raise Terminated
+    def terminate(*_) -> None:
+        nonlocal arrived
+        arrived = True
+        signal.alarm(GRACE)
+        raise Terminated
+
+    try:
+        with _handling({signal.SIGTERM: terminate, signal.SIGALRM: terminate}):
+            return body()
+    except Exception as error:
+        if arrived:
+            raise Terminated from error
+        raise
 
 
 @contextmanager
