@@ -118,7 +118,7 @@ def _read_json(path: Path, columns: Mapping[str, str]) -> list[tuple[dict, str]]
     if lines and lines[0][1].lstrip().startswith("["):
         try:
             listed = json.loads("".join(line for _, line in lines))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             problem = f"{str(path)!r} begins with '[' but is not a JSON array ({_json_reason(error)})"
             raise _bad_row(problem, f"an array of objects, or one object per line, {SHAPES}") from error
         given = [(f"entry {number}", lambda each=each: each) for number, each in enumerate(listed, start=1)]
@@ -137,17 +137,19 @@ def _parsed(load: Callable[[], object], where: str, columns: Mapping[str, str]) 
     try:
         example = load()
         json.dumps(example, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _bad_row(f"{where} is not JSON ({_json_reason(error)})", f"one object per line, {SHAPES}") from error
     except UnicodeEncodeError as error:
         raise _bad_row(f"{where} holds half of a surrogate pair, which is not text") from error
+    except (ValueError, RecursionError) as error:
+        raise _bad_row(f"{where} is not JSON ({_json_reason(error)})", f"one object per line, {SHAPES}") from error
     if not isinstance(example, dict):
         raise _bad_row(f"{where} is a JSON {type(example).__name__}, not an object", SHAPES)
     return _shape(_renamed(example, columns, where), where)
 
 
 def _json_reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deep" if isinstance(error, RecursionError) else "a number of more than 4300 digits"
 
 
 def _attempt(read: Callable[[], dict]) -> dict:

@@ -244,6 +244,7 @@ GOOD = {"prompt": "w1", "response": "w2"}
         ({"messages": []}, r"line 3 has no message"),
         ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", r"line 3 is not JSON \(nested too deep\)"),
         ('{"prompt": "half of a pair: \\ud800"}', r"line 3 holds half of a surrogate pair"),
+        ('{"prompt": "a", "x": ' + "9" * 5000 + "}", r"line 3 is not JSON \(a number of more than 4300 digits\)"),
         ({"messages": [{"role": "assistant", "content": 3}]}, r"line 3 has a message whose \"content\" is neither"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
