@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Tasks(TaskManager):
     """lm-eval's task manager, which loads its tasks once: both models run over the same objects.
 
     Args:
-        names: tasks, groups and tags; of :mod:`~pop_lightning.harness.needle` its tasks, or ``needle`` for all of them.
+        names: tasks, groups and tags, with ``*`` as a wildcard, and the tasks of
+            :mod:`~pop_lightning.harness.needle`, or ``needle`` for all of them.
         include_path: a folder with tasks of one's own, as YAML.
         lengths: prompt lengths in tokens of tasks that make their own data (``needle``, RULER); 4096 unless given.
 
@@ -74,11 +76,13 @@ class Tasks(TaskManager):
         # Reading the thousands of tasks that come with lm-eval costs seconds, which other tasks do not need.
         if not set(self.names) <= {*self.all_subtasks, *needle.TASKS}:
             super().__init__(include_path=include_path, metadata=self.passed)
-        for name in self.names:
-            if name not in (known := [*self.all_tasks, *needle.TASKS, "needle"]):
-                near = difflib.get_close_matches(name, known, n=1)
+        matches = {name: [name] if name in needle.TASKS else self.match_tasks([name]) for name in self.names}
+        for name, matched in matches.items():
+            if not matched:
+                near = difflib.get_close_matches(name, [*self.all_tasks, *needle.TASKS, "needle"], n=1)
                 hint = f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists them, --include_path adds yours."
                 raise InputError(f"--tasks: lm-eval has no task {name!r}; {hint}")
+        self.names = list(dict.fromkeys(chain.from_iterable(matches.values())))
 
     @property
     def lengths(self) -> list[int]:

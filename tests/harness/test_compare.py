@@ -167,6 +167,7 @@ def test_a_group_has_both_aggregates(folder, tmp_path):
     assert (each["both"].full, each["both"].pruned) == (each["choose"].full, each["choose"].pruned)
     assert each["both"].paired is None
     assert "both" in table(found)
+    assert Tasks(["choose*", "look_up"], str(tmp_path)).names == ["choose", "choose_again", "look_up"]
 
 
 @pytest.mark.full  # lm-eval's command always reads all of its tasks
