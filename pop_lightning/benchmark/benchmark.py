@@ -88,7 +88,8 @@ def run(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
     depths: Sequence[int] | None = None,
-    boundary: int | None = None,
+    boundary: int | float | None = None,
+    salient: int | float | None = None,
     repeats: int = REPEATS,
     decode_tokens: int = DECODE_TOKENS,
     name: str | None = None,
@@ -102,7 +103,7 @@ def run(
         lengths: prompt lengths in tokens; random tokens, no padding.
         batches: prompts per batch.
         depths: for a model; a third pruned unless given.
-        boundary: for a model; 1 unless given.
+        boundary, salient: for a model, numbers or shares of the prompt; 1 and 0 unless given.
         repeats: timed rounds per point, each of one plain pass, one pruned pass and one pass of the measured bound.
         decode_tokens: decode steps timed per point; 0 leaves decode out.
         name: the name of the model in the result.
@@ -121,14 +122,20 @@ def run(
     Raises:
         InputError: an argument is out of range, or memory ran out (the points before that were given to ``on_point``).
     """
-    plans = _plans(target, depths, boundary)
+    plans = _plans(target, depths, boundary, salient)
     model = target.model if isinstance(target, StageAwareGenerator) else target
     _check(model, lengths, batches, repeats, decode_tokens)
     result: dict[str, Any] = {
         "format": 1,
         "model": _describe_model(target, name),
         "machine": describe_machine(model.device),
-        "settings": {"boundary": plans[0].boundary, "repeats": repeats, "warmup": _WARMUP, "decode": decode_tokens},
+        "settings": {
+            "boundary": plans[0].boundary,
+            "salient": plans[0].salient,
+            "repeats": repeats,
+            "warmup": _WARMUP,
+            "decode": decode_tokens,
+        },
         "points": [],
     }
     bar = tqdm(total=len(plans) * len(batches) * len(lengths), desc="benchmark", unit="point", disable=not progress)
@@ -148,15 +155,19 @@ def run(
     return result
 
 
-def _plans(target, depths: Sequence[int] | None, boundary: int | None) -> list[PruningPlan]:
+def _plans(
+    target, depths: Sequence[int] | None, boundary: int | float | None, salient: int | float | None
+) -> list[PruningPlan]:
     if isinstance(target, StageAwareGenerator):
-        if depths is not None or boundary is not None:
-            raise InputError("the artifact sets depth and boundary; drop --depths and --boundary, or use --base.")
+        if (depths, boundary, salient) != (None, None, None):
+            raise InputError(
+                "the artifact sets depth, boundary and salient; drop --depths, --boundary and --salient, or use --base."
+            )
         return [target.plan]
     decoder = Decoder(target)
     layers = decoder.num_layers
     plans = [
-        PruningPlan(depth, 1 if boundary is None else boundary)
+        PruningPlan(depth, 1 if boundary is None else boundary, salient or 0)
         for depth in ([a_third_pruned(layers)] if depths is None else depths)
     ]
     for plan in plans:
@@ -211,6 +222,7 @@ def measure(
         "depth": plan.depth,
         "layers": decoder.num_layers,
         "boundary": plan.boundary,
+        "salient": plan.salient,
     }
     for name in ("full", "pruned"):
         median = statistics.median(total[name])

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.masks import layer_mask
+from pop_lightning.pruning.salient import PROBES
 
 _PRODUCT_BYTES = 1 << 29  # 512 MiB: a long prompt's keys and values of all layers may not fit in memory at once
 
@@ -28,23 +29,28 @@ def unavoidable(generator: StageAwareGenerator, ids: Tensor) -> dict[str, Callab
     - ``shallow``: the plain model over the prompt, stopped before layer d.
     - ``projections``: only the products that compute the context's keys and values, one per visible span for all layers
       that share it, on random numbers of the right shapes.
-    - ``boundary``: the k boundary tokens through layers d..L-1 over a filled cache, final norm and head.
+    - ``probe``, with salient tokens: the prompt's last token through layers d..L-1 over a filled cache, which is what
+      selecting them needs. What is done with its attention is overhead.
+    - ``boundary``: the k boundary tokens and as many as are selected through layers d..L-1 over a filled cache, final
+      norm and head. Here they are the last of the prompt: how many rows run is what costs, and where they are is not.
 
     Where nothing is pruned (depth L, or no context) the plain prefill is the bound, and the other steps do nothing.
     """
-    plan = generator.plan
-    context = ids.shape[1] - plan.boundary
-    if context <= 0 or not len(plan.pruned(generator.decoder.num_layers)):
+    plan, tokens = generator.plan, ids.shape[1]
+    context, salient = plan.context_of(tokens), plan.salient_of(tokens)
+    if not context or not len(plan.pruned(generator.decoder.num_layers)):
         return {
             "shallow": lambda: _plain(generator, ids, generator.decoder.new_cache()),
             "projections": lambda: None,
             "boundary": lambda: None,
         }
-    products = _products(generator, context, len(ids))
+    products = _products(generator, tokens - PROBES if salient else context, len(ids), whole=bool(salient))
+    probe = {"probe": _last_rows(generator, ids, tokens - PROBES, head=False)} if salient else {}
     return {
         "shallow": lambda: _shallow(generator, ids),
         "projections": lambda: [torch.mm(hidden, weight) for hidden, weight in products],
-        "boundary": _boundary(generator, ids, context),
+        **probe,
+        "boundary": _last_rows(generator, ids, context - salient),
     }
 
 
@@ -68,16 +74,21 @@ def _shallow(generator: StageAwareGenerator, ids: Tensor) -> Cache:
     return cache
 
 
-def _products(generator: StageAwareGenerator, context: int, batch: int) -> list[tuple[Tensor, Tensor]]:
+def _products(
+    generator: StageAwareGenerator, context: int, batch: int, whole: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     """Pairs ``[batch x seen, hidden]`` and ``[hidden, layers x 2 kv_dim]``, one per visible span and width.
 
-    A span's layers are split where the product would exceed a bound in bytes.
+    A span's layers are split where the product would exceed a bound in bytes. ``whole``: sliding layers need the whole
+    context too, for salient tokens anywhere.
     """
     decoder, products = generator.decoder, []
     hidden = decoder.config.hidden_size
     like = {"dtype": generator.model.dtype, "device": generator.model.device}
     pruned = generator.plan.pruned(decoder.num_layers)
-    spans = Counter((decoder.visible(layer, context), 2 * decoder.parts[layer].kv_dim) for layer in pruned)
+    spans = Counter(
+        (context if whole else decoder.visible(layer, context), 2 * decoder.parts[layer].kv_dim) for layer in pruned
+    )
     for (seen, width), layers in spans.items():
         rows = torch.randn(batch * seen, hidden, **like)
         together = max(1, _PRODUCT_BYTES // max(1, len(rows) * width * rows.itemsize))
@@ -88,28 +99,31 @@ def _products(generator: StageAwareGenerator, context: int, batch: int) -> list[
 
 
 @torch.no_grad()
-def _boundary(generator: StageAwareGenerator, ids: Tensor, context: int) -> Callable[[], Tensor]:
+def _last_rows(generator: StageAwareGenerator, ids: Tensor, first: int, *, head: bool = True) -> Callable[[], Tensor]:
+    """The tokens ``first`` and up through the pruned layers over a cache of those before; with final norm and head."""
     decoder, depth = generator.decoder, generator.plan.depth
     pruned = generator.plan.pruned(decoder.num_layers)
     if generator.plan.boundary == 0:  # the last token stops at the depth: only norm and head are left
         last = torch.randn(len(ids), 1, decoder.config.hidden_size, dtype=generator.model.dtype, device=ids.device)
         return torch.no_grad()(lambda: decoder.logits(last))
-    filled = generator.prefill(ids[:, :context], last=False).past_key_values
+    filled = decoder.new_cache()
+    if first:
+        filled = generator.prefill(ids[:, :first], last=False).past_key_values
     with decoder.tracing(pruned) as trace:
-        _plain(generator, ids[:, context:], _appendable(filled))
+        _plain(generator, ids[:, first:], _appendable(filled))
     start = trace.hidden[depth]
     masks = {layer: layer_mask(decoder, layer, start, None, filled) for layer in pruned}
 
     @torch.no_grad()
-    def boundary() -> Tensor:
+    def last_rows() -> Tensor:
         cache, hidden = _appendable(filled), start
         for layer in pruned:
             hidden = decoder.run_layer(
                 layer, hidden, attention_mask=masks[layer], past_key_values=cache, **trace.kwargs[layer]
             )
-        return decoder.logits(hidden[:, -1:])
+        return decoder.logits(hidden[:, -1:]) if head else hidden
 
-    return boundary
+    return last_rows
 
 
 def _appendable(cache: Cache) -> Cache:

@@ -27,8 +27,8 @@ def table(result: dict[str, Any]) -> str:
         f"parameters, {model['dtype']}, {model['attn_implementation']} attention, {model['projection']} projections, "
         f"weights {model['weight_bytes'] / 1e6:.0f} MB",
         f"{machine['device']}, threads: {machine['threads']}; torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}; boundary {result['settings']['boundary']}, medians of "
-        f"{result['settings']['repeats']} rounds",
+        f"{machine['versions']['transformers']}; boundary {result['settings']['boundary']}, salient "
+        f"{result['settings'].get('salient', 0)}, medians of {result['settings']['repeats']} rounds",
         "",
         text_table(
             ["batch", "tokens", "depth", "full TTFT (p90) ms", "pruned TTFT (p90) ms", "ratio", "measured bound",

@@ -63,6 +63,13 @@ def _number(least: float, most: float) -> Callable[[str], float]:
     return read
 
 
+def _part(text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or a share below 1, found {text!r}") from None
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -236,7 +243,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
 # --- bench ------------------------------------------------------------------------------------------------------------
 
-_MEASURE = ("lengths", "batches", "depths", "boundary", "repeats", "decode_tokens")
+_MEASURE = ("lengths", "batches", "depths", "boundary", "salient", "repeats", "decode_tokens")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +254,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=_numbers, help="prompt lengths in tokens, as in 128,512,2048")
     add("--batches", type=_numbers, help="prompts per batch, as in 1,8 (default: 1)")
     add("--depths", type=_numbers, help="depths, as in 16,20,24 (default: a third pruned)")
-    add("--boundary", type=int, help="number of last prompt tokens that run in full (default: 1)")
+    add("--boundary", type=_part, help="last prompt tokens that run in full: a number, or a share as 0.05 (default: 1)")
+    add("--salient", type=_part, help="context tokens that run in full: a number, or a share as 0.05 (default: 0)")
     add("--repeats", type=int, help="timed rounds per point (default: 9)")
     add("--decode_tokens", type=int, help="decode steps timed per point; 0: none (default: 32)")
 

@@ -37,7 +37,7 @@ def tiny_shape(monkeypatch):
 
 
 def check_point(point, decoder):
-    full, pruned = PruningPlan(decoder.num_layers), PruningPlan(point["depth"], point["boundary"])
+    full, pruned = (PruningPlan(decoder.num_layers), PruningPlan(point["depth"], point["boundary"], point["salient"]))
     counted = [point["batch"] * prefill_flops(decoder, plan, point["prompt_tokens"]) for plan in (full, pruned)]
     assert [point["full"]["flops"], point["pruned"]["flops"]] == counted
     assert point["bound"]["counted"] == counted[0] / counted[1]
@@ -49,7 +49,8 @@ def check_point(point, decoder):
         assert each["peak_bytes"] > 0
     numbers = [point["ratio"], point["of_measured_bound"], *(point["bound"][key] for key in ("measured", "counted"))]
     assert all(number > 0 and math.isfinite(number) for number in numbers)
-    assert set(point["bound"]["parts_ms"]) == {"shallow", "projections", "boundary"}
+    parts = {"shallow", "projections", "boundary"} | ({"probe"} if point["salient"] else set())
+    assert set(point["bound"]["parts_ms"]) == parts
 
 
 def test_a_grid_on_a_base_model_has_every_point_and_every_file(base, tmp_path, capsys):
@@ -66,7 +67,7 @@ def test_a_grid_on_a_base_model_has_every_point_and_every_file(base, tmp_path, c
         check_point(point, decoder)
         assert [len(point["full"]["ttft_ms"]["all"]), len(point["bound"]["ms"]["all"])] == [2, 2]
         assert len(point["decode"]["full_ms"]) == len(point["decode"]["pruned_ms"]) == 2
-    assert result["settings"] == {"boundary": 1, "repeats": 2, "warmup": 2, "decode": 2}
+    assert result["settings"] == {"boundary": 1, "salient": 0, "repeats": 2, "warmup": 2, "decode": 2}
     assert result["machine"]["threads"] == torch.get_num_threads()
     assert result["machine"]["versions"]["torch"] == torch.__version__
     assert result["model"]["parameters"] == sum(p.numel() for p in decoder.model.parameters())
@@ -115,14 +116,52 @@ def test_a_shape_that_reads_images_is_measured_on_text(monkeypatch):
     check_point(point, Decoder(model))
 
 
-@pytest.mark.parametrize("changes", [{"decode_tokens": 0}, {"boundary": 0}, {"boundary": 99}, {"depths": [LAYERS]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decode_tokens": 0},
+        {"boundary": 0},
+        {"boundary": 99},
+        {"depths": [LAYERS]},
+        {"depths": [1], "boundary": 2, "salient": 3},
+        {"depths": [1], "boundary": 0.2, "salient": 0.3},
+        {"depths": [1], "salient": 99},
+    ],
+    ids=str,
+)
 def test_edges_of_the_plan_are_measured_too(changes):
     model = build("gemma3")
     (point,) = benchmark.run(model, lengths=[WINDOW + 3], **QUICK | changes)["points"]
     check_point(point, Decoder(model))
     assert ("decode" in point) == (changes.get("decode_tokens") != 0)
-    if "depths" in changes or changes.get("boundary") == 99:
+    if changes.get("depths") == [LAYERS] or changes.get("boundary") == 99:
         assert point["bound"]["counted"] == 1
+
+
+def test_both_numbers_are_flags_and_in_the_report(base, tmp_path, capsys):
+    argv = ["bench", "--base", str(base), "--lengths", "24", "--depths", "1", "--boundary", "2", "--salient", "0.25"]
+    assert generate.main([*argv, "--output", str(tmp_path), *FLAGS]) == 0
+    assert "boundary 2, salient 0.25" in capsys.readouterr().out
+    (point,) = json.loads((tmp_path / "benchmark.json").read_text())["points"]
+    check_point(point, Decoder(build("llama")))
+    assert (point["boundary"], point["salient"]) == (2, 0.25)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_bound_of_salient_tokens_runs_as_many_rows_as_the_prefill(family):
+    model, ids = build(family), ragged([3 * WINDOW + 1])[0]
+    rows = []
+    generator = StageAwareGenerator(model, PruningPlan(1, 2, 5))
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    generator.prefill(ids)
+    real = list(rows)
+    steps = unavoidable(generator, ids)
+    rows.clear()
+    steps["probe"](), steps["boundary"]()
+    handle.remove()
+    assert rows == real == [1, 7]
+    products = [tuple(each.shape) for each in steps["projections"]()]
+    assert products == [(3 * WINDOW, 3 * 32)]  # sliding layers need the whole context as well
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -219,7 +258,7 @@ def test_bad_flags_end_in_one_sentence_and_exit_code_2(flags, words, tiny_shape,
 
 def test_benchmark_flags_without_benchmark_and_generation_without_an_artifact_are_refused(capsys):
     assert generate.main(["--artifact", "x", "--prompt", "y", "--lengths", "8"]) == 2
-    assert "--lengths (belongs to pop-generate bench)" in capsys.readouterr().err
+    assert "--lengths (belongs to pop-generate eval and bench)" in capsys.readouterr().err
     assert generate.main(["--base", "x", "--prompt", "y"]) == 2
     assert "required: --artifact" in capsys.readouterr().err
 
