@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from pop_lightning.core.bundled import resolve_bundled
-from pop_lightning.core.errors import InputError, Key, first_sentence
+from pop_lightning.core.errors import InputError, Key, first_sentence, show
 from pop_lightning.data.images import IMAGE
 from pop_lightning.data.videos import VIDEO
 
@@ -167,7 +167,7 @@ def _renamed(example: Mapping, columns: Mapping[str, str], where: str) -> dict:
         raise InputError(
             f"{where} has no {missing[0]!r}",
             key="data.columns",
-            expected=f"keys of the rows, which are {', '.join(map(repr, example)) or 'none'}",
+            expected=f"keys of the rows, which are {', '.join(map(show, example)) or 'none'}",
         )
     taken = {*columns.values(), *columns}
     return {key: value for key, value in example.items() if key not in taken} | {
@@ -319,7 +319,7 @@ def _reduced(found: dict, example: dict, where: str) -> dict:
         return {"messages": messages} | _chat_arguments(found, where) | shown | media
     keys = next((keys for keys in (("prompt", "response"), ("prompt",), ("text",)) if found.keys() >= set(keys)), None)
     if keys is None:
-        named = ", ".join(repr(key) for key in example) or "none"
+        named = ", ".join(show(key) for key in example) or "none"
         raise _bad_row(f"{where} has the keys {named}", SHAPES)
     for key in keys:
         if not isinstance(found[key], str):

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError, Key
+from pop_lightning.core.errors import InputError, Key, show
 from pop_lightning.core.files import read_checked_json, write_checked_json
 from pop_lightning.data.examples import given_examples, read_examples
 from pop_lightning.data.processor import VisionProcessor
@@ -65,7 +65,9 @@ class DataReport:
         if self.unusable:
             parts.append(f"not used: {self._unusable()}")
         if self.ignored:
-            parts.append("keys not read: " + ", ".join(f"{key} ({n} rows)" for key, n in self.ignored.items()))
+            parts.append(
+                "keys not read: " + ", ".join(f"{show(key)[1:-1]} ({n} rows)" for key, n in self.ignored.items())
+            )
         return ", ".join(parts)
 
     def _unusable(self) -> str:
