@@ -63,8 +63,9 @@ class MendedCache:
         index = self.index.to(own.device)[:, None, :, None].expand(-1, heads, -1, width)
         rest = own.new_zeros(batch, heads, self.tokens - context, width)
         whole = torch.cat([projected.to(own), rest], dim=2)
-        mended = whole.scatter(2, index, own)
-        return mended if self.kept is None else torch.where(self.kept.to(own.device)[:, None, :, None], whole, mended)
+        if self.kept is None:
+            return whole.scatter_(2, index, own)
+        return torch.where(self.kept.to(own.device)[:, None, :, None], whole, whole.scatter(2, index, own))
 
     def __getattr__(self, name: str):
         return getattr(self.cache, name)
@@ -80,6 +81,7 @@ class PrunedLayers:
         kwargs: ``{layer: keyword arguments}`` that the model passes to each layer, for all tokens.
         masks: ``{layer: mask}`` for all tokens, as the model builds it.
         projected: ``{layer: (keys, values)}`` of the context, ``[batch, kv_heads, context, head_dim]`` each.
+        cut: masks of some tokens that are made already.
     """
 
     decoder: Decoder
@@ -88,6 +90,7 @@ class PrunedLayers:
     kwargs: dict[int, dict] = field(default_factory=dict)
     masks: dict[int, object] = field(default_factory=dict)
     projected: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cut: dict[tuple, tuple] = field(default_factory=dict)
 
     def add(self, layer: int, kwargs: dict, mask, projected: tuple[Tensor, Tensor]) -> None:
         """Record what the model passes to a layer for all tokens, and the projected keys and values of the context."""
@@ -106,9 +109,17 @@ class PrunedLayers:
         tokens = self.hidden.shape[1] if tokens is None else tokens
         columns, offset = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, layer)
         return of_rows(self.kwargs[layer], index) | {
-            "attention_mask": rows_mask(self.masks[layer], index, self.past, columns, offset),
+            "attention_mask": self._mask(self.masks[layer], index, columns, offset),
             "past_key_values": MendedCache(cache, self.projected[layer], index, tokens, kept),
         }
+
+    def _mask(self, mask, index: Tensor, columns: int, offset: int):
+        """:func:`rows_mask`, once for all layers of a kind, which share one mask."""
+        key = id(mask), id(index), columns, offset
+        if key not in self.cut:
+            # Mask and index are kept with the result, so that no other object gets their ids.
+            self.cut[key] = mask, index, rows_mask(mask, index, self.past, columns, offset)
+        return self.cut[key][-1]
 
     def run(
         self,
