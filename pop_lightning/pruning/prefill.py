@@ -272,10 +272,14 @@ class _SalientRun(_Run):
 
     def start(self, args: tuple, kwargs: dict):
         super().start(args, kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.decoder.vision.see_ahead and ids is not None:
-            # An image whose tokens attend to later ones could run in full only as a whole, so none of them is selected.
-            self.allowed = self.decoder.vision.types(ids) == 0
+        vision = self.decoder.vision
+        if not vision.see_ahead:
+            return
+        # An image whose tokens attend to later ones could run in full only as a whole, so none of them is selected.
+        ids, types = kwargs.get("input_ids", args[0] if args else None), kwargs.get(vision.types_name)
+        if ids is not None:
+            types = vision.types(ids)
+        self.allowed = None if types is None else types == 0
 
     def split(self, layer: int, args: tuple, kwargs: dict):
         """At the first pruned layer: set the whole pass aside and pass on the probing tokens."""

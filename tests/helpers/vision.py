@@ -244,13 +244,17 @@ def two_pass(model, batch, depth, boundary, maps=()):
     return second.logits[:, -1:], second.past_key_values
 
 
-def substituted(model, batch, depth, boundary, maps=()):
+def substituted(model, batch, depth, boundary, maps=(), selected=None):
     """One plain pass over prompt and response, wherever the images are, in which the pruned layers' k_proj and v_proj
     give the context's tokens what h_d projects to. Nothing else of the context is read above the depth, so the logits
-    at boundary and response tokens are the pruned model's: ``[batch, tokens, vocabulary]``."""
+    at boundary and response tokens are the pruned model's: ``[batch, tokens, vocabulary]``. Context tokens that are
+    ``selected`` ``[batch, salient]`` keep their own."""
     body = model.model.language_model
     context = max(0, batch["prompt_length"] - boundary)
     handles = []
+    projected = torch.ones(len(batch["input_ids"]), context, 1, dtype=torch.bool)
+    if selected is not None:
+        projected.scatter_(1, selected[..., None], False)
 
     def replace(layer, half):
         def hook(module, args, output):
@@ -259,7 +263,7 @@ def substituted(model, batch, depth, boundary, maps=()):
                 new = mapped(model, maps, layer, h)[half]
             else:
                 new = module.forward(body.layers[layer].input_layernorm(h))
-            return torch.cat([new, output[:, context:]], 1)
+            return torch.cat([torch.where(projected, new, output[:, :context]), output[:, context:]], 1)
 
         return hook
 

@@ -129,6 +129,50 @@ def test_prefill_and_greedy_tokens_equal_two_passes_in_full(family, attention, l
             compare(family, attention, kind, depth, boundary, layout)
 
 
+SALIENT = [
+    ("gemma3", "sdpa", "middle", 1, 6),
+    ("gemma3", "eager", "mixed", 1, 5),
+    ("gemma3", "sdpa", "windows", 2, 0.3),
+    ("qwen3_vl", "sdpa", "several", 2, 6),
+    ("qwen3_vl", "eager", "mixed", 2, 5),
+    ("qwen3_vl", "sdpa", "mixed", 3, 0.4),
+]
+
+
+@pytest.mark.parametrize(("family", "attention", "layout", "depth", "salient"), SALIENT)
+def test_salient_tokens_among_images_equal_one_substituted_pass(family, attention, layout, depth, salient):
+    model, batch = shared(family, attention), prompts(family, LAYOUTS[layout])
+    without, maps = pruned_pair(model, family, depth, 1, "replaced")
+    projections, plan = without.projections, PruningPlan(depth, 1, salient)
+    generator = StageAwareGenerator(model, plan, projections)
+    ours = generator.prefill(**arguments(family, batch))
+    selected, tokens = generator.selected, batch["input_ids"]
+    assert relative(ours.logits, substituted(model, batch, depth, 1, maps, selected)[:, -1:]) < 1e-5
+    read = types(tokens.gather(1, selected))[batch["attention_mask"].gather(1, selected).bool()]
+    assert (read > 0).any() == (family == "qwen3_vl")  # images that see ahead of themselves are never selected
+    written = generator.generate(**arguments(family, batch), **TEXT)[:, batch["prompt_length"] :]
+    rows = batch | {
+        "input_ids": torch.cat([tokens, written], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(written)], 1),
+    }
+    expected = substituted(model, rows, depth, 1, maps, selected)[:, batch["prompt_length"] - 1 : -1]
+    assert torch.equal(expected.argmax(-1), written)
+    trace, _ = teacher_pass(generator.decoder, rows, depth)
+    student = student_logits(projections, plan, trace, rows["attention_mask"], batch["prompt_length"])
+    assert relative(student, expected) < 1e-5
+
+
+def test_images_in_front_of_embeddings_are_recognized_by_their_types():
+    model, batch = shared("gemma3"), prompts("gemma3", LAYOUTS["middle"])
+    generator = StageAwareGenerator(model, PruningPlan(1, 1, 6))
+    given = arguments("gemma3", batch)
+    expected = generator.prefill(**given).logits
+    selected = generator.selected
+    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+    assert torch.equal(generator.prefill(**given).logits, expected)
+    assert torch.equal(generator.selected, selected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_the_error_is_that_of_two_passes(family):
     ours_error, two_pass_error, depth = 0.0, 0.0, depths(family)[0]
