@@ -11,7 +11,11 @@ eager, flash and flex attention; several threads at once. Where pruning is visib
   ``[batch, boundary, ...]``, because the others do not exist; refused with ``boundary=0`` and with assisted decoding.
 - Salient tokens: refused with ``output_hidden_states`` and ``output_attentions``, with flash attention, and for layers
   that scale queries by their position (Llama 4's without RoPE). :attr:`StageAwareGenerator.selected` has the tokens
-  that were selected. Of a prompt that is read in parts (chunks, a prefix), each part selects its share.
+  that were selected. Of a prompt that is read in parts (chunks, second turns), each part selects its share among its
+  own tokens; a prefix (``prefill(last=False)``) selects as a prompt does. Images whose tokens attend to later ones
+  (Gemma) are not selected.
+- A boundary or a number of salient tokens that is a share of the prompt counts each row's own tokens, padding left out.
+  As a boundary over rows of different lengths it is refused where salient tokens are.
 - ``past_key_values``: a cache carries its plan and the identity of its projections; one of another plan or of other
   projections is refused, one of the plain model is accepted. A filled one is refused for assisted decoding, and so
   is one that holds the whole prompt. It can be cropped down to the end of the prompt, but not inside it.
@@ -295,14 +299,14 @@ class StageAwareGenerator:
         self._follow_base()
         if kwargs.get("use_cache") is None and self.model.generation_config.use_cache is False:
             kwargs["use_cache"] = True  # saved by training with gradient checkpointing, not requested by the caller
-        self._refuse(lambda name: self._setting(kwargs, name))
+        padding = self._padding(ids, kwargs)
+        self._refuse(lambda name: self._setting(kwargs, name), padding)
         cache = kwargs.get("past_key_values")
         cached = self._claim(cache)
         length = self._prompt_length(inputs, kwargs, cached)
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
-        self._check_boundary(ids, kwargs)
+        self._check_boundary(ids, kwargs, length, padding)
         shift = self._place_tokens(ids, kwargs, cached) if self.decoder.positions.mrope else None
-        padding = self._padding(ids, kwargs)
         with self._prefill.attached(length, cached=cached, compiled=chunked, padding=padding) as run:
             output = self.model.generate(inputs, **kwargs)
         self._thread.selected = run.selected
@@ -345,12 +349,14 @@ class StageAwareGenerator:
         cache = past_key_values if past_key_values is not None else self.decoder.new_cache()
         if self._pruning:
             self._follow_base()
-            self._refuse((kwargs | {"past_key_values": cache}).get)
-            if last:
-                self._check_boundary(input_ids, kwargs)
+            padding = self._padding(None, {"attention_mask": attention_mask})
+            self._refuse((kwargs | {"past_key_values": cache}).get, padding if last else None)
         cached = self._claim(past_key_values) if self._pruning else _held(past_key_values)
+        length = cached + tokens.shape[1]
+        if self._pruning and last:
+            self._check_boundary(input_ids, kwargs, length, padding)
         if attention_mask is None and self.decoder.positions.mrope:
-            attention_mask = tokens.new_ones(len(tokens), cached + tokens.shape[1], dtype=torch.long)
+            attention_mask = tokens.new_ones(len(tokens), length, dtype=torch.long)
         call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
         call |= kwargs
         shift = self._place_tokens(input_ids, call, cached)
@@ -359,7 +365,6 @@ class StageAwareGenerator:
         if not self._pruning:
             output = self.model(**call, logits_to_keep=1)
         else:
-            length, padding = cached + tokens.shape[1], self._padding(None, call)
             with self._prefill.attached(length, cached=cached, last=last, padding=padding) as run:
                 output = self.model(**call, logits_to_keep=1)
             self._thread.selected = run.selected
@@ -402,16 +407,22 @@ class StageAwareGenerator:
         padding = (mask == 0).sum(-1)
         return padding if padding.any() else None
 
-    def _check_boundary(self, ids: Tensor | None, kwargs: dict) -> None:
-        """Raise if the boundary begins inside an image that cannot be split between context and boundary."""
+    def _check_boundary(self, ids: Tensor | None, kwargs: dict, length: int, padding: Tensor | None) -> None:
+        """Raise if the boundary begins inside an image that cannot be split between context and boundary.
+
+        Args:
+            length: of the prompt, cached tokens and padding included.
+            padding: :meth:`_padding`.
+        """
         if ids is None or not self.decoder.vision.see_ahead or kwargs.get("pixel_values") is None:
             return
         # Only the two tokens around the split go to the host, so the copy does not grow with the prompt.
-        k = self.plan.boundary_of(ids.shape[1])
-        if not 0 < k < ids.shape[1]:
-            return
-        for row, pair in enumerate(ids[:, -k - 1 : ids.shape[1] - k + 1].tolist()):
-            if self.decoder.vision.split_by(pair, 1):
+        lengths = [length] * len(ids) if padding is None else (length - padding).tolist()
+        boundaries = [self.plan.boundary_of(each) for each in lengths]
+        firsts = torch.tensor([[min(max(ids.shape[1] - k, 1), ids.shape[1] - 1)] for k in boundaries])
+        pairs = ids.gather(1, (firsts + torch.tensor([-1, 0])).clamp(min=0).to(ids.device)).tolist()
+        for row, (k, pair) in enumerate(zip(boundaries, pairs, strict=True)):
+            if 0 < k < ids.shape[1] and self.decoder.vision.split_by(pair, 1):
                 raise InputError(
                     f"boundary {k} begins inside an image of prompt {row + 1} of the batch, whose "
                     f"tokens attend to one another; choose a boundary that ends before the image or holds all of it."
@@ -458,8 +469,9 @@ class StageAwareGenerator:
             kwargs = {name: getattr(source, name, None)} | {k: v for k, v in kwargs.items() if v is not None}
         return kwargs[name]
 
-    def _refuse(self, setting: Callable[[str], object]) -> None:
+    def _refuse(self, setting: Callable[[str], object], padding: Tensor | None) -> None:
         """Raise for what cannot work with a pruned prefill; ``setting`` gives an argument's value by its name."""
+        by_row = bool(self.plan.salient) or (padding is not None and isinstance(self.plan.boundary, float))
         cache, implementation = setting("past_key_values"), setting("cache_implementation")
         assisted = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
         if assisted and cache is not None and int(cache.get_seq_length()):
@@ -489,11 +501,11 @@ class StageAwareGenerator:
                 "prefill does not compute; use assistant_model or prompt_lookup_num_tokens."
             )
         for name in ("output_hidden_states", "output_attentions"):
-            if setting(name) and (assisted or self.plan.boundary == 0 or self.plan.salient):
+            if setting(name) and (assisted or self.plan.boundary == 0 or by_row):
                 raise InputError(
-                    f"{name} needs boundary >= 1, salient 0 and no assistant: above the depth only boundary tokens "
-                    f"have rows, and with salient tokens the layers run twice; change the plan, drop the assistant, "
-                    f"or use full_model()."
+                    f"{name} needs boundary >= 1, salient 0 and no assistant, and for rows of different lengths a "
+                    f"boundary that is not a share: above the depth only boundary tokens have rows, and otherwise the "
+                    f"layers run twice; change the plan, drop the assistant, or use full_model()."
                 )
         if self.decoder.config._attn_implementation == "flex_attention" and (
             self.decoder.compiled or setting("prefill_chunk_size") is not None

@@ -278,14 +278,20 @@ def test_states_of_layers_that_run_twice_are_refused(name):
     model = base("llama", "eager")
     generator, _ = pair(model, PLAN)
     ids, mask = ragged([LONG])
-    for call in (generator.prefill, lambda *each, **given: generator.generate(each[0], max_new_tokens=2, **given)):
-        with pytest.raises(InputError, match=f"{name} needs boundary >= 1, salient 0"):
-            call(ids, mask, **{name: True}) if call == generator.prefill else call(ids, **{name: True})
+    with pytest.raises(InputError, match=f"{name} needs boundary >= 1, salient 0"):
+        generator.prefill(ids, mask, **{name: True})
+    with pytest.raises(InputError, match=f"{name} needs boundary >= 1, salient 0"):
+        generator.generate(ids, max_new_tokens=2, **{name: True})
 
 
-def test_a_boundary_as_a_share_over_ragged_rows_is_refused_with_flash_attention():
+def test_a_boundary_as_a_share_over_ragged_rows_is_refused_with_states_and_with_flash_attention():
     model = base("llama")
     generator, _ = pair(model, PruningPlan(1, 0.2))
+    whole, _ = ragged([LONG, LONG])
+    states = generator.prefill(whole, output_hidden_states=True).hidden_states
+    assert states[-1].shape[1] == generator.plan.boundary_of(LONG)
+    with pytest.raises(InputError, match="rows of different lengths a boundary that is not a share"):
+        generator.prefill(*ragged([LONG, 9]), output_hidden_states=True)
     model.config._attn_implementation = "flash_attention_2"
     ids, mask = ragged([LONG, 9])
     with pytest.raises(InputError, match="a whole number for boundary"):

@@ -162,6 +162,17 @@ def test_salient_tokens_among_images_equal_one_substituted_pass(family, attentio
     assert relative(student, expected) < 1e-5
 
 
+def test_a_share_that_begins_inside_a_rows_own_image_is_refused():
+    model = shared("gemma3")
+    batch = prompts("gemma3", [[2, (4, 4), 30], [2, (4, 4), 2]])  # of the second row, a share of 0.4 is 4 tokens of 10
+    generator = StageAwareGenerator(model, PruningPlan(1, 0.4))
+    with pytest.raises(InputError, match="boundary 4 begins inside an image of prompt 2"):
+        generator.prefill(**arguments("gemma3", batch))
+    with pytest.raises(InputError, match="boundary 4 begins inside an image of prompt 2"):
+        generator.generate(**arguments("gemma3", batch), max_new_tokens=2)
+    StageAwareGenerator(model, PruningPlan(1, 0.3)).prefill(**arguments("gemma3", batch))
+
+
 def test_images_in_front_of_embeddings_are_recognized_by_their_types():
     model, batch = shared("gemma3"), prompts("gemma3", LAYOUTS["middle"])
     generator = StageAwareGenerator(model, PruningPlan(1, 1, 6))
