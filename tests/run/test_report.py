@@ -131,13 +131,13 @@ def nothing_qualified(metrics):
 
 
 class Outline(HTMLParser):
-    """Checks that every tag is closed in order and keeps what links out of the page."""
+    """Checks that every tag is closed in order; keeps links, ids, and the attributes of the tag before each table."""
 
     VOID = ("meta", "br", "img", "source")
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.links, self.ids, self.tags = [], [], [], []
+        self.open, self.links, self.ids, self.tags, self.around_tables = [], [], [], [], []
         self.feed(page)
         assert self.open == []
 
@@ -148,6 +148,9 @@ class Outline(HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
+        if tag == "table":
+            self.around_tables.append(self.last)
+        self.last = dict(attrs)
         self.links += [value for name, value in attrs if name in ("src", "srcset", "href")]
         self.ids += [value for name, value in attrs if name == "id"]
 
@@ -166,6 +169,12 @@ def test_page_is_self_contained_and_well_formed(metrics, tmp_path):
     assert all(link.startswith("data:image/svg+xml;base64,") for link in outline.links)
     assert not re.search(r"url\(|@import", page)
     assert page.count("prefers-color-scheme: dark") == 3
+
+
+def test_wide_tables_scroll_in_their_own_container(metrics, tmp_path):
+    outline = Outline(written(metrics, tmp_path))
+    assert len(outline.around_tables) == outline.tags.count("table") > 4
+    assert all(around == {"class": "scroll", "tabindex": "0"} for around in outline.around_tables)
 
 
 def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
