@@ -30,11 +30,13 @@ def _bad_row(problem: str, expected: str | None = None) -> InputError:
     return InputError(problem, key=_CALIBRATION, expected=expected)
 
 
-def check_exists(source: str | Path) -> None:
-    """Raise :class:`InputError` for a file or folder that does not exist; the id of a data set on the hub passes."""
-    path = Path(resolve_bundled(str(source)))
+def check_source(source: str | Path) -> None:
+    """Raise :class:`InputError` for a missing path or a file of unknown kind; ids of data sets on the hub pass."""
+    path, known = Path(resolve_bundled(str(source))), (".jsonl", ".json", ".txt", *_TABLES)
+    if path.is_file() and _kind(path) not in known:
+        raise InputError(f"{str(source)!r} is a file of unknown kind", key=_CALIBRATION, expected=", ".join(known))
     # Not a hub id: asking the hub would only waste its retries.
-    named = _kind(path) in (".jsonl", ".json", ".txt", *_TABLES) or path.suffix.lower() == ".gz"
+    named = _kind(path) in known or path.suffix.lower() == ".gz"
     if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):
         raise InputError(
             f"{str(source)!r} does not exist",
@@ -67,19 +69,16 @@ def read_examples(
     Raises:
         InputError: the source is missing, empty or unreadable.
     """
+    check_source(source)
     path = Path(resolve_bundled(str(source)))
     kind, columns = _kind(path), dict(columns or {})
     if path.is_file() and kind in (".jsonl", ".json"):
         examples = _read_json(path, columns)
     elif path.is_file() and kind == ".txt":
         examples = _read_text(path)
-    elif path.is_file() and kind in _TABLES:
-        examples = _read_dataset(str(source), path, "train", None, columns, reader=_TABLES[kind])
     elif path.is_file():
-        known = ", ".join((".jsonl", ".json", ".txt", *_TABLES))
-        raise InputError(f"{str(source)!r} is a file of unknown kind", key=_CALIBRATION, expected=known)
+        examples = _read_dataset(str(source), path, "train", None, columns, reader=_TABLES[kind])
     else:
-        check_exists(source)
         examples = _read_dataset(str(source), path, split, name, columns)
     if not examples:
         raise InputError(f"{str(source)!r} holds no rows", key=_CALIBRATION, expected=SHAPES)

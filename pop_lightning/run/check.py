@@ -25,7 +25,7 @@ from pop_lightning.core.memory import device_bytes, peak_bytes
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.core.tables import text_table
-from pop_lightning.data.examples import check_exists, read_examples
+from pop_lightning.data.examples import check_source, read_examples
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row
@@ -157,7 +157,7 @@ class Rows:
         Raises:
             InputError: the rows are there and do not fit.
         """
-        settings, given, trust = recipe.data, sources(recipe), recipe.model.trust_remote_code
+        settings, given, trust = recipe.data, recipe.data.sources, recipe.model.trust_remote_code
         absent = next((source for source in given if not Path(resolve_bundled(source)).exists()), None)
         if absent is not None:
             what, total = f"data.calibration {absent!r} is not on this machine", settings.limit
@@ -213,12 +213,6 @@ class Rows:
     @property
     def total(self) -> int:
         return sum(self.counts.values())
-
-
-def sources(recipe: Recipe) -> list[str]:
-    """``data.calibration`` as a list."""
-    given = recipe.data.calibration
-    return [given] if isinstance(given, str) else given
 
 
 @dataclass(frozen=True)
@@ -446,8 +440,8 @@ def check(recipe: Recipe) -> int:
     check_keys(recipe.trainer)  # what `pop-fit` would refuse on any machine
     if machine.devices > 1 or machine.strategy in ("ddp", *DEEPSPEED):
         check_placement(recipe)
-    for source in sources(recipe):
-        check_exists(source)
+    for source in recipe.data.sources:
+        check_source(source)
     base = Base.of(recipe)
     found = estimate(recipe, base, Rows.of(recipe, base), machine)
     too_much = found.needs > machine.limit

@@ -15,6 +15,7 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
 from pop_lightning.core.plan import Choice, PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
+from pop_lightning.data.examples import check_source
 from pop_lightning.evaluation import search as selection
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.search import Measured, Training
@@ -47,6 +48,8 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
     quiet_lightning()
+    for source in recipe.data.sources:  # before the minutes that a large base may need to load
+        check_source(source)
     trainers = Trainers(recipe)
     if trainers.starts_processes:
         return trainers.start(*["--resume"] * resume, *["--overwrite"] * overwrite)

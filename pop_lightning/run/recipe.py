@@ -98,6 +98,11 @@ class Data:
     allow_urls: Flag = Field(False, description="fetch images and videos that rows name by URL")
     splits: Splits = field(default_factory=Splits)
 
+    @property
+    def sources(self) -> list[str]:
+        """``calibration`` as a list."""
+        return [self.calibration] if isinstance(self.calibration, str) else self.calibration
+
 
 @section
 class Importance:
@@ -359,7 +364,11 @@ def parse(argv: list[str] | None = None) -> Invocation:
             print(text(), end="")
             raise SystemExit(0)
     if flags.recipe is None:
-        raise InputError("no recipe was given", expected=f"--recipe with a YAML file or one of {_listed()}")
+        raise InputError(
+            "no recipe was given",
+            expected=f"--recipe with a YAML file or one of {_listed()}",
+            advice="pop-fit --list describes them, pop-fit --recipe example --recipe_out my.yaml writes a template",
+        )
     errors: list[InputError] = []
     overrides = list(_overrides(rest, errors))
     text = read(flags.recipe)
@@ -619,6 +628,10 @@ def _write_out(path: str, text: str) -> None:
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
+    except FileExistsError as error:
+        raise InputError(
+            f"--recipe_out {path} already exists and is not overwritten: choose another file, or remove this one."
+        ) from error
     except OSError as error:
         raise InputError(f"--recipe_out {path} cannot be written ({error.strerror}); choose another file.") from error
     print(f"recipe: {path}")

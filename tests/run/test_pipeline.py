@@ -47,6 +47,19 @@ def test_a_run_writes_everything_it_promises(fitted):
     assert importance["prefill"][-1] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "refusal"), [("none.jsonl", "does not exist"), ("rows.xml", "is a file of unknown kind")]
+)
+def test_data_that_cannot_be_read_is_refused_before_the_base_is_loaded(tmp_path, capsys, name, refusal):
+    (tmp_path / "rows.xml").write_text("<prompt>")
+    output = tmp_path / "run"
+    assert fit.main(arguments(tmp_path / "no-base", tmp_path / name, output)) == 2
+    error = capsys.readouterr().err
+    assert f"--data.calibration '{tmp_path / name}' {refusal}" in error
+    assert "no-base" not in error
+    assert not output.exists()
+
+
 def test_the_artifact_loads_and_generates_as_what_was_measured(fitted, base):
     generator = StageAwareGenerator.from_artifact(fitted / "artifact")
     again = StageAwareGenerator.from_artifact(

@@ -162,7 +162,9 @@ def test_a_saved_recipe_is_read_back(tmp_path):
 
 
 def test_recipes_that_are_none(write, tmp_path):
-    assert "--recipe" in refusal()
+    assert "pop-fit --list describes them, pop-fit --recipe example --recipe_out my.yaml" in refusal(
+        "--model.base", "x"
+    )
     assert "neither a file nor a bundled recipe" in refusal("--recipe", "nowhere.yaml")
     assert "did you mean tiny?" in refusal("--recipe", "tinny")
     assert "neither a file" in refusal("--recipe", str(tmp_path))
@@ -208,6 +210,14 @@ def test_recipes_that_are_none(write, tmp_path):
         ({"boundary": -1}, "boundary must be a whole number of at least 0 or auto, found -1"),
         ({"boundary": "most"}, "boundary must be a whole number of at least 0 or auto, found 'most'"),
         ({"budget": {"max_drop": 1.5}}, "budget.max_drop is an absolute fraction, at most 1 for agreement, found 1.5"),
+        (
+            {"budget": {"metric": "nll_increase", "max_drop": 1.0}},
+            "budget.max_drop must be below budget.nll_cap, 1, where losses are clipped: it would promise nothing",
+        ),
+        (
+            {"budget": {"metric": "nll_increase", "max_drop": 0.3, "nll_cap": 0.2}},
+            "budget.max_drop must be below budget.nll_cap, 0.2",
+        ),
         ({"budget": {"confidence": 0.5}}, "budget.confidence must be a number above 0.5 and below 1, found 0.5"),
         (
             {"budget": {"confidence": float("nan")}},
@@ -464,7 +474,7 @@ def test_a_recipe_is_written_out_with_its_comments_or_with_what_was_changed(tmp_
     assert main(["--recipe", "tiny", "--recipe_out", str(out)]) == 0
     assert out.read_text() == recipe_module.read("tiny")
     assert main(["--recipe", "tiny", "--recipe_out", str(out)]) == 2
-    assert "cannot be written (File exists)" in capsys.readouterr().err
+    assert f"--recipe_out {out} already exists and is not overwritten: choose another file" in capsys.readouterr().err
     changed = ["--recipe", "tiny", "--seed", "5"]
     assert main([*changed, "--recipe_out", str(tmp_path / "changed.yaml")]) == 0
     assert parse(["--recipe", str(tmp_path / "changed.yaml")]).recipe == parse(changed).recipe
