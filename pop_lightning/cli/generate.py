@@ -405,7 +405,8 @@ def _check_flags(words: list[str], parser: _Parser, commands: dict[str, _Parser]
         if name.startswith("--") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else ""
-            hint = f"belongs to {parser.prog} {' and '.join(every[name])}" if name in every else hint
+            if name in every:
+                hint = f"belongs to {parser.prog} {' and '.join(', '.join(every[name]).rsplit(', ', 1))}"
             raise InputError(f"unknown flag of {(chosen or parser).prog}: {name}{f' ({hint})' if hint else ''}.")
     if chosen is None and words and words[0].partition("=")[0] in every and words[0] not in parser.flags:
         raise InputError(f"no command was given: expected one of {', '.join(commands)}; see pop-generate --help.")

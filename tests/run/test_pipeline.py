@@ -361,7 +361,7 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
         (["--artifact", artifact, "--promt", "w1"], "did you mean --prompt?"),
         (
             ["--artifact", artifact, "--prompt", "w1", "--output", "x"],
-            "--output (belongs to pop-generate data and eval and bench)",
+            "--output (belongs to pop-generate data, eval and bench)",
         ),
         (["--artifact", artifact, "--prompt", "w1", "--device", "tpu"], "--device"),
         (["--artifact", artifact, "--prompt", "w1", "--dtype", "int8"], "--dtype"),
