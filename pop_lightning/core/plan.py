@@ -49,6 +49,10 @@ class PruningPlan:
         if self.depth > layers:
             raise InputError(f"depth must lie in 1..{layers} for a model of {layers} layers, found {self.depth}.")
 
+    @property
+    def kept(self) -> "Kept":
+        return Kept(self.boundary, self.salient, self.selector)
+
     def pruned(self, layers: int) -> range:
         """The pruned layers ``depth .. layers-1``."""
         return range(self.depth, layers)
@@ -75,6 +79,29 @@ class PruningPlan:
 def number_of(value: int | float, tokens: int) -> int:
     """``value`` itself, or the share of ``tokens`` that it is, rounded up."""
     return math.ceil(value * tokens - 1e-9) if isinstance(value, float) else value
+
+
+class Kept(NamedTuple):
+    """Which prompt tokens run in full: the plan without its depth. What the fields mean: :class:`PruningPlan`."""
+
+    boundary: int | float = 1
+    salient: int | float = 0
+    selector: str = "attention"
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Kept":
+        """From an entry of the curve in ``metrics.json``, or of a plan in ``pop_config.json``."""
+        return cls(*(entry[name] for name in cls._fields if name in entry))
+
+    def at(self, depth: int) -> PruningPlan:
+        return PruningPlan(depth, *self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; without salient tokens there is nothing to say about them."""
+        return self._asdict() if self.salient else {"boundary": self.boundary}
+
+    def __str__(self) -> str:
+        return f"boundary {self.boundary}" + (f", salient {self.salient}" if self.salient else "")
 
 
 class Choice(NamedTuple):

@@ -153,7 +153,7 @@ class Evaluation(DecoderModule):
         entries = {}
         for name, variant in self.variants.items():
             rows, plan = self.rows(name), variant.plan
-            entry = {"depth": plan.depth, "projection": variant.projections.kind, "boundary": plan.boundary}
+            entry = {"depth": plan.depth, "projection": variant.projections.kind} | plan.kept.to_dict()
             if variant.steps:
                 entry["steps"] = variant.steps
             entries[name] = entry | summary(rows, metric, confidence, prompts or len(rows["prompt"].unique()))

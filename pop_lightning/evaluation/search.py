@@ -1,4 +1,4 @@
-"""Decisions from losses on the search split: what to train next, which boundary, and what to verify.
+"""Decisions from losses on the search split: what to train next, which tokens run in full, and what to verify.
 
 Works on measured losses only, without a model. The pipeline and the budget callback measure and carry out what is
 proposed here. :func:`within_budget` and :func:`least_loss` are state machines written as generators: they yield
@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pop_lightning.core.plan import Choice
+from pop_lightning.core.plan import Choice, Kept
 
 CLOSE = 2.0  # more steps are worthwhile while the loss is at most this many times the budget
 
@@ -237,43 +237,43 @@ def least_loss(
     return [best.choice]
 
 
-def boundary_within_budget(
-    measured: Mapping[int, Sequence[Measured]], speedups: Mapping[tuple[int, int], float], budget: Budget
-) -> int:
-    """The boundary k with the largest speedup at the deepest pruning that the verify split is expected to certify.
+def kept_within_budget(
+    measured: Mapping[Kept, Sequence[Measured]], speedups: Mapping[tuple[int, Kept], float], budget: Budget
+) -> Kept:
+    """The tokens to run in full: the largest speedup at a depth that the verify split is expected to certify.
 
-    A larger k loses less at a depth and costs more, so it pays off if it makes a deeper pruning possible. If no k keeps
-    the budget at any depth, the smallest.
+    More tokens lose less at a depth and cost more, so they pay off if they make a deeper pruning possible. If nothing
+    keeps the budget at any depth, the first.
 
     Args:
-        measured: untrained projections by k: one measurement per depth that may be exported.
-        speedups: the prefill speedup by ``(depth, k)``, from counted operations.
+        measured: untrained projections, the fewest tokens first: one measurement per depth that may be exported.
+        speedups: the prefill speedup by depth and tokens, from counted operations.
     """
     reached = {}
-    for k, candidates in sorted(measured.items()):
+    for kept, candidates in measured.items():
         depths = [candidate.choice.depth for candidate in candidates if budget.clears(candidate)]
         if not depths:
-            budget.say(f"boundary: k = {k} keeps the budget at no depth without training")
+            budget.say(f"search: {kept} keeps the budget at no depth without training")
             continue
-        reached[k] = speedups[min(depths), k]
+        reached[kept] = max(speedups[depth, kept] for depth in depths)
         budget.say(
-            f"boundary: k = {k} keeps the budget down to depth {min(depths)}, {reached[k]:.2f}x fewer operations"
+            f"search: {kept} keeps the budget down to depth {min(depths)}, {reached[kept]:.2f}x fewer operations"
         )
-    chosen = max(reached, key=lambda k: (reached[k], -k)) if reached else min(measured)
-    budget.say(f"boundary: k = {chosen} is chosen, {'the largest speedup' if reached else 'the smallest'}")
+    chosen = max(reached, key=reached.__getitem__) if reached else next(iter(measured))
+    budget.say(f"search: {chosen} is chosen, {'the largest speedup' if reached else 'the fewest tokens'}")
     return chosen
 
 
-def boundary_of_least_loss(measured: Mapping[int, Sequence[Measured]], budget: Budget) -> int:
-    """The boundary k with the smallest loss at the depth that reaches the target speedup; of equals, the smaller k."""
-    best = {k: min(candidates, key=budget.rank) for k, candidates in sorted(measured.items())}
-    for k, candidate in best.items():
+def kept_of_least_loss(measured: Mapping[Kept, Sequence[Measured]], budget: Budget) -> Kept:
+    """The tokens to run in full: the smallest loss at the depth that reaches the target speedup; of equals, the first."""
+    best = {kept: min(candidates, key=budget.rank) for kept, candidates in measured.items()}
+    for kept, candidate in best.items():
         budget.say(
-            f"boundary: k = {k} reaches the target speedup at depth {candidate.choice.depth} and loses "
+            f"search: {kept} reaches the target speedup at depth {candidate.choice.depth} and loses "
             f"{budget.amount(candidate.loss)}"
         )
-    chosen = min(best, key=lambda k: (*budget.rank(best[k]), k))
-    budget.say(f"boundary: k = {chosen} is chosen, the smallest loss")
+    chosen = min(best, key=lambda kept: budget.rank(best[kept]))
+    budget.say(f"search: {chosen} is chosen, the smallest loss")
     return chosen
 
 

@@ -82,7 +82,7 @@ class KVProjectionTraining(DecoderModule):
         start: projections, which are trained in place; or a base, whose training starts from reuse: a hub id or
             folder, a Transformers model, or a decoder.
         depth: the first pruned layer; that of the projections unless given.
-        boundary: number of last prompt tokens that run in full.
+        boundary, salient, selector: of the plan, see :class:`PruningPlan`.
         kind: ``full`` or ``lora``. Projections with parameters that already require a gradient are trained unchanged.
         kind_arguments: of the kind, such as ``r`` and ``lora_alpha`` of lora.
         temperature: of the distillation.
@@ -106,7 +106,9 @@ class KVProjectionTraining(DecoderModule):
         self,
         start: KVProjections | Decoder | PreTrainedModel | str,
         depth: int | None = None,
-        boundary: int = 1,
+        boundary: int | float = 1,
+        salient: int | float = 0,
+        selector: str = "attention",
         *,
         kind: str = "full",
         kind_arguments: Mapping[str, Any] | None = None,
@@ -126,7 +128,7 @@ class KVProjectionTraining(DecoderModule):
         super().__init__(projections.decoder)
         self.save_hyperparameters(ignore=() if isinstance(start, str) else "start")
         self.strict_loading = False  # checkpoints hold the trained parameters, never the base
-        self.plan, self.temperature, self.seed = PruningPlan(depth, boundary), temperature, seed
+        self.plan, self.temperature, self.seed = PruningPlan(depth, boundary, salient, selector), temperature, seed
         self.learning_rate, self.weight_decay, self.warmup, self.decay = learning_rate, weight_decay, warmup, decay
         self.round_steps = round_steps
         self.kv_match, self.hidden_match = kv_match, hidden_match
@@ -229,7 +231,7 @@ class KVProjectionTraining(DecoderModule):
         return terms
 
     def _kv_error(self, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
-        context = max(0, prompt - self.plan.boundary)
+        context = self.plan.context_of(prompt)
         real = mask[:, :context].bool()
         hidden = trace.hidden[self.plan.depth][:, :context]
         normed = self.decoder.normalize(hidden)
@@ -242,10 +244,12 @@ class KVProjectionTraining(DecoderModule):
 
     def _hidden_error(self, trace: Trace, pruned: Trace, mask: Tensor, prompt: int) -> Tensor:
         tokens = mask.shape[1] - 1
-        context = max(0, prompt - self.plan.boundary)
+        context = self.plan.context_of(prompt)
         real = mask[:, context:tokens].bool()
         errors = [
-            _relative_error(pruned.hidden[layer][real], trace.hidden[layer][:, context:tokens][real])
+            _relative_error(
+                pruned.hidden[layer][:, -real.shape[1] :][real], trace.hidden[layer][:, context:tokens][real]
+            )
             for layer in range(self.plan.depth + 1, self.decoder.num_layers + 1)
         ]
         return torch.stack(errors).mean()

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import replace_folder, write_problem
-from pop_lightning.core.kinds import KINDS
-from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.kinds import KINDS, SELECTORS
+from pop_lightning.core.plan import Kept, PruningPlan
 from pop_lightning.generation.base_identity import check_base
 from pop_lightning.generation.model_card import model_card
 
@@ -110,7 +110,7 @@ def write_artifact(
     config = {
         "format": FORMAT,
         "pop_lightning": version("pop-lightning"),
-        "plan": {"depth": plan.depth, "boundary": plan.boundary},
+        "plan": {"depth": plan.depth} | plan.kept.to_dict(),
         "projection": {
             "kind": kind,
             "layers": sorted({int(name.split(".")[1]) for name in tensors}),
@@ -181,7 +181,11 @@ def read_artifact(folder: str | Path) -> Artifact:
     path = folder / CONFIG
     config = _read_config(path)
     try:
-        plan = PruningPlan(_need(config, "plan.depth", int, path), _need(config, "plan.boundary", int, path))
+        depth, stored = _need(config, "plan.depth", int, path), _need(config, "plan", dict, path)
+        _need(config, "plan.boundary", (int, float), path)
+        plan = Kept.of(stored).at(depth)
+        if plan.selector not in SELECTORS:
+            raise InputError(f"selector is {plan.selector!r}, expected one of {', '.join(SELECTORS)}")
     except InputError as error:
         if str(path) in str(error):
             raise
@@ -266,12 +270,12 @@ def _read_tensors(path: Path, config: dict[str, Any], stated: dict[str, Any]) ->
     return state
 
 
-def _need(config: dict[str, Any], key: str, kind: type, path: Path) -> Any:
+def _need(config: dict[str, Any], key: str, kind: type | tuple[type, ...], path: Path) -> Any:
     value: Any = config
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise InputError(f"{path} lacks the key {key}.")
         value = value[part]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise InputError(f"{path} has {key} as {value!r}: expected {kind.__name__}.")
+        raise InputError(f"{path} has {key} as {value!r}: expected {getattr(kind, '__name__', 'number')}.")
     return value

@@ -36,7 +36,7 @@ from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model, load_tokenizer, local_folder
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run.costs import Batch, Costs, Stage
-from pop_lightning.run.depths import check_images, condition, listed_boundaries, possible_boundaries, to_measure
+from pop_lightning.run.depths import check_images, condition, listed_boundaries, to_measure
 from pop_lightning.run.recipe import Recipe, bundled_recipes, parse
 from pop_lightning.run.strategies import DEEPSPEED
 from pop_lightning.run.trainers import Trainers, check_keys, check_placement
@@ -320,10 +320,10 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     """
     decoder, size = base.decoder, recipe.data.batch_size
     listed = listed_boundaries(recipe.budget, decoder, rows.media, rows.median)
-    boundaries = possible_boundaries(recipe, listed)
-    check_images(recipe, decoder, rows.media, boundaries, machine.shards)
+    kept = recipe.kept(listed)
+    check_images(recipe, decoder, rows.media, {each.boundary for each in kept}, machine.shards)
     # Importance is not known yet and taken as equal.
-    depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, boundaries, rows.median)
+    depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, rows.median)
     batches = Batch(size, *rows.longest), Batch(size, *rows.usual)
     costs = Costs(decoder, recipe, depths, listed, *batches, eager=base.attention == "eager", gpu=machine.gpu)
     return Estimate(recipe, base, rows, machine, costs, list(costs.stages(rows.counts, rows.missing, machine.devices)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from pop_lightning.core.plan import Choice, PruningPlan
+from pop_lightning.core.plan import Choice, Kept, PruningPlan
 from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
@@ -28,7 +28,6 @@ from pop_lightning.models.positions import position_ids
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.flops import count_prefill
 from pop_lightning.pruning.projections import KVProjections
-from pop_lightning.run.depths import possible_boundaries
 from pop_lightning.run.inputs import trains, untrained_kinds
 from pop_lightning.run.recipe import Recipe
 
@@ -164,7 +163,7 @@ class Costs:
         eager: bool = False,
         gpu: bool = False,
     ):
-        self.decoder, self.recipe, self.depths, self.boundaries = decoder, recipe, list(depths), sorted(boundaries)
+        self.decoder, self.recipe, self.depths, self.boundaries = decoder, recipe, list(depths), list(boundaries)
         self.longest, self.usual, self.gpu = longest, usual, gpu
         self.layer, self.shape = Layer(decoder, eager), Shape.of(decoder)
         self.layers, self.vocabulary = decoder.num_layers, decoder.head.out_features
@@ -260,8 +259,13 @@ class Costs:
 
     def _rerun(self, plan: PruningPlan, visible: bool = True) -> tuple[float, float]:
         """The pruned layers on boundary and response tokens forward, and backward to the projections."""
-        tokens, tail = self.usual.tokens - 1, plan.boundary + self.usual.response - 1
-        run, none = (count_prefill(self.decoder, PruningPlan(plan.depth, end), tokens) for end in (tail, 0))
+        prompt, tokens = self.usual.prompt, self.usual.tokens - 1
+        tail = plan.boundary_of(prompt) + plan.salient_of(prompt) + self.usual.response - 1
+        some = 1 if plan.salient else 0  # makes the probing pass and whole projections count
+        run, none = (
+            count_prefill(self.decoder, each, tokens)
+            for each in (PruningPlan(plan.depth, tail, some), PruningPlan(plan.depth, 0))
+        )
         linear, attention = run.linear - none.linear, run.attention - none.attention
         projected = run.projections if visible else 0
         return linear + attention + projected, linear + 2.5 * attention + projected
@@ -299,8 +303,8 @@ class Costs:
             missing: rows that the full model has to answer first.
             devices: processes that share the rows of a training step.
         """
-        recipe, k = self.recipe, self.recipe.fit_boundary
-        deepest, tried = min(self.depths), possible_boundaries(recipe, self.boundaries)
+        recipe = self.recipe
+        deepest, tried = min(self.depths), recipe.kept(self.boundaries)
         # A wanted speedup leaves one depth once the boundary is chosen; it is counted as the deepest.
         decided = self.depths if recipe.budget.speedup is None else [deepest]
         if missing:
@@ -309,17 +313,19 @@ class Costs:
         if self.passes:
             yield self._closed_form_fit(counts["fit"])
             yield self._closed_form_choice(counts["tune"])
-        yield self._evaluation("search", counts["search"], self._plans(self.depths, tried), len(self.kinds))
+        yield self._evaluation("search", counts["search"], self._plans(self.depths, tried[:1]), len(self.kinds))
+        if len(tried) > 1:  # at most: plans that cannot win are left out
+            yield self._evaluation("search: plans", counts["search"], self._plans(self.depths, tried[1:]))
         if self.trains and (trained := [depth for depth in decided if depth < self.layers - 1]):
             yield self._training(trained, devices)
-        yield self._evaluation("verify", counts["verify"], self._plans(decided, [k]))
+        yield self._evaluation("verify", counts["verify"], self._plans(decided, [tried[-1]]))
         if self.boundaries:
-            compared = sorted({*self.boundaries, *tried[:1]})
+            compared = list(dict.fromkeys([*map(Kept, self.boundaries), tried[-1]]))
             yield self._evaluation("boundaries", counts["search"], self._plans([deepest], compared))
-        plan, kinds = PruningPlan(deepest, k), len(self.kinds) + self.trains
+        plan, kinds = tried[-1].at(deepest), len(self.kinds) + self.trains
         ways = {f"kind {number}": (plan, {}) for number in range(kinds)} | {
             "layers removed": (plan, {"remove_layers": True}),
-            "no boundary handling": (replace(plan, boundary=0), {}),
+            "no boundary handling": (replace(plan, boundary=0, salient=0), {}),
             "no KV projection": (plan, {"context_visible": False}),
             "full model": (PruningPlan(self.layers), {}),
         }
@@ -330,8 +336,8 @@ class Costs:
         """Bytes of the projections of ``depths``."""
         return self.shape.map_bytes * sum(self.layers - depth for depth in depths)
 
-    def _plans(self, depths: Sequence[int], boundaries: Sequence[int]) -> Ways:
-        return {f"{depth} {k}": (PruningPlan(depth, k), {}) for depth in depths for k in boundaries}
+    def _plans(self, depths: Sequence[int], tried: Sequence[Kept]) -> Ways:
+        return {f"{depth} {kept}": (kept.at(depth), {}) for depth in depths for kept in tried}
 
     def _responses(self, rows: int) -> Iterator[Stage]:
         """The full model writes the responses: a prefill, then one token after another."""
@@ -403,7 +409,7 @@ class Costs:
             operations,
             measured,
             needed - measured,
-            partial(_evaluate, ways=self._plans(self.depths, [k])),
+            partial(_evaluate, ways=self._plans(self.depths, [Kept(k)])),
             self.longest.rows,
             full + sum(students.values()),
             once=sum(above.values()) * strengths * solved,

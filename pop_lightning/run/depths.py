@@ -6,7 +6,7 @@ The pipeline asks here for what it will do, the check for what a run would do.
 from collections.abc import Iterable, Sequence
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.plan import Kept, number_of
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.bounds import Certifiable
 from pop_lightning.fitting.importance import candidates as place_candidates
@@ -21,13 +21,11 @@ def condition(recipe: Recipe) -> float | None:
     return None if given else recipe.budget.max_drop
 
 
-def check_target(
-    recipe: Recipe, decoder: Decoder, boundaries: Sequence[int], tokens: int, certifiable: Certifiable
-) -> None:
+def check_target(recipe: Recipe, decoder: Decoder, kept: Sequence[Kept], tokens: int, certifiable: Certifiable) -> None:
     """Refuse a target that no depth can reach, or that the verify rows cannot show to be kept.
 
     Args:
-        boundaries: :func:`possible_boundaries`.
+        kept: ``Recipe.kept``, what may run in full.
         tokens: prompt length that a wanted speedup is counted at.
         certifiable: what the verify split can show.
 
@@ -41,48 +39,37 @@ def check_target(
                 "prunes nothing", key="depth", found=recipe.depth, expected=f"at most {decoder.num_layers - 1}"
             )
         decoder.check_depth(recipe.depth)
-        if recipe.boundary == "auto":
-            raise InputError(
-                f"boundary: auto is chosen by the depths it makes possible, and depth {recipe.depth} is given: give "
-                "boundary as a number."
-            )
     elif budget.speedup is not None:
-        reaching(budget, decoder, boundaries, tokens)
+        reaching(budget, decoder, kept, tokens)
     else:
         certifiable.refuse_too_few()
 
 
 def to_measure(
-    recipe: Recipe, decoder: Decoder, prefill_importance: Sequence[float], boundaries: Sequence[int], tokens: int
+    recipe: Recipe, decoder: Decoder, prefill_importance: Sequence[float], kept: Sequence[Kept], tokens: int
 ) -> list[int]:
     """Depths to fit and measure, shallowest pruning first: the given one, :func:`candidates`, or :func:`reaching`'s.
 
     Args:
-        boundaries: :func:`possible_boundaries`.
+        kept: ``Recipe.kept``, what may run in full.
         tokens: prompt length that a wanted speedup is counted at.
     """
     if recipe.depth is not None:
         return [recipe.depth]
     if recipe.budget.speedup is None:
         return candidates(recipe.budget, prefill_importance, decoder)
-    return sorted(set(reaching(recipe.budget, decoder, boundaries, tokens).values()), reverse=True)
+    return sorted(set(reaching(recipe.budget, decoder, kept, tokens).values()), reverse=True)
 
 
-def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int]:
+def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int | float]:
     """``budget.boundaries`` that leave a context in a prompt of ``tokens`` tokens and begin in no row's image."""
     rows = [row for row in rows if row.media]
-    return sorted({k for k in budget.boundaries if k < tokens and _split_by(decoder, rows, k) is None})
-
-
-def possible_boundaries(recipe: Recipe, listed: Sequence[int]) -> list[int]:
-    """What ``boundary`` may become: it is a number, or chosen among those of :func:`listed_boundaries`."""
-    if recipe.boundary != "auto":
-        return [recipe.boundary]
-    return list(listed) or [min(recipe.budget.boundaries)]
+    possible = {k for k in budget.boundaries if number_of(k, tokens) < tokens and _split_by(decoder, rows, k) is None}
+    return sorted(possible, key=lambda k: number_of(k, tokens))
 
 
 def check_images(
-    recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Sequence[int], shards: bool
+    recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Iterable[int | float], shards: bool
 ) -> None:
     """Raise :class:`InputError` where rows with images or videos do not go with a base in shards, or a boundary."""
     rows = [row for row in rows if row.media]
@@ -100,9 +87,12 @@ def check_images(
             )
 
 
-def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int) -> Row | None:
+def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int | float) -> Row | None:
     """The first row that has an image in which the boundary begins, where that cannot be."""
-    return next((row for row in rows if decoder.vision.split_by(row.prompt_ids, boundary)), None)
+    return next(
+        (row for row in rows if decoder.vision.split_by(row.prompt_ids, number_of(boundary, len(row.prompt_ids)))),
+        None,
+    )
 
 
 def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Decoder) -> list[int]:
@@ -139,28 +129,33 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Dec
     return place_candidates(prefill_importance, wanted, smallest=smallest, min_pruned=budget.min_pruned)
 
 
-def reaching(budget: Budget, decoder: Decoder, boundaries: Sequence[int], tokens: int) -> dict[int, int]:
-    """By boundary k, the largest depth whose counted prefill speedup of ``tokens`` prompt tokens is what is wanted.
+def reaching(
+    budget: Budget, decoder: Decoder, kept: Sequence[Kept], tokens: int, required: bool = True
+) -> dict[Kept, int]:
+    """By what runs in full, the largest depth whose counted prefill speedup of ``tokens`` prompt tokens is wanted.
 
-    All depths are looked at, or those that ``budget.candidates`` lists. A k at which no depth reaches it is left out.
+    All depths are looked at, or those that ``budget.candidates`` lists. Where no depth reaches it, it is left out.
+
+    Args:
+        required: whether some depth has to reach it.
 
     Raises:
-        InputError: no depth reaches ``budget.speedup`` at any k; the sentence names the largest speedup there is.
+        InputError: no plan reaches ``budget.speedup``; the sentence names the largest speedup there is.
     """
     layers = decoder.num_layers
     depths = range(layers - 1, decoder.smallest_depth - 1, -1)
     if isinstance(budget.candidates, list):
         depths = candidates(budget, [0.0] * layers, decoder)
-    counted = {(k, depth): speedup(decoder, PruningPlan(depth, k), tokens) for k in boundaries for depth in depths}
+    counted = {(k, depth): speedup(decoder, k.at(depth), tokens) for k in kept for depth in depths}
     found = {}
     for (k, depth), ratio in counted.items():
         if ratio >= budget.speedup:
             found[k] = max(depth, found.get(k, 0))
-    if not found:
+    if not found and required:
         k, depth = max(counted, key=counted.__getitem__)
         raise InputError(
             f"budget.speedup {budget.speedup:g} is more than any depth reaches: the largest counted prefill speedup at "
-            f"{tokens} prompt tokens (the rows' median) is {counted[k, depth]:.2f}, at depth {depth} and boundary {k}; "
+            f"{tokens} prompt tokens (the rows' median) is {counted[k, depth]:.2f}, at depth {depth} and {k}; "
             "lower budget.speedup or give longer prompts."
         )
     return found

@@ -10,7 +10,7 @@ import lightning
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
-from pop_lightning.core.plan import Choice, PruningPlan
+from pop_lightning.core.plan import Choice, Kept
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row, until_end
@@ -36,7 +36,7 @@ class Run:
 
     Attributes:
         base: identity of the base model.
-        boundaries: what the boundary may become, one unless the recipe leaves it to the search.
+        kept: what may run in full, the least first; one unless the recipe leaves it to the search.
     """
 
     recipe: Recipe
@@ -52,12 +52,12 @@ class Run:
         return int(self.data.report.prompt_tokens["median"])
 
     @property
-    def listed_boundaries(self) -> list[int]:
+    def listed_boundaries(self) -> list[int | float]:
         return candidates.listed_boundaries(self.recipe.budget, self.decoder, self.data.rows(), self.tokens)
 
     @property
-    def boundaries(self) -> list[int]:
-        return candidates.possible_boundaries(self.recipe, self.listed_boundaries)
+    def kept(self) -> list[Kept]:
+        return self.recipe.kept(self.listed_boundaries)
 
     @property
     def certifiable(self) -> Certifiable:
@@ -66,13 +66,13 @@ class Run:
         several = len(self.data.rows_of("verify")) > prompts
         return certifiable(prompts, budget.loss, budget.max_drop, budget.confidence, averaged=several)
 
-    def speedup(self, depth: int, boundary: int) -> float:
+    def speedup(self, depth: int, kept: Kept) -> float:
         """The counted prefill speedup at the median prompt."""
-        return speedup(self.decoder, PruningPlan(depth, boundary), self.tokens)
+        return speedup(self.decoder, kept.at(depth), self.tokens)
 
-    def variant(self, choice: Choice, boundary: int) -> Variant:
+    def variant(self, choice: Choice, kept: Kept) -> Variant:
         projections = self.folder.read_projections(self.decoder, choice)
-        return Variant(PruningPlan(choice.depth, boundary), projections, steps=choice.steps)
+        return Variant(kept.at(choice.depth), projections, steps=choice.steps)
 
 
 def load(recipe: Recipe, folder: RunFolder, trainers: Trainers) -> Run:
@@ -143,12 +143,14 @@ def check_same_input(run: Run) -> None:
 
 def check_rows(run: Run) -> None:
     """Refuse what the rows cannot give, or memory cannot hold, whatever scoring finds."""
-    recipe, decoder, boundaries = run.recipe, run.decoder, run.boundaries
+    recipe, decoder, kept = run.recipe, run.decoder, run.kept
     # The deepest candidate is the same for every importance, and needs most.
-    depths = candidates.to_measure(recipe, decoder, [1.0] * decoder.num_layers, boundaries, run.tokens)
+    depths = candidates.to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, run.tokens)
     kind_named(start_kind(recipe)).passes(decoder, depths, recipe.projection)
-    candidates.check_images(recipe, decoder, run.data.rows(), boundaries, run.trainers.shards_base)
-    candidates.check_target(recipe, decoder, boundaries, run.tokens, run.certifiable)
+    candidates.check_images(
+        recipe, decoder, run.data.rows(), {each.boundary for each in kept}, run.trainers.shards_base
+    )
+    candidates.check_target(recipe, decoder, kept, run.tokens, run.certifiable)
 
 
 def respond(run: Run, rows: list[Row]) -> list[tuple[int, ...]]:

@@ -13,7 +13,7 @@ from pop_lightning.callbacks.export_artifact import export
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
-from pop_lightning.core.plan import Choice, PruningPlan
+from pop_lightning.core.plan import Choice, Kept, PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.examples import check_source
 from pop_lightning.evaluation import search as selection
@@ -66,13 +66,16 @@ class Found:
     Attributes:
         curve: one entry per depth and kind, shallowest pruning first.
         sequence: what to verify, shallowest pruning first.
+        kept: the tokens that run in full.
         decisions: one readable line each.
+        plans: everything that was measured, with all choices of tokens that run in full.
     """
 
     curve: list[dict]
-    boundary: int
+    kept: Kept
     sequence: list[Choice]
     decisions: list[str]
+    plans: list[dict]
 
 
 def run_stages(run: Run) -> int:
@@ -84,7 +87,7 @@ def run_stages(run: Run) -> int:
         print(f"the run in {folder} had ended already")
     else:
         importance = folder.once("importance.json", lambda: score(run))
-        depths = candidates.to_measure(recipe, run.decoder, importance["prefill"], run.boundaries, run.tokens)
+        depths = candidates.to_measure(recipe, run.decoder, importance["prefill"], run.kept, run.tokens)
         fit_untrained(run, depths)
         found = search(run, depths)
         budget = verify(run, found)
@@ -150,7 +153,7 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
         run.folder.write("state/ridge.json", ridges)
 
 
-def train(run: Run, choice: Choice, boundary: int) -> None:
+def train(run: Run, choice: Choice, kept: Kept) -> None:
     """Train up to ``choice.steps``, from where the last round or an interrupted run left off."""
     recipe, settings, folder = run.recipe, run.recipe.projection, run.folder
     depth, kind, steps = choice
@@ -162,7 +165,7 @@ def train(run: Run, choice: Choice, boundary: int) -> None:
         return
     training = KVProjectionTraining(
         start,
-        boundary=boundary,
+        **kept._asdict(),
         kind=kind,
         kind_arguments=trained_kind(kind).arguments(settings),
         seed=recipe.seed,
@@ -196,7 +199,7 @@ def train(run: Run, choice: Choice, boundary: int) -> None:
 
 
 def search(run: Run, depths: list[int]) -> Found:
-    """Measure on the search split, choose the boundary, and train what the budget asks for."""
+    """Measure on the search split, choose which tokens run in full, and train what the budget asks for."""
     recipe, settings = run.recipe, run.recipe.projection
     decisions: list[str] = []
 
@@ -205,24 +208,32 @@ def search(run: Run, depths: list[int]) -> Found:
         print(line, flush=True)
 
     budget = selection.Budget(candidates.condition(recipe), recipe.budget.loss.unit, say)
-    choices = [Choice(depth, kind) for depth in depths for kind in untrained_kinds(recipe)]
-    curve = measure(run, "searching", choices, run.boundaries, "state/search.json")
-    boundary = run.boundaries[0] if recipe.boundary != "auto" else choose_boundary(run, curve, depths, budget)
-    curve = [entry for entry in curve if entry["boundary"] == boundary]
+    kinds, (fewest, *others) = untrained_kinds(recipe), run.kept
+    every = [(Choice(depth, kind), fewest) for depth in depths for kind in kinds]
+    plans = measure(run, "searching", every, "state/search.json")
+    if others:
+        plans += measure(run, "searching plans", _worth_measuring(run, plans, depths), "state/search-plans.json")
+    kept = choose_kept(run, plans, depths, budget) if others else fewest
+    if others and candidates.condition(recipe) is not None:
+        known = {(entry["depth"], entry["projection"]) for entry in plans if Kept.of(entry) == kept}
+        rest = [(choice, kept) for choice, _ in every if (choice.depth, choice.projection) not in known]
+        if rest:
+            plans += measure(run, f"searching with {kept}", rest, "state/search-kept.json")
+    curve = [entry for entry in plans if Kept.of(entry) == kept]
     if recipe.budget.speedup is not None:
-        reached = candidates.reaching(recipe.budget, run.decoder, [boundary], run.tokens)[boundary]
+        reached = candidates.reaching(recipe.budget, run.decoder, [kept], run.tokens)[kept]
         curve = [entry for entry in curve if entry["depth"] == reached]
 
     def train_and_measure(choice: Choice) -> Measured:
-        train(run, choice, boundary)
-        (entry,) = measure(run, "searching", [choice], [boundary], f"state/search-{file_name(choice)}.json")
+        train(run, choice, kept)
+        (entry,) = measure(run, "searching", [(choice, kept)], f"state/search-{file_name(choice)}.json")
         curve.append(entry)
         return Measured.of(entry)
 
     training = Training(settings.kind, settings.steps, recipe.budget.extensions) if trains(recipe) else None
     measured = [Measured.of(entry) for entry in curve if _takes_part(run, entry)]
     sequence = selection.finish(selection.settle(measured, budget, training), train_and_measure)
-    return Found(_one_round_each(curve, budget), boundary, sequence, decisions)
+    return Found(_one_round_each(curve, budget), kept, sequence, decisions, plans)
 
 
 def _takes_part(run: Run, entry: dict) -> bool:
@@ -233,29 +244,53 @@ def _takes_part(run: Run, entry: dict) -> bool:
     return worth and entry["projection"] == start_kind(run.recipe)
 
 
-def choose_boundary(run: Run, curve: list[dict], depths: list[int], budget: selection.Budget) -> int:
-    """The boundary k, from untrained projections that were measured at several."""
+def _worth_measuring(run: Run, plans: list[dict], depths: list[int]) -> list[tuple[Choice, Kept]]:
+    """Plans with more tokens in full than the fewest that could still be chosen, with untrained projections.
+
+    Under a budget, those that save more than the best plan that is expected to keep it already.
+    """
+    recipe, others = run.recipe, run.kept[1:]
+    if recipe.budget.speedup is not None:
+        reached = candidates.reaching(recipe.budget, run.decoder, others, run.tokens, required=False)
+        return [
+            (Choice(reached[kept], kind), kept)
+            for kept in others
+            if kept in reached
+            for kind in untrained_kinds(recipe)
+        ]
+    budget = selection.Budget(recipe.budget.max_drop, recipe.budget.loss.unit, print)
+    keeping = [entry for entry in plans if _takes_part(run, entry) and budget.clears(Measured.of(entry))]
+    best = max((run.speedup(entry["depth"], run.kept[0]) for entry in keeping), default=1.0)
+    least = recipe.budget.min_pruned
+    return [
+        (Choice(depth, start_kind(recipe)), kept)
+        for kept in others
+        for depth in depths
+        if run.decoder.num_layers - depth >= least and run.speedup(depth, kept) > best
+    ]
+
+
+def choose_kept(run: Run, plans: list[dict], depths: list[int], budget: selection.Budget) -> Kept:
+    """Which tokens run in full, from untrained projections that were measured with several choices of them."""
     settings = run.recipe.budget
-    wanted = [(depth, k) for depth in depths for k in run.boundaries]
+    wanted = [(depth, kept) for kept in run.kept for depth in depths]
     if settings.speedup is not None:
-        wanted = [(d, k) for k, d in candidates.reaching(settings, run.decoder, run.boundaries, run.tokens).items()]
-    by_boundary: dict[int, list[Measured]] = {}
-    for entry in curve:
-        if (entry["depth"], entry["boundary"]) in wanted and _takes_part(run, entry):
-            by_boundary.setdefault(entry["boundary"], []).append(Measured.of(entry))
-    if not by_boundary:
-        least = min(run.boundaries)
-        budget.say(f"boundary: no depth prunes {settings.min_pruned} layers: k = {least} is chosen, the smallest")
-        return least
+        wanted = [(d, kept) for kept, d in candidates.reaching(settings, run.decoder, run.kept, run.tokens).items()]
+    measured: dict[Kept, list[Measured]] = {}
+    for entry in plans:
+        kept = Kept.of(entry)
+        if (entry["depth"], kept) in wanted and _takes_part(run, entry):
+            measured.setdefault(kept, []).append(Measured.of(entry))
+    if not measured:
+        budget.say(f"search: no depth prunes {settings.min_pruned} layers: {run.kept[0]} is chosen, the fewest tokens")
+        return run.kept[0]
     if candidates.condition(run.recipe) is None:
-        return selection.boundary_of_least_loss(by_boundary, budget)
-    return selection.boundary_within_budget(by_boundary, {each: run.speedup(*each) for each in wanted}, budget)
+        return selection.kept_of_least_loss(measured, budget)
+    return selection.kept_within_budget(measured, {each: run.speedup(*each) for each in wanted}, budget)
 
 
-def measure(
-    run: Run, what: str, choices: Sequence[Choice], boundaries: Sequence[int], file: str | None = None
-) -> list[dict]:
-    """Curve entries of ``choices`` at each boundary, on the search split; kept in ``file``.
+def measure(run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str | None = None) -> list[dict]:
+    """Curve entries of choices with what runs in full, on the search split; kept in ``file``.
 
     They are measured anew where the file answers another question: a budget may be changed until the verify split is
     opened, and refits nothing.
@@ -264,12 +299,15 @@ def measure(
 
     def compute() -> dict:
         ridges, curve = run.folder.read("state/ridge.json"), []
-        for group in groups(run.decoder, choices, run.recipe.projection.memory_bytes):
+        for group in groups(
+            run.decoder, list(dict.fromkeys(choice for choice, _ in asked)), run.recipe.projection.memory_bytes
+        ):
             variants = {}
             for choice in group:
-                variant = run.variant(choice, boundaries[0])
-                for k in boundaries:
-                    variants[f"{choice}, boundary {k}"] = replace(variant, plan=PruningPlan(choice.depth, k))
+                ways = [kept for each, kept in asked if each == choice]
+                variant = run.variant(choice, ways[0])
+                for kept in ways:
+                    variants[f"{choice}, {kept}"] = replace(variant, plan=kept.at(choice.depth))
             depths = ", ".join(dict.fromkeys(str(choice.depth) for choice in group))
             for entry in evaluate(run, f"{what} at depth {depths}", variants).values():
                 for key in kind_named(entry["projection"]).chosen:
@@ -279,9 +317,9 @@ def measure(
 
     if file is None:
         return compute()["curve"]
-    asked = {"choices": choices, "boundaries": boundaries, "prompts": prompts}
-    asked |= {"metric": budget.metric, "cap": budget.loss.cap, "confidence": budget.confidence}
-    return run.folder.once(file, compute, asked)["curve"]
+    question = {"asked": asked, "prompts": prompts}
+    question |= {"metric": budget.metric, "cap": budget.loss.cap, "confidence": budget.confidence}
+    return run.folder.once(file, compute, question)["curve"]
 
 
 def evaluate(run: Run, what: str, variants: dict[str, Variant]) -> dict[str, dict]:
@@ -321,7 +359,7 @@ def verify(run: Run, found: Found) -> AccuracyBudget:
     )
     measured: dict = {"curve": found.curve}
     if settings.speedup is not None:
-        counted = run.speedup(found.sequence[0].depth, found.boundary)
+        counted = run.speedup(found.sequence[0].depth, found.kept)
         measured["speedup"] = {"wanted": settings.speedup, "counted": counted, "prompt_tokens": run.tokens}
     exported = {"base": run.base, "recipe": recipe.to_dict(), "measured": measured}
     callback = ExportArtifact(run.folder / "artifact", budget, **exported)
@@ -330,18 +368,18 @@ def verify(run: Run, found: Found) -> AccuracyBudget:
         budget.verdicts = [Verdict(**verdict) for verdict in stored["verdicts"]]
         budget.conclude()
     chosen = next((choice for choice in found.sequence if str(choice) == budget.chosen), None)
-    metrics = {"depth": budget.depth, "boundary": found.boundary, "verified": budget.promise()}
+    metrics = {"depth": budget.depth, "verified": budget.promise()} | found.kept.to_dict()
     if chosen is not None and not _exported(run, metrics) and distributed.is_first():
         print(f"the artifact in {run.folder / 'artifact'} is missing or damaged: it is written again", flush=True)
         exported["measured"] = measured | {"verified": budget.promise()}
-        export(run.folder / "artifact", run.variant(chosen, found.boundary), **exported)
+        export(run.folder / "artifact", run.variant(chosen, found.kept), **exported)
     return budget
 
 
 def _open_verify(run: Run, found: Found, budget: AccuracyBudget, callback: ExportArtifact) -> dict:
     for group in groups(run.decoder, found.sequence, run.recipe.projection.memory_bytes):
         if not budget.verified:
-            evaluation = Evaluation(run.decoder, {str(choice): run.variant(choice, found.boundary) for choice in group})
+            evaluation = Evaluation(run.decoder, {str(choice): run.variant(choice, found.kept) for choice in group})
             with memory_advice(f"lower data.batch_size ({run.recipe.data.batch_size}), {RESUME}"):
                 run.trainers.make("verifying", budget, callback).test(
                     evaluation, run.data.loader("verify"), verbose=False
@@ -358,7 +396,7 @@ def _exported(run: Run, metrics: dict) -> bool:
         except InputError:
             return False
         same = artifact.config.get("measured", {}).get("verified") == metrics["verified"]
-        return same and artifact.plan == PruningPlan(metrics["depth"], metrics["boundary"])
+        return same and artifact.plan == Kept.of(metrics).at(metrics["depth"])
 
     return distributed.from_first(read)
 
@@ -371,18 +409,18 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
     recipe, layers, tokens, prompts = run.recipe, run.decoder.num_layers, run.tokens, run.data.prompts_of
     used, certifiable = {choice.depth: choice for choice in found.sequence}, run.certifiable
     shown = used[budget.depth] if budget.depth is not None else nearest(run, found.curve)
-    plan = PruningPlan(shown.depth, found.boundary)
+    plan = found.kept.at(shown.depth)
     full, pruned = (prefill_flops(run.decoder, each, tokens) for each in (PruningPlan(layers), plan))
     listed = run.listed_boundaries
-    compared = sorted({*listed, found.boundary}) if listed else []
-    boundaries = measure(run, "comparing boundaries", [shown], compared) if compared else []
+    compared = dict.fromkeys([*(Kept(k, 0, recipe.selector) for k in listed), found.kept]) if listed else {}
+    boundaries = measure(run, "comparing boundaries", [(shown, kept) for kept in compared]) if compared else []
     comparison = compare(run, shown, found)
-    generator = StageAwareGenerator(run.decoder.model, plan, run.variant(shown, found.boundary).projections)
+    generator = StageAwareGenerator(run.decoder.model, plan, run.variant(shown, found.kept).projections)
     metrics = {
         "format": 1,
         "depth": budget.depth,
         "layers": layers,
-        "boundary": found.boundary,
+        **found.kept.to_dict(),
         "projection": shown.projection,
         "budget": {key: value for key, value in recipe.to_dict()["budget"].items() if key != "candidates"}
         | {"depth": recipe.depth},
@@ -396,7 +434,16 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
             asdict(verdict) | {"projection": used[verdict.depth].projection} for verdict in budget.verdicts
         ],
         "curve": found.curve,
-        "boundaries": [entry | {"speedup": run.speedup(shown.depth, entry["boundary"])} for entry in boundaries],
+        "plans": [
+            {
+                name: entry[name]
+                for name in ("depth", "projection", "boundary", "salient", "loss", "kl")
+                if name in entry
+            }
+            | {"speedup": run.speedup(entry["depth"], Kept.of(entry))}
+            for entry in found.plans
+        ],
+        "boundaries": [entry | {"speedup": run.speedup(shown.depth, Kept.of(entry))} for entry in boundaries],
         "decisions": found.decisions + budget.decisions,
         "comparison": comparison,
         "arithmetic": {
@@ -428,7 +475,7 @@ def nearest(run: Run, curve: list[dict]) -> Choice:
 def compare(run: Run, shown: Choice, found: Found) -> list[dict]:
     """The same depth pruned in every way, on the search split (the verify split is for the one test)."""
     measured = [Choice.of(entry) for entry in found.curve if entry["depth"] == shown.depth]
-    fitted = {choice.projection: run.variant(choice, found.boundary) for choice in measured}
+    fitted = {choice.projection: run.variant(choice, found.kept) for choice in measured}
     best, reuse = fitted[shown.projection], fitted["reuse"]
     table = {
         "full model": ("no pruning", replace(reuse, plan=PruningPlan(run.decoder.num_layers))),
@@ -442,7 +489,7 @@ def compare(run: Run, shown: Choice, found: Found) -> list[dict]:
         ),
         "no boundary handling": (
             "the last prompt token is pruned like the context",
-            replace(best, plan=replace(best.plan, boundary=0)),
+            replace(best, plan=replace(best.plan, boundary=0, salient=0)),
         ),
         "no KV projection": ("the pruned layers see no context", replace(reuse, context_visible=False)),
     }

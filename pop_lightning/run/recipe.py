@@ -25,7 +25,8 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from pop_lightning.core.errors import InputError, Key, raise_all, show
-from pop_lightning.core.kinds import KINDS
+from pop_lightning.core.kinds import KINDS, SELECTORS
+from pop_lightning.core.plan import Kept, number_of
 from pop_lightning.evaluation.losses import METRICS, BudgetMetric, metric_named
 from pop_lightning.run import trainer_arguments, yaml_text
 
@@ -36,6 +37,7 @@ Index = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 AtLeast0 = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Tokens = Index | Share  # a number of prompt tokens, or a share of the prompt
 Flag = Annotated[bool, Field(strict=True)]
 Words = Annotated[str, Field(pattern=r"\S")]
 Place = Annotated[Words, AfterValidator(os.path.expanduser)]  # a path, or a name that is not one
@@ -188,7 +190,13 @@ class Budget:
     candidates: Count | Annotated[list[Count], Field(min_length=1)] | Literal["all"] = Field(
         8, description="number of depths to try, placed by importance; or a list of depths; or all"
     )
-    boundaries: list[Index] = Field([1, 4, 16, 64], description="boundaries whose loss and cost are reported")
+    boundaries: list[Tokens] = Field(
+        [1, 4, 16, 64], description="boundaries whose loss and cost are reported, and that boundary: auto chooses from"
+    )
+    salient: Tokens | list[Tokens] = Field(
+        [0, 0.05, 0.1, 0.2],
+        description="what salient: auto chooses from; 0 keeps to depth and boundary, for engines that cannot select",
+    )
     extensions: Index = Field(2, description="how often lora and full may train `steps` more where that may decide")
 
     @property
@@ -216,9 +224,15 @@ class Recipe:
 
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of splits, targets and training")
     output: Place = Field("runs/pop", description="folder of the run")
-    boundary: Index | Literal["auto"] = Field(
-        1, description="number of last prompt tokens that run in full; auto: chosen from budget.boundaries"
+    boundary: Tokens | Literal["auto"] = Field(
+        1,
+        description="last prompt tokens that run in full, a number or a share; auto: chosen from budget.boundaries",
     )
+    salient: Tokens | Literal["auto"] = Field(
+        0,
+        description="context tokens that run in full as well, a number or a share; auto: chosen from budget.salient",
+    )
+    selector: Literal[*SELECTORS] = Field("attention", description="what chooses the salient tokens")
     depth: Count | None = Field(
         None,
         description="export this depth, with its measured loss and bound, whatever they are; null: the budget decides",
@@ -235,6 +249,9 @@ class Recipe:
         if self.boundary == "auto" and not self.budget.boundaries:
             problem = "must name what boundary: auto chooses from"
             raise _together(problem, "budget.boundaries", "an empty list")
+        if 0 in (self.boundary, *self.budget.boundaries) and self.salient not in (0, "auto"):
+            problem = "needs a boundary of at least 1, whose last token chooses the salient ones"
+            raise _together(problem, "salient", str(self.salient))
         if self.depth is not None and self.budget.speedup is not None:
             raise _together(
                 "already fixes what budget.speedup would choose; set only one of them", "depth", str(self.depth)
@@ -248,7 +265,37 @@ class Recipe:
         Fitting does not wait for the choice of a boundary: k = 1 leaves the most context tokens to fit on, and what is
         a good key or value of a token does not depend on k.
         """
-        return 1 if self.boundary == "auto" else self.boundary
+        return self.boundary if isinstance(self.boundary, int) else 1
+
+    @property
+    def auto(self) -> bool:
+        """Whether the search chooses which tokens run in full."""
+        return "auto" in (self.boundary, self.salient) and self.depth is None
+
+    def kept(self, boundaries: Sequence[int | float]) -> list[Kept]:
+        """What may run in full, the least first.
+
+        A depth that is given leaves nothing to choose by: ``auto`` is the paper's choice then.
+
+        Args:
+            boundaries: those of ``budget.boundaries`` that the rows allow.
+        """
+        budget = self.budget.salient if isinstance(self.budget.salient, list) else [self.budget.salient]
+        chosen = {"boundary": self.boundary, "salient": self.salient}
+        options = {"boundary": boundaries or [min(self.budget.boundaries)], "salient": budget or [0]}
+        fixed = {"boundary": [1], "salient": [0]}
+        listed = {
+            name: ([value] if value != "auto" else fixed[name] if self.depth is not None else options[name])
+            for name, value in chosen.items()
+        }
+        pairs = {
+            Kept(boundary, salient, self.selector)
+            for boundary in listed["boundary"]
+            for salient in listed["salient"]
+            if boundary or not salient
+        }
+        usual = 1000  # a prompt length to compare shares with numbers at
+        return sorted(pairs, key=lambda kept: (number_of(kept.salient, usual), number_of(kept.boundary, usual)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data, every value named; of ``trainer`` those that differ from Lightning's defaults."""

@@ -20,19 +20,21 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("state/closed_form-*", "state/ridge.json"): (
         "the closed form was fitted with it",
         ("projection.ridge", "projection.grouping", "projection.queries", "projection.refit", "projection.memory_gib",
-         "boundary", "depth", "budget.candidates", "budget.min_pruned", "budget.speedup", "budget.boundaries"),
+         "boundary", "depth", "budget.candidates", "budget.min_pruned", "budget.speedup", "budget.boundaries",
+         "salient", "budget.salient"),
     ),
     ("state/full-*", "state/lora-*", "checkpoints/*/last.ckpt"): (
         "projections were trained with it",
         ("projection.start", "projection.steps", "projection.learning_rate", "projection.temperature",
          "projection.warmup", "projection.decay", "projection.weight_decay", "projection.kv_match",
-         "projection.hidden_match", "projection.batch_size", "boundary", "trainer.accumulate_grad_batches",
+         "projection.hidden_match", "projection.batch_size", "boundary", "salient", "selector",
+         "trainer.accumulate_grad_batches",
          "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.precision"),
     ),
     ("state/lora-*", "checkpoints/lora-*/last.ckpt"): ("adapters were trained with it", ("projection.lora.",)),
     ("state/verify.json", "artifact", "metrics.json"): (
         "the verify split was opened for it, and a second look would void its bound",
-        ("budget.", "depth", "boundary", "projection.kind"),
+        ("budget.", "depth", "boundary", "salient", "selector", "projection.kind"),
     ),
 }  # fmt: skip
 _FREE = {"importance.batch_size", "importance.gradient_checkpointing"}
@@ -69,6 +71,8 @@ def _effective(recipe: Mapping[str, Any]) -> dict[str, Any]:
         flat.pop("projection.memory_gib", None)
     if flat.get("boundary") != "auto":
         flat.pop("budget.boundaries", None)
+    if flat.get("salient") != "auto":
+        flat.pop("budget.salient", None)
     if not isinstance(flat.get("budget.candidates"), int):
         flat.pop("budget.min_pruned", None)
     return flat

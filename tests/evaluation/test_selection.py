@@ -2,7 +2,7 @@
 
 import pytest
 
-from pop_lightning.core.plan import Choice
+from pop_lightning.core.plan import Choice, Kept
 from pop_lightning.evaluation import search as selection
 from pop_lightning.evaluation.search import Measured, Proposal, Training
 
@@ -135,24 +135,26 @@ def test_at_a_wanted_speedup_the_least_loss_wins(losses, chosen, rounds):
     assert drive(selection.least_loss(fitted, keeper, None), {}) == ([], [Choice(6, "closed_form")])
 
 
-def test_the_boundary_that_saves_most_is_chosen():
+def test_the_tokens_in_full_that_save_most_are_chosen():
     keeper, lines = budget()
-    losses = {1: {8: 0.001, 6: 0.02, 4: 0.3}, 4: {8: 0.0, 6: 0.004, 4: 0.2}, 16: {8: 0.0, 6: 0.001, 4: 0.15}}
-    by_boundary = {k: [measured(depth, loss) for depth, loss in each.items()] for k, each in losses.items()}
-    speedups = {(8, 1): 1.3, (6, 1): 1.6, (4, 1): 2.0, (8, 4): 1.28, (6, 4): 1.5, (4, 4): 1.9}
-    speedups |= {(8, 16): 1.2, (6, 16): 1.4, (4, 16): 1.7}
-    assert selection.boundary_within_budget(by_boundary, speedups, keeper) == 4  # depth 6 at 1.5x
+    few, some, many = Kept(1), Kept(4), Kept(1, 0.1)
+    losses = {few: {8: 0.001, 6: 0.02, 4: 0.3}, some: {8: 0.0, 6: 0.004, 4: 0.2}, many: {8: 0.0, 6: 0.001, 4: 0.15}}
+    plans = {kept: [measured(depth, loss) for depth, loss in each.items()] for kept, each in losses.items()}
+    speedups = {(8, few): 1.3, (6, few): 1.6, (4, few): 2.0, (8, some): 1.28, (6, some): 1.5, (4, some): 1.9}
+    speedups |= {(8, many): 1.2, (6, many): 1.4, (4, many): 1.7}
+    assert selection.kept_within_budget(plans, speedups, keeper) == some  # depth 6 at 1.5x
     assert len(lines) == 4
-    speedups |= {(6, 4): 1.25, (6, 16): 1.2}
-    assert selection.boundary_within_budget(by_boundary, speedups, keeper) == 1  # deeper would be slower
-    nothing = {k: [measured(8, 0.5)] for k in (4, 1)}
-    assert selection.boundary_within_budget(nothing, speedups, keeper) == 1
+    speedups |= {(6, some): 1.25, (6, many): 1.2}
+    assert selection.kept_within_budget(plans, speedups, keeper) == few  # deeper would be slower
+    nothing = {kept: [measured(8, 0.5)] for kept in (few, some)}
+    assert selection.kept_within_budget(nothing, speedups, keeper) == few
 
 
-def test_the_boundary_of_least_loss_is_chosen_at_a_wanted_speedup():
+def test_the_tokens_in_full_of_least_loss_are_chosen_at_a_wanted_speedup():
     keeper, _ = budget(None)
-    by_boundary = {1: [measured(8, 0.02)], 4: [measured(7, 0.01), measured(7, 0.3, "reuse")], 16: [measured(5, 0.01)]}
-    assert selection.boundary_of_least_loss(by_boundary, keeper) == 4
+    few, some, many = Kept(1), Kept(1, 0.1), Kept(16)
+    plans = {few: [measured(8, 0.02)], some: [measured(7, 0.01), measured(7, 0.3, "reuse")], many: [measured(5, 0.01)]}
+    assert selection.kept_of_least_loss(plans, keeper) == some
 
 
 # --- from measurements to what is verified --------------------------------------------------------------------------

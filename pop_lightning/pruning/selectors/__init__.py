@@ -5,11 +5,12 @@ the teacher-forced passes, a serving engine.
 """
 
 from pop_lightning.core.errors import InputError
+from pop_lightning.core.kinds import SELECTORS
 from pop_lightning.pruning.selectors.attention import AttentionSelector
 from pop_lightning.pruning.selectors.base import Selector
 from pop_lightning.pruning.selectors.recency import RecencySelector
 
-SELECTORS: dict[str, type[Selector]] = {"attention": AttentionSelector, "recency": RecencySelector}
+_SELECTORS: dict[str, type[Selector]] = {"attention": AttentionSelector, "recency": RecencySelector}
 
 
 def selector_named(name: str) -> Selector:
@@ -18,6 +19,6 @@ def selector_named(name: str) -> Selector:
     Raises:
         InputError: there is none of that name.
     """
-    if name not in SELECTORS:
+    if name not in _SELECTORS:
         raise InputError(f"unknown selector: {name!r}; expected one of {', '.join(SELECTORS)}.")
-    return SELECTORS[name]()
+    return _SELECTORS[name]()
