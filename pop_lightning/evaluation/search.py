@@ -265,7 +265,7 @@ def kept_within_budget(
 
 
 def kept_of_least_loss(measured: Mapping[Kept, Sequence[Measured]], budget: Budget) -> Kept:
-    """The tokens to run in full: the smallest loss at the depth that reaches the target speedup; of equals, the first."""
+    """The tokens to run in full: the smallest loss at the depth that reaches the speedup; of equals, the first."""
     best = {kept: min(candidates, key=budget.rank) for kept, candidates in measured.items()}
     for kept, candidate in best.items():
         budget.say(
