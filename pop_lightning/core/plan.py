@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,11 +76,6 @@ class PruningPlan:
         return hashlib.sha256(f"pop depth={self.depth} boundary={self.boundary}{salient}".encode()).hexdigest()[:16]
 
 
-def number_of(value: int | float, tokens: int) -> int:
-    """``value`` itself, or the share of ``tokens`` that it is, rounded up."""
-    return math.ceil(value * tokens - 1e-9) if isinstance(value, float) else value
-
-
 class Kept(NamedTuple):
     """Which prompt tokens run in full: the plan without its depth. What the fields mean: :class:`PruningPlan`."""
 
@@ -118,3 +113,13 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.depth} ({self.projection}{f', {self.steps} steps' if self.steps else ''})"
+
+
+def in_order(several: Iterable[Kept], tokens: int = 1000) -> list[Kept]:
+    """The fewest tokens first, in a prompt of ``tokens`` tokens."""
+    return sorted(several, key=lambda kept: (number_of(kept.salient, tokens), number_of(kept.boundary, tokens)))
+
+
+def number_of(value: int | float, tokens: int) -> int:
+    """``value`` itself, or the share of ``tokens`` that it is, rounded up."""
+    return math.ceil(value * tokens - 1e-9) if isinstance(value, float) else value

@@ -13,7 +13,7 @@ from pop_lightning.callbacks.export_artifact import export
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
-from pop_lightning.core.plan import Choice, Kept, PruningPlan
+from pop_lightning.core.plan import Choice, Kept, PruningPlan, in_order
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.examples import check_source
 from pop_lightning.evaluation import search as selection
@@ -412,8 +412,10 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
     plan = found.kept.at(shown.depth)
     full, pruned = (prefill_flops(run.decoder, each, tokens) for each in (PruningPlan(layers), plan))
     listed = run.listed_boundaries
-    compared = dict.fromkeys([*(Kept(k, 0, recipe.selector) for k in listed), found.kept]) if listed else {}
-    boundaries = measure(run, "comparing boundaries", [(shown, kept) for kept in compared]) if compared else []
+    compared = {*(Kept(k, 0, recipe.selector) for k in listed), found.kept} if listed else ()
+    boundaries = (
+        measure(run, "comparing boundaries", [(shown, kept) for kept in in_order(compared)]) if compared else []
+    )
     comparison = compare(run, shown, found)
     generator = StageAwareGenerator(run.decoder.model, plan, run.variant(shown, found.kept).projections)
     metrics = {

@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from pop_lightning.core.errors import InputError, Key, raise_all, show
 from pop_lightning.core.kinds import KINDS, SELECTORS
-from pop_lightning.core.plan import Kept, number_of
+from pop_lightning.core.plan import Kept, in_order
 from pop_lightning.evaluation.losses import METRICS, BudgetMetric, metric_named
 from pop_lightning.run import trainer_arguments, yaml_text
 
@@ -294,8 +294,7 @@ class Recipe:
             for salient in listed["salient"]
             if boundary or not salient
         }
-        usual = 1000  # a prompt length to compare shares with numbers at
-        return sorted(pairs, key=lambda kept: (number_of(kept.salient, usual), number_of(kept.boundary, usual)))
+        return in_order(pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data, every value named; of ``trainer`` those that differ from Lightning's defaults."""

@@ -82,6 +82,7 @@ def print_table(metrics: dict[str, Any]) -> str:
             text_table(
                 [
                     f"boundary at depth {metrics['boundaries'][0]['depth']}",
+                    "salient",
                     "KL",
                     "agreement",
                     "loss",
@@ -91,6 +92,7 @@ def print_table(metrics: dict[str, Any]) -> str:
                 [
                     [
                         str(row["boundary"]),
+                        str(row.get("salient", 0)),
                         number(row.get("kl")),
                         percent(row.get("agreement")),
                         amount(row.get("loss"), metric),
@@ -134,6 +136,8 @@ def headline(metrics: dict[str, Any]) -> str:
             f"loss of {budget['metric']} within {allowed}; nothing was exported."
         )
     start = f"Context tokens run through {depth} of {layers} layers"
+    if metrics.get("salient"):
+        start += f", but for {tokens(metrics['salient'])} that are selected"
     if wanted := budget.get("speedup"):
         counted = metrics["arithmetic"]
         start = (
@@ -235,6 +239,11 @@ def count(value: int, noun: str) -> str:
     return f"{value:,} {noun}" + ("" if value == 1 else "s")
 
 
+def tokens(value: int | float) -> str:
+    """A number of tokens, or a share of the prompt: `1 prompt token`, `5% of the prompt`."""
+    return f"{100 * value:.3g}% of the prompt" if isinstance(value, float) else count(value, "prompt token")
+
+
 def flops(value: float | None) -> str:
     """Floating-point operations with an SI prefix."""
     if value is None:
@@ -261,6 +270,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         confidence=confidence,
         ratio=ratio,
         verdict=verdict,
+        tokens=tokens,
     )
     template = environment.from_string(files("pop_lightning.run").joinpath("report.html.jinja").read_text("utf-8"))
     metric = metrics["budget"]["metric"]
@@ -292,6 +302,9 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         wanted=metrics["budget"].get("speedup"),
         unconditional=_unconditional(metrics["budget"]),
         boundaries=metrics.get("boundaries") or [],
+        has_salient=any(row.get("salient") for row in metrics.get("boundaries") or []),
+        frontier_plot=_frontier_plot(metrics),
+        fewest=_fewest(metrics.get("plans") or [metrics]),
         comparison=metrics.get("comparison") or [],
         verification=metrics.get("verification") or [],
         decisions=metrics.get("decisions") or [],
@@ -396,6 +409,60 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
         axes.set_ylabel(metric_named(metric).axis)
 
     return picture(draw, "Loss against depth with upper bounds and the budget")
+
+
+def _fewest(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The plan with the fewest tokens in full; shares count as more than numbers."""
+    return min(
+        plans, key=lambda plan: (plan.get("salient", 0) != 0, isinstance(plan["boundary"], float), plan["boundary"])
+    )
+
+
+def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
+    """Loss against counted speedup: pruning by depth only, and the best of all plans; None without other plans."""
+    plans = [plan for plan in metrics.get("plans") or [] if plan["projection"] != "reuse"] or metrics.get("plans") or []
+    if not plans:
+        return None
+    fewest = _fewest(plans)
+    by_depth = [
+        plan for plan in plans if (plan["boundary"], plan.get("salient")) == (fewest["boundary"], fewest.get("salient"))
+    ]
+    if len(by_depth) == len(plans):
+        return None
+    budget = metrics["budget"]
+    metric, limit = budget["metric"], None if _unconditional(budget) else float(budget["max_drop"])
+    scale, sign = (100, "%") if metric_named(metric).rate else (1, "")
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        threshold = limit or 1e-3
+        for color, label, group in zip(theme.series, ("depth only", "all plans"), (by_depth, plans), strict=False):
+            best = _staircase([(plan["speedup"], max(0.0, _plotted(plan["loss"]))) for plan in group])
+            axes.plot(*zip(*best, strict=True), marker="o", markersize=4, linewidth=1.6, color=color, label=label)
+        others = [plan for plan in plans if plan not in by_depth]
+        axes.plot(
+            [plan["speedup"] for plan in others],
+            [max(0.0, _plotted(plan["loss"])) for plan in others],
+            linestyle="", marker=".", color=theme.muted, label="measured plans",
+        )  # fmt: skip
+        if limit is not None:
+            axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {amount(limit, metric)}")
+        axes.set_yscale("symlog", linthresh=threshold)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")
+        axes.set_xlabel("counted speedup of the prefill")
+        axes.set_ylabel(metric_named(metric).axis)
+
+    return picture(draw, "Loss against counted speedup: depth only, and all plans")
+
+
+def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (speedup, loss) that no other one beats in both, by speedup."""
+    kept: list[tuple[float, float]] = []
+    for speedup, loss in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not kept or loss < kept[-1][1]:
+            kept.append((speedup, loss))
+    return kept[::-1]
 
 
 def _plotted(value: float | None) -> float:

@@ -253,8 +253,8 @@ def test_an_automatic_boundary_makes_a_deeper_pruning_possible(run, untrained):
     chosen = metrics["boundary"]
     assert chosen > 1
     assert {entry["boundary"] for entry in metrics["curve"]} == {chosen}
-    assert told(metrics, "boundary: k = 1 keeps the budget at no depth")
-    assert told(metrics, f"boundary: k = {chosen} is chosen")
+    assert told(metrics, "search: boundary 1 keeps the budget at no depth")
+    assert told(metrics, f"search: boundary {chosen} is chosen")
     if code == 0:
         assert StageAwareGenerator.from_artifact(output / "artifact").plan == PruningPlan(2, chosen)
 
@@ -265,7 +265,7 @@ def test_an_automatic_boundary_goes_with_a_wanted_speedup(run):
     plan = StageAwareGenerator.from_artifact(output / "artifact").plan
     assert plan == PruningPlan(metrics["depth"], metrics["boundary"])
     assert metrics["arithmetic"]["ratio"] >= 1.15
-    assert told(metrics, "boundary: k = 8 reaches the target speedup at depth 2")
+    assert told(metrics, "search: boundary 8 reaches the target speedup at depth 2")
 
 
 # --- prompts, and memory --------------------------------------------------------------------------------------------

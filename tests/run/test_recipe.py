@@ -205,10 +205,21 @@ def test_recipes_that_are_none(write, tmp_path):
         ({"budget": {"max_drop": -0.1}}, "budget.max_drop must be a number of at least 0, found -0.1"),
         ({"budget": {"speedup": 1.0}}, "budget.speedup must be a number above 1 or null, found 1.0"),
         ({"budget": {"extensions": -1}}, "budget.extensions must be a whole number of at least 0, found -1"),
-        ({"budget": {"boundaries": [1, -4]}}, "budget.boundaries[1] must be a whole number of at least 0, found -4"),
+        (
+            {"budget": {"boundaries": [1, -4]}},
+            "budget.boundaries[1] must be a whole number of at least 0 or a number above 0 and below 1, found -4",
+        ),
         ({"boundary": "auto", "budget": {"boundaries": []}}, "budget.boundaries must name what boundary: auto"),
-        ({"boundary": -1}, "boundary must be a whole number of at least 0 or auto, found -1"),
-        ({"boundary": "most"}, "boundary must be a whole number of at least 0 or auto, found 'most'"),
+        (
+            {"boundary": -1},
+            "boundary must be a whole number of at least 0, a number above 0 and below 1 or auto, found -1",
+        ),
+        (
+            {"boundary": "most"},
+            "boundary must be a whole number of at least 0, a number above 0 and below 1 or auto, found 'most'",
+        ),
+        ({"boundary": 0, "salient": 4}, "salient needs a boundary of at least 1"),
+        ({"selector": "luck"}, "selector must be one of attention, recency, found 'luck'"),
         ({"budget": {"max_drop": 1.5}}, "budget.max_drop is an absolute fraction, at most 1 for agreement, found 1.5"),
         (
             {"budget": {"metric": "nll_increase", "max_drop": 1.0}},
