@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import fit
@@ -118,7 +119,8 @@ def test_a_depth_that_keeps_the_budget_is_exported_with_the_projections_that_wer
 
 def same_result(first, second):
     (one, there), (two, here) = ((each, json.loads((each / "metrics.json").read_text())) for each in (first, second))
-    assert {k: v for k, v in there.items() if k != "ttft"} == {k: v for k, v in here.items() if k != "ttft"}
+    timed = ("ttft", "sha256")
+    assert {k: v for k, v in there.items() if k not in timed} == {k: v for k, v in here.items() if k not in timed}
     old, new = snapshot(one), snapshot(two)
     names = [name for name in old if name.startswith("state/") and name.endswith(".safetensors")]
     assert names
@@ -266,6 +268,35 @@ def test_an_automatic_boundary_goes_with_a_wanted_speedup(run):
     assert plan == PruningPlan(metrics["depth"], metrics["boundary"])
     assert metrics["arithmetic"]["ratio"] >= 1.15
     assert told(metrics, "search: boundary 8 reaches the target speedup at depth 2")
+
+
+# --- salient tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_with_salient_tokens_is_chosen_verified_and_exported(run, untrained):
+    limit = 0.8 * untrained[2]["expected_bound"]  # one boundary token misses it at depth 2
+    choices = {"salient": "auto", "budget__salient": [0, 0.2, 0.5], "budget__max_drop": limit}
+    code, output, metrics = run(**choices, **TIGHT)
+    assert code == 0
+    generator = StageAwareGenerator.from_artifact(output / "artifact")
+    assert metrics["salient"] in (0.2, 0.5)
+    assert generator.plan == PruningPlan(metrics["depth"], 1, metrics["salient"])
+    assert told(metrics, f"search: boundary 1, salient {metrics['salient']} is chosen")
+    same_depth = [plan for plan in metrics["plans"] if plan["depth"] == metrics["depth"]]
+    counted = {plan.get("salient", 0): plan["speedup"] for plan in same_depth}
+    assert metrics["arithmetic"]["ratio"] == counted[metrics["salient"]] < counted[0]
+    page = (output / "report.html").read_text()
+    assert f"but for {100 * metrics['salient']:.3g}% of the prompt that are selected" in page
+    assert "Frontier" in page
+    prompt = torch.randint(3, COMMON["vocab_size"], (1, 20))
+    generator.generate(input_ids=prompt, max_new_tokens=2)
+    assert generator.selected.shape == (1, 20 * metrics["salient"])
+
+
+def test_the_budget_may_keep_to_depth_and_boundary(run):
+    _, _, metrics = run(salient="auto", budget__salient=0, projection__kind="reuse")
+    assert "salient" not in metrics
+    assert {plan.get("salient", 0) for plan in metrics["plans"]} == {0}
 
 
 # --- prompts, and memory --------------------------------------------------------------------------------------------

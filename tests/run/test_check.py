@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from pop_lightning.cli import fit
 from pop_lightning.core.memory import peak_bytes
-from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.plan import Kept, PruningPlan
 from pop_lightning.evaluation.bounds import rows_needed, smallest_certifiable
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
@@ -354,7 +354,8 @@ def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base,
     loaded = Base.of(checked)
     rows = Rows.of(checked, loaded)
     found = estimate(checked, loaded, rows, Machine.of(checked))
-    expected = reaching(checked.budget, loaded.decoder, [1, 2, 4], rows.median)  # 64 is above every prompt
+    possible = [Kept(1), Kept(2), Kept(4)]  # 64 is above every prompt
+    expected = reaching(checked.budget, loaded.decoder, possible, rows.median)
     assert found.costs.depths == sorted(set(expected.values()), reverse=True)
     assert fit.main([*words, "--check"]) == 0
     shown = capsys.readouterr().out
