@@ -2,7 +2,7 @@
 
 Memory of a stage is a plain rule: the weights of the base, what the stage keeps between batches (projections, the bound
 of the running sums, optimizer states), and the hidden states, activations and logits of one batch. Operations are
-counted from the base's shape. Where base and device are at hand, one real step of each stage gives its measured peak
+counted from the base's shape. Where base and device are available, one real step of each stage gives its measured peak
 and its time. Offline; nothing is written. ``python -m pop_lightning.run.check`` prints the table of all recipes.
 """
 
@@ -46,7 +46,7 @@ USABLE = 0.94  # of a device's memory: the rest goes to the CUDA context, librar
 # By the GB that a GPU is sold with: GiB that PyTorch finds on it, on the least of the common ones of that size.
 CARDS = {24: 22, 40: 39, 48: 44, 80: 79, 141: 139}
 _GIB = 2**30
-_SLOW_STEP = 2e12  # operations of a step that a CPU takes too long for, so that it is not run there
+_SLOW_STEP = 2e12  # operations of a step that is too slow to try on a CPU
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Machine:
-    """What ``trainer`` asks for, and what of it is at hand.
+    """What ``trainer`` asks for, and what of it this machine has.
 
     Attributes:
         gpu: the stages run on GPUs.
         devices: processes, each with a device of its own (on CPUs they share the memory).
         strategy: ``trainer.strategy`` as a name.
-        bytes: memory of one device at hand; None where there is none of that kind.
-        found: devices of that kind at hand.
+        bytes: memory of one device; None where this machine has none of that kind.
+        found: devices of that kind on this machine.
         spread: devices that ``model.device_map`` spreads the base over.
     """
 
@@ -322,7 +322,7 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     listed = listed_boundaries(recipe.budget, decoder, rows.media, rows.median)
     kept = recipe.kept(listed)
     check_images(recipe, decoder, rows.media, {each.boundary for each in kept}, machine.shards)
-    # Importance is not known yet and taken as equal.
+    # Importance is not known yet, so it is assumed to be equal.
     depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, rows.median)
     batches = Batch(size, *rows.longest), Batch(size, *rows.usual)
     costs = Costs(decoder, recipe, depths, listed, *batches, eager=base.attention == "eager", gpu=machine.gpu)
@@ -387,7 +387,7 @@ def measure(found: Estimate) -> dict[str, tuple[int, float]] | str:
     """By stage, bytes and seconds of one real step at the longest rows; or why nothing was run."""
     machine, base, recipe, costs = found.machine, found.base, found.recipe, found.costs
     if machine.bytes is None:
-        return "there is no GPU here: run this check where trainer.accelerator is at hand"
+        return "there is no GPU here: run this check on a machine that has trainer.accelerator"
     if base.folder is None:
         return f"the weights of {base.name} are not on this machine: download the base first"
     if machine.devices > 1:
@@ -397,7 +397,7 @@ def measure(found: Estimate) -> dict[str, tuple[int, float]] | str:
     if machine.shards:
         return f"trainer.strategy {machine.strategy} keeps the base in shards, and steps run on a whole one"
     if not machine.gpu and max(each.step_flops for each in found.stages) > _SLOW_STEP:
-        return "one step takes a CPU too long to try it: set trainer.accelerator to gpu where there is one"
+        return "one step is too slow to try on a CPU: set trainer.accelerator to gpu where there is one"
     model = recipe.model
     try:
         decoder = Decoder(

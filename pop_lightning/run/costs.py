@@ -31,7 +31,7 @@ from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.run.inputs import trains, untrained_kinds
 from pop_lightning.run.recipe import Recipe
 
-# Builds a stage's step over a base and a batch of ``collate``; what it gives runs the step.
+# Builds a stage's step over a base and a batch of ``collate``; calling the result runs the step.
 Build = Callable[[Decoder, dict], Callable[[], object]]
 Ways = dict[str, tuple[PruningPlan, dict]]  # by name a plan, and what else a Variant is made with
 _FLOAT = 4

@@ -115,7 +115,7 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Dec
         if odd:
             raise InputError(f"budget.candidates must lie in {smallest}..{layers} for this model, found {odd[0]}.")
         if min(wanted) == layers:
-            raise InputError(f"budget.candidates holds depth {layers} alone, which prunes nothing; name a smaller one.")
+            raise InputError(f"budget.candidates holds only depth {layers}, which prunes nothing; name a smaller one.")
         try:
             decoder.check_depth(min(wanted))
         except InputError as error:

@@ -1,9 +1,9 @@
 """The output folder of one ``pop-fit`` run: opening it, its lock, and the state that a resumed run finds in it.
 
-The pipeline asks here for whatever a stage left behind. Each stage leaves one complete file (``state/`` for what only a
-resumed run reads), so that a run can be killed anywhere and resumed; a file that cannot be read counts as not written.
-Of several processes the first one alone writes, and what it finds goes for all; the others read large files themselves,
-so the folder must be one that all of them see.
+The pipeline asks here for the results of earlier stages. Each stage leaves one complete file (``state/`` for what only
+a resumed run reads), so that a run can be killed anywhere and resumed; a file that cannot be read counts as not
+written. Of several processes only the first one writes, and what it reads counts for all; the others read large files
+themselves, so the folder must be one that all of them see.
 """
 
 import fcntl
@@ -208,7 +208,7 @@ class RunFolder:
 
     def _set_aside(self) -> None:
         if not ((self.root / "recipe.yaml").is_file() and self.state.is_dir()):
-            raise InputError(f"output {self.root} holds files that are no pop-fit run; --overwrite would delete them.")
+            raise InputError(f"output {self.root} holds files that --overwrite would delete, and is not a pop-fit run.")
         self._hold()  # not under a run at work
         try:
             self._lock.unlink()

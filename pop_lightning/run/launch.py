@@ -165,7 +165,7 @@ def _unchanged_process():
 def joined(strategy: DDPStrategy):
     """Inside, the process group of the processes that ``strategy`` names is there.
 
-    Standard output is the first process's alone.
+    Only the first process writes to standard output.
 
     Raises:
         InputError: on the first process; the others leave with exit code 2.

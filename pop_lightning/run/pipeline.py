@@ -84,7 +84,7 @@ def run_stages(run: Run) -> int:
     metrics = folder.read("metrics.json")
     importance = folder.read("importance.json")
     if metrics and importance and (metrics["depth"] is None or _exported(run, metrics)):
-        print(f"the run in {folder} had ended already")
+        print(f"the run in {folder} had already ended")
     else:
         importance = folder.once("importance.json", lambda: score(run))
         depths = candidates.to_measure(recipe, run.decoder, importance["prefill"], run.kept, run.tokens)

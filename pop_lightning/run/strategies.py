@@ -8,8 +8,8 @@
 | ``deepspeed_stage_3_offload`` | the same, the shards in the CPU's memory | as in stage 2 |
 
 Passes that train nothing have nothing else to shard and run under plain DDP. The frozen base belongs to no
-LightningModule: one engine gathers it for the whole run, however many trainers come and go. DeepSpeed is imported by
-its strategies alone. Trainers (``trainers.py``) are made from what is here.
+LightningModule: one engine gathers it for the whole run, however many trainers come and go. Only its own strategies
+import DeepSpeed. Trainers (``trainers.py``) are made from what is here.
 """
 
 import gc
@@ -66,7 +66,7 @@ def _import_deepspeed(on_cpu: bool) -> None:
 
 
 def for_training(name: str) -> Strategy | str:
-    """The strategy that trains projections, as ``lightning.Trainer`` takes it; a new one for each trainer."""
+    """The strategy that trains projections, as ``lightning.Trainer`` accepts it; a new one for each trainer."""
     if name not in DEEPSPEED:
         return name
     strategy = _deepspeed(name)
@@ -103,7 +103,7 @@ class ShardedBase(lightning.Callback):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        # DeepSpeed goes by these switches alone, and makes float32 of whatever a checkpoint holds where both are off.
+        # DeepSpeed reads only these switches, and makes float32 of whatever a checkpoint holds where both are off.
         self.config |= {"bf16": {"enabled": dtype is torch.bfloat16}, "fp16": {"enabled": dtype is torch.float16}}
         self._held = HfDeepSpeedConfig(self.config)  # Transformers shards, and generates in step, while it lives
         model = load()
@@ -176,7 +176,7 @@ class _DeepSpeed(DeepSpeedStrategy):
         import deepspeed
 
         engine, optimizer, _, _ = deepspeed.initialize(
-            args=Namespace(device_rank=self.local_rank),  # Lightning takes the device's number, a CPU has none
+            args=Namespace(device_rank=self.local_rank),  # Lightning passes the device's number, a CPU has none
             config=self.config,
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -150,7 +150,7 @@ class Trainers:
         Args:
             loader: endless batches from the one with the given number on.
             rounds: how often the training was or will be stopped and gone on with, this time included.
-            checkpoints: a folder of this training alone.
+            checkpoints: a folder that only this training uses.
             every: steps between checkpoints.
         """
         last = checkpoints / "last.ckpt"
@@ -208,7 +208,7 @@ class _SameSigterm(lightning.Callback):
     """SIGTERM does inside a trainer what it does outside.
 
     Lightning's own handler only sets a flag, which evaluation never reads, and of several processes it first broadcasts
-    it, in which a process that is in another collective at that moment never takes part.
+    it, which a process in another collective at that moment never joins.
     """
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
@@ -246,7 +246,7 @@ class Trainer:
 
 
 def _step_of(checkpoint: Path) -> int:
-    """At which step a training goes on: 0 where there is no checkpoint, or none that can be read."""
+    """The step from which a training continues: 0 where there is no checkpoint, or none that can be read."""
     try:
         return strategies.training_step_of(checkpoint) if checkpoint.exists() else 0
     except Exception:  # reading damaged bytes can raise anything

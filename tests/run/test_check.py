@@ -87,7 +87,7 @@ def test_the_peak_of_every_step_is_within_a_fifth_of_a_measured_one():
     compare("gemma3", torch.float32, Batch(2, 150, 40), projection__kind="lora", projection__grouping="layer")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.full), "gemma3"])
 def test_gradient_checkpointing_lowers_the_peak_of_scoring_as_the_rule_says(family):
     batch, changes = Batch(2, 200, 30), {"projection__kind": "reuse", "importance__gradient_checkpointing": "true"}
     compare(family, torch.float32, batch, **changes)
@@ -234,7 +234,7 @@ def test_a_step_of_every_stage_is_measured_on_a_small_base_and_nothing_is_writte
     assert [path.name for path in output.iterdir()] == ["something"]
 
 
-def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, tmp_path, monkeypatch, capsys):
+def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, unmeasured, tmp_path, monkeypatch, capsys):
     words = [*arguments(base, data, tmp_path / "run", data__batch_size=8), "--check"]
     assert fit.main(words) == 0
     checked = parse(words[:-1]).recipe
