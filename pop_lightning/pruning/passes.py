@@ -93,13 +93,16 @@ def student_logits(
     prompt_length: int,
     *,
     context_visible: bool = True,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """The pruned model's logits at the loss positions; arguments as for :func:`student_hidden`.
 
     Returns:
         ``[batch, response, vocabulary]``: column j predicts response token j (positions t = N..T-1).
     """
-    hidden = student_hidden(projections, plan, trace, attention_mask, prompt_length, context_visible=context_visible)
+    hidden = student_hidden(
+        projections, plan, trace, attention_mask, prompt_length, context_visible=context_visible, scores=scores
+    )
     return projections.decoder.logits(hidden)
 
 
@@ -112,6 +115,7 @@ def student_hidden(
     *,
     context_visible: bool = True,
     checkpoint: bool = False,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """The input of the pruned model's final norm, from rerunning only the pruned layers over a recorded full pass.
 
@@ -122,6 +126,7 @@ def student_hidden(
         prompt_length: the padded prompts' width.
         context_visible: False hides the context from the pruned layers (the "no KV projection" ablation).
         checkpoint: keep only each layer's input for the backward pass and run the layer again there.
+        scores: of the context tokens, ``[batch, context]``, in place of the selector's (to compare with it).
 
     Returns:
         ``[batch, response, hidden]``: column j leads to response token j (positions t = N..T-1).
@@ -133,7 +138,7 @@ def student_hidden(
         padding = _padding(plan, attention_mask, prompt_length)
         ends = context_ends(plan, prompt_length, padding)
         if plan.salient or ends is not None:
-            given = padding, ends
+            given = padding, ends, scores
             return _salient_hidden(projections, plan, trace, attention_mask, prompt_length, checkpoint, *given)
     source = trace.hidden[depth][:, :tokens]
     hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
@@ -186,6 +191,7 @@ def _salient_hidden(
     checkpoint: bool,
     padding: Tensor | None,
     ends: Tensor | None,
+    scores: Tensor | None,
 ) -> Tensor:
     """:func:`student_hidden` of a plan with salient tokens: a probing pass selects them, and they run as well."""
     decoder, tokens, context = projections.decoder, attention_mask.shape[1] - 1, plan.context_of(prompt_length)
@@ -206,18 +212,26 @@ def _salient_hidden(
             mask = masks[kind]
         tables = cut(kwargs.get("position_embeddings"), slice(behind.shape[1]))
         layers.add(layer, kwargs, mask, decoder.to_cache(layer, projections(layer, behind, normed), tables))
-        if not plan.salient:
+        if not plan.salient or scores is not None:
             continue
         with torch.no_grad():
             arguments = layers.arguments(layer, probes, None, prompt_length)
             following = decoder.run_layer(layer, hidden, **arguments)
         selection.watch(layer, hidden, arguments)
         hidden = following
-    selected, kept = selection.choose(trace.selectable)
+    selected, kept = selection.choose(_selectable(trace, attention_mask, scores, prompt_length), scores)
     rest = torch.arange(context, tokens, device=selected.device).expand(len(selected), -1)
     run_layer = _checkpointed(decoder) if checkpoint else None
     hidden = layers.run(torch.cat([selected, rest], dim=1), kept=kept, run_layer=run_layer)
     return hidden[:, selected.shape[1] + prompt_length - 1 - context :]
+
+
+def _selectable(trace: Trace, attention_mask: Tensor, scores: Tensor | None, prompt: int) -> Tensor | None:
+    """Which tokens may be selected. A probing pass sees the padding; given scores do not."""
+    if scores is None:
+        return trace.selectable
+    real = attention_mask[:, :prompt].bool()
+    return real if trace.selectable is None else real & trace.selectable[:, :prompt]
 
 
 def _checkpointed(decoder: Decoder) -> Callable:

@@ -209,11 +209,12 @@ class Selection:
         if self.visible is None:
             self.visible = visible[:, -1, first : first + self.read]
 
-    def choose(self, allowed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def choose(self, allowed: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Select.
 
         Args:
             allowed: which tokens of the pass may be selected, ``[batch, tokens]``; all unless given.
+            scores: of the context, ``[batch, context]``, in place of the selector's.
 
         Returns:
             The selected columns ``[batch, salient]``, counted from the pass's first token; and which tokens keep their
@@ -228,8 +229,10 @@ class Selection:
         if allowed is not None:
             usable = usable & allowed[:, : self.context].to(usable.device)
         if self.plan.salient:
-            known = Seen(self.layers.hidden[:, : self.context], self.attention)
-            selected = choose(selector_named(self.plan.selector).score(known), usable, self._count(usable))
+            if scores is None:
+                known = Seen(self.layers.hidden[:, : self.context], self.attention)
+                scores = selector_named(self.plan.selector).score(known)
+            selected = choose(scores, usable, self._count(usable))
         else:
             selected = columns.new_empty(batch, 0)
         if allowed is None and self.ends is None:

@@ -447,6 +447,7 @@ def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
         if limit is not None:
             axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {amount(limit, metric)}")
         axes.set_yscale("symlog", linthresh=threshold)
+        axes.set_ylim(bottom=-0.06 * threshold)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")

@@ -92,10 +92,10 @@ def run(settings: Settings) -> dict:
         InputError: base, rows or settings do not fit.
     """
     quiet_lightning()
-    decoder = Decoder(load_model(settings.base).to(_trainer().strategy.root_device))
+    decoder = Decoder(load_model(settings.base).to(quiet_trainer().strategy.root_device))
     check_decoder(decoder)
     tokenizer = load_tokenizer(settings.base)
-    rows = _rows(settings, tokenizer, decoder)
+    rows = rows_of_study(settings, tokenizer, decoder)
     first, last = decoder.smallest_depth, decoder.num_layers - 1
     depths = sorted(range(first, last + 1) if settings.depths == "all" else settings.depths, reverse=True)
     if not depths or not all(first <= depth <= last for depth in depths):
@@ -104,7 +104,7 @@ def run(settings: Settings) -> dict:
     if overlap or not settings.report_seeds:
         raise InputError(f"--report_seeds must name seeds that --tuning_seeds does not; both have {sorted(overlap)}.")
     rates = _tune(settings, decoder, rows, depths)
-    reports = [_Seed(settings, decoder, rows, seed).report(depths, rates) for seed in settings.report_seeds]
+    reports = [Split(settings, decoder, rows, seed).report(depths, rates) for seed in settings.report_seeds]
     result = {
         "settings": asdict(settings),
         "layers": decoder.num_layers,
@@ -121,7 +121,7 @@ def run(settings: Settings) -> dict:
 # --- fitting on one split -------------------------------------------------------------------------------------------
 
 
-class _Seed:
+class Split:
     """One split of the rows, and everything fitted on it."""
 
     def __init__(self, settings: Settings, decoder: Decoder, rows: list[Row], seed: int):
@@ -172,7 +172,7 @@ class _Seed:
         }
         if trainings:
             self.say(f"training {len(trainings)} projections for {self.settings.steps} steps")
-            trainer = _trainer(max_steps=self.settings.steps, max_epochs=-1)
+            trainer = quiet_trainer(max_steps=self.settings.steps, max_epochs=-1)
             trainer.fit(JointTraining(list(trainings.values())), self.loader("fit", shuffle=True))
         exact = {(depth, name): start for depth, start in starts.items() if not start.fitted_layers for name in jobs}
         return exact | {key: each.trained() for key, each in trainings.items()}
@@ -204,7 +204,7 @@ class _Seed:
 
     def validate(self, what: str, module: lightning.LightningModule, rows: DataLoader) -> None:
         self.say(what)
-        _trainer().validate(module, rows, verbose=False)
+        quiet_trainer().validate(module, rows, verbose=False)
 
     def say(self, what: str) -> None:
         print(f"seed {self.seed}: {what} ...", flush=True)
@@ -225,7 +225,7 @@ def _tune(settings: Settings, decoder: Decoder, rows: list[Row], depths: list[in
         raise InputError("--tuning_seeds must name a seed where --learning_rates has several, found none.")
     losses: dict[tuple[str, float], list[float]] = {}
     for seed in settings.tuning_seeds:
-        split = _Seed(settings, decoder, rows, seed)
+        split = Split(settings, decoder, rows, seed)
         fitted = [each for each in split.closed_form(depths) if each.depth < decoder.num_layers - 1]
         start = {(each.depth, "start"): each.options[each.best()] for each in fitted}
         for rate in settings.learning_rates:
@@ -244,7 +244,7 @@ def _tune(settings: Settings, decoder: Decoder, rows: list[Row], depths: list[in
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(settings: Settings, tokenizer, decoder: Decoder) -> list[Row]:
+def rows_of_study(settings: Settings, tokenizer, decoder: Decoder) -> list[Row]:
     if settings.running_text is None:
         data = CalibrationData(
             settings.calibration,
@@ -286,14 +286,14 @@ def _table(figures: list[Figures], settings: Settings) -> list[dict]:
         measured = [each[depth, kind] for each in figures]
         entry: dict[str, Any] = {"depth": depth, "projection": kind}
         for metric in METRICS:
-            entry[metric] = _mean([(each["prompt"], each[metric]) for each in measured])
-        entry["loss"] = _mean([(each["prompt"], row_loss(each, settings.metric)) for each in measured])
+            entry[metric] = mean_of_seeds([(each["prompt"], each[metric]) for each in measured])
+        entry["loss"] = mean_of_seeds([(each["prompt"], row_loss(each, settings.metric)) for each in measured])
         entry["removed"] = _removed(figures, depth, "reuse", kind)
         table.append(entry)
     return table
 
 
-def _mean(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+def mean_of_seeds(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
     sums, counts = _by_prompt(seeds)
     found = _interval(lambda sums, counts, axis=-1: sums.sum(axis) / counts.sum(axis), sums, counts)
     return found | {"seeds": [values.double().mean().item() for _, values in seeds]}
@@ -433,7 +433,7 @@ def _plot(result: dict, path: Path) -> None:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def _trainer(**arguments) -> lightning.Trainer:
+def quiet_trainer(**arguments) -> lightning.Trainer:
     return lightning.Trainer(
         accelerator="auto",
         devices=1,

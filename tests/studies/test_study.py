@@ -82,10 +82,10 @@ def rows(kl, agreement=1.0):
 
 def test_a_row_that_several_seeds_measured_counts_as_one_draw():
     values = torch.rand(60, generator=torch.Generator().manual_seed(0))
-    once = study._mean([(torch.arange(60), values)])
-    thrice = study._mean([(torch.arange(60), values)] * 3)
+    once = study.mean_of_seeds([(torch.arange(60), values)])
+    thrice = study.mean_of_seeds([(torch.arange(60), values)] * 3)
     assert (thrice["mean"], thrice["low"], thrice["high"]) == pytest.approx((once["mean"], once["low"], once["high"]))
-    apart = study._mean([(torch.arange(60) + 60 * seed, values) for seed in range(3)])
+    apart = study.mean_of_seeds([(torch.arange(60) + 60 * seed, values) for seed in range(3)])
     assert apart["high"] - apart["low"] < 0.75 * (once["high"] - once["low"])
     assert once["low"] < values.mean().item() < once["high"]
 
