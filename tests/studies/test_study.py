@@ -113,6 +113,7 @@ def test_shares_depths_and_verdicts_follow_from_the_rows():
     assert study._judge({"mean": 0.3, "low": 0.2, "high": 0.4}, 0.5)["holds"] is False
 
 
+@pytest.mark.full
 def test_the_cost_command_prints_every_ratio_with_its_memory(capsys):
     arguments = ["--layers", "4", "--hidden", "64", "--vocabulary", "128", "--prompt", "32", "--repeats", "1"]
     assert fitting_cost.main(arguments) == 0
