@@ -86,7 +86,7 @@ class Kept(NamedTuple):
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Kept":
         """From an entry of the curve in ``metrics.json``, or of a plan in ``pop_config.json``."""
-        return cls(*(entry[name] for name in cls._fields if name in entry))
+        return cls(**{name: entry[name] for name in cls._fields if name in entry})
 
     def at(self, depth: int) -> PruningPlan:
         return PruningPlan(depth, *self)
