@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import itertools
-import threading
 
 import pytest
 import torch
@@ -47,6 +46,7 @@ from tests.helpers.families import (
     two_pass,
     two_pass_generate,
 )
+from tests.helpers.threads import at_once
 
 LAYERS = COMMON["num_hidden_layers"]
 LONG = 3 * WINDOW + 2
@@ -638,30 +638,18 @@ def test_one_generator_serves_several_threads_at_once():
     plain = [model.generate(input_ids=ids, attention_mask=mask, **GREEDY) for ids, mask in requests]
     pruned = [generator.generate(input_ids=ids, attention_mask=mask, **GREEDY) for ids, mask in requests]
     assert any(not torch.equal(a, b) for a, b in zip(plain, pruned, strict=True))
-    wrong: list = []
-    start = threading.Barrier(len(requests))
 
     def work(index):
         ids, mask = requests[index]
-        start.wait()
-        try:
-            for turn in range(6):
-                if (index + turn) % 2:
-                    ours, expected = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY), pruned[index]
-                else:
-                    with generator.full_model():
-                        ours, expected = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY), plain[index]
-                if not torch.equal(ours, expected):
-                    wrong.append((index, turn))
-        except Exception as error:
-            wrong.append(error)
+        for turn in range(6):
+            if (index + turn) % 2:
+                ours, expected = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY), pruned[index]
+            else:
+                with generator.full_model():
+                    ours, expected = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY), plain[index]
+            assert torch.equal(ours, expected), (index, turn)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    at_once(len(requests), work)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import threading
 
 import pytest
 import torch
@@ -31,6 +30,7 @@ from tests.helpers.salient import (
     projected_columns,
     reference_generate,
 )
+from tests.helpers.threads import at_once
 
 __all__ = ["compiled"]
 PLAN = PruningPlan(1, 3, 4)
@@ -306,27 +306,15 @@ def test_threads_select_for_themselves():
     for ids, mask in requests:
         tokens = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
         expected.append((tokens, generator.selected))
-    wrong, start = [], threading.Barrier(len(requests))
 
     def work(index):
         ids, mask = requests[index]
-        start.wait()
-        try:
-            for _ in range(3):
-                tokens = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-                if not (
-                    torch.equal(tokens, expected[index][0]) and torch.equal(generator.selected, expected[index][1])
-                ):
-                    wrong.append(index)
-        except Exception as error:
-            wrong.append(error)
+        for _ in range(3):
+            tokens = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+            assert torch.equal(tokens, expected[index][0])
+            assert torch.equal(generator.selected, expected[index][1])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    at_once(len(requests), work)
 
 
 @pytest.mark.full

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import threading
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from pop_lightning.pruning.projections import KVProjections
 
 from tests.fitting.test_importance import loss_under_gates, score
 from tests.helpers.families import COMMON, WINDOW, relative
+from tests.helpers.threads import at_once
 from tests.helpers.vision import (
     DEEPSTACK,
     FAMILIES,
@@ -427,11 +427,7 @@ def test_threads_do_not_mix_the_positions_of_their_images(family):
         for _ in range(3):
             found[number] = generator.generate(**arguments(family, batches[number]), **TEXT)
 
-    threads = [threading.Thread(target=generate, args=(number,)) for number in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(len(batches), generate)
     assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
 
 
