@@ -12,7 +12,7 @@ import lightning
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.plan import Kept
+from pop_lightning.core.plan import USUAL, Kept
 from pop_lightning.evaluation import search
 from pop_lightning.evaluation.evaluate import Evaluation
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
@@ -20,7 +20,6 @@ from pop_lightning.evaluation.metrics import prompt_losses
 from pop_lightning.evaluation.search import Measured
 from pop_lightning.evaluation.verdicts import Verdict, fixed_sequence, judge
 
-_PROMPT = 1000  # a prompt length to compare shares with numbers at
 _USED = (
     "the verify split was already used, or the variants are not those that the search selected: testing again would "
     "invalidate the bound. Start again with a new AccuracyBudget and a new verify split."
@@ -102,10 +101,10 @@ class AccuracyBudget(lightning.Callback):
     def _rank(self, pair: tuple[Measured, str]) -> tuple[float, ...]:
         """Orders the variants of one depth: of those that keep the budget, the fewest tokens in full come first."""
         measured, name = pair
-        kept = Kept.of(self.measured[name])
-        cost = kept.at(measured.choice.depth)
-        in_full = cost.boundary_of(_PROMPT) + cost.salient_of(_PROMPT) if self._budget.clears(measured) else 0
-        return (not self._budget.clears(measured), in_full, *self._budget.rank(measured))
+        if not self._budget.clears(measured):
+            return (1, *self._budget.rank(measured))
+        plan = Kept.of(self.measured[name]).at(measured.choice.depth)
+        return (0, plan.boundary_of(USUAL) + plan.salient_of(USUAL), *self._budget.rank(measured))
 
     def _prompts(self, trainer: lightning.Trainer) -> int | None:
         if self.verify_prompts is None and hasattr(trainer.datamodule, "prompts_of"):

@@ -4,7 +4,6 @@ Time that a pruned prefill needs beyond it is overhead: hooks, norms and rotary 
 copies, masks. The counted bound (``flops.py``) assumes that time is proportional to operations; this one is measured.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pop_lightning.generation.generator import StageAwareGenerator
-from pop_lightning.models.masks import layer_mask
+from pop_lightning.models.masks import appendable, layer_mask
 from pop_lightning.pruning.salient import PROBES
 
 _PRODUCT_BYTES = 1 << 29  # 512 MiB: a long prompt's keys and values of all layers may not fit in memory at once
@@ -110,13 +109,13 @@ def _last_rows(generator: StageAwareGenerator, ids: Tensor, first: int, *, head:
     if first:
         filled = generator.prefill(ids[:, :first], last=False).past_key_values
     with decoder.tracing(pruned) as trace:
-        _plain(generator, ids[:, first:], _appendable(filled))
+        _plain(generator, ids[:, first:], appendable(filled))
     start = trace.hidden[depth]
     masks = {layer: layer_mask(decoder, layer, start, None, filled) for layer in pruned}
 
     @torch.no_grad()
     def last_rows() -> Tensor:
-        cache, hidden = _appendable(filled), start
+        cache, hidden = appendable(filled), start
         for layer in pruned:
             hidden = decoder.run_layer(
                 layer, hidden, attention_mask=masks[layer], past_key_values=cache, **trace.kwargs[layer]
@@ -124,10 +123,3 @@ def _last_rows(generator: StageAwareGenerator, ids: Tensor, first: int, *, head:
         return decoder.logits(hidden[:, -1:]) if head else hidden
 
     return last_rows
-
-
-def _appendable(cache: Cache) -> Cache:
-    """A copy to append to while ``cache`` is unchanged: dynamic layers replace their tensors, not write into them."""
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
-    return new

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pop_lightning.core.errors import InputError
+from pop_lightning.core.kinds import SELECTORS
+
+USUAL = 1000  # prompt tokens at which numbers and shares of tokens are compared
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,10 @@ class PruningPlan:
             above the prompt's length nothing is pruned.
         salient: how many context tokens run in full as well, wherever they are: a number, or a share of the prompt as
             a float below 1. 0 is the paper.
-        selector: what chooses them, a name in ``pruning/selectors``.
+        selector: what chooses them, one of ``SELECTORS``.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     depth: int
@@ -41,6 +47,8 @@ class PruningPlan:
                 raise InputError(f"{name} as a share of the prompt must lie between 0 and 1, found {value!r}.")
             if value < 0:
                 raise InputError(f"{name} must be at least 0, found {value}.")
+        if self.selector not in SELECTORS:
+            raise InputError(f"unknown selector: {self.selector!r}; expected one of {', '.join(SELECTORS)}.")
         if self.salient and not self.boundary:
             raise InputError(f"salient {self.salient} needs a boundary of at least 1, found 0.")
 
@@ -115,9 +123,9 @@ class Choice(NamedTuple):
         return f"{self.depth} ({self.projection}{f', {self.steps} steps' if self.steps else ''})"
 
 
-def in_order(several: Iterable[Kept], tokens: int = 1000) -> list[Kept]:
-    """The fewest tokens first, in a prompt of ``tokens`` tokens."""
-    return sorted(several, key=lambda kept: (number_of(kept.salient, tokens), number_of(kept.boundary, tokens)))
+def in_order(several: Iterable[Kept]) -> list[Kept]:
+    """The fewest salient tokens first, and of equals the shortest boundary."""
+    return sorted(several, key=lambda kept: (number_of(kept.salient, USUAL), number_of(kept.boundary, USUAL)))
 
 
 def number_of(value: int | float, tokens: int) -> int:

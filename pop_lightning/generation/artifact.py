@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import replace_folder, write_problem
-from pop_lightning.core.kinds import KINDS, SELECTORS
+from pop_lightning.core.kinds import KINDS
 from pop_lightning.core.plan import Kept, PruningPlan
 from pop_lightning.generation.base_identity import check_base
 from pop_lightning.generation.model_card import model_card
@@ -184,8 +184,6 @@ def read_artifact(folder: str | Path) -> Artifact:
         depth, stored = _need(config, "plan.depth", int, path), _need(config, "plan", dict, path)
         _need(config, "plan.boundary", (int, float), path)
         plan = Kept.of(stored).at(depth)
-        if plan.selector not in SELECTORS:
-            raise InputError(f"selector is {plan.selector!r}, expected one of {', '.join(SELECTORS)}")
     except InputError as error:
         if str(path) in str(error):
             raise

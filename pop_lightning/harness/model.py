@@ -10,7 +10,6 @@
 - ``loglikelihood_rolling``: a text without a prompt has nothing to prune, so the full model scores it.
 """
 
-import copy
 import logging
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +28,7 @@ from transformers.cache_utils import Cache
 from pop_lightning.core.errors import InputError
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.loading import check_dtype, choose_device
+from pop_lightning.models.masks import appendable
 
 # Arguments of the ``hf`` model that mean the same here.
 SETTINGS = (
@@ -236,8 +236,7 @@ def _quiet(name: str):
 
 def rows_of_cache(cache: Cache, rows: Tensor) -> Cache:
     """A cache of the given rows, in which each may occur several times; ``cache`` stays as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen = appendable(cache)
     chosen.batch_select_indices(rows)  # every layer makes new tensors
     return chosen
 

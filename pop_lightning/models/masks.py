@@ -1,5 +1,7 @@
 """Masks for some rows of a prompt over a cache, and keys and values placed in the cache where masks expect them."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
@@ -123,6 +125,13 @@ def append(cache: Cache, layer: int, keys: Tensor, values: Tensor, skipped: int 
     cache.update(keys, values, layer)
     if length is not None:
         setattr(held, length, getattr(held, length) + skipped - zeros)
+
+
+def appendable(cache: Cache) -> Cache:
+    """A copy to append to while ``cache`` is unchanged: dynamic layers replace their tensors, not write into them."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    return new
 
 
 def _last_block(mask: BlockMask, rows: int, columns: int, following: int) -> BlockMask:

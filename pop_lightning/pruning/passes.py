@@ -138,8 +138,9 @@ def student_hidden(
         padding = _padding(plan, attention_mask, prompt_length)
         ends = context_ends(plan, prompt_length, padding)
         if plan.salient or ends is not None:
-            given = padding, ends, scores
-            return _salient_hidden(projections, plan, trace, attention_mask, prompt_length, checkpoint, *given)
+            return _salient_hidden(
+                projections, plan, trace, attention_mask, prompt_length, checkpoint, padding, ends, scores
+            )
     source = trace.hidden[depth][:, :tokens]
     hidden, mask = source[:, context:], attention_mask[:, 0 if context_visible else context : tokens]
     normed = decoder.normalize(source[:, :context])

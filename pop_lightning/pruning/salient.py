@@ -81,7 +81,7 @@ class PrunedLayers:
         kwargs: ``{layer: keyword arguments}`` that the model passes to each layer, for all tokens.
         masks: ``{layer: mask}`` for all tokens, as the model builds it.
         projected: ``{layer: (keys, values)}`` of the context, ``[batch, kv_heads, context, head_dim]`` each.
-        cut: masks of some tokens that are made already.
+        cut_masks: masks of some tokens that are made already.
     """
 
     decoder: Decoder
@@ -90,7 +90,7 @@ class PrunedLayers:
     kwargs: dict[int, dict] = field(default_factory=dict)
     masks: dict[int, object] = field(default_factory=dict)
     projected: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cut: dict[tuple, tuple] = field(default_factory=dict)
+    cut_masks: dict[tuple, tuple] = field(default_factory=dict)
 
     def add(self, layer: int, kwargs: dict, mask, projected: tuple[Tensor, Tensor]) -> None:
         """Record what the model passes to a layer for all tokens, and the projected keys and values of the context."""
@@ -116,10 +116,10 @@ class PrunedLayers:
     def _mask(self, mask, index: Tensor, columns: int, offset: int):
         """:func:`rows_mask`, once for all layers of a kind, which share one mask."""
         key = id(mask), id(index), columns, offset
-        if key not in self.cut:
+        if key not in self.cut_masks:
             # Mask and index are kept with the result, so that no other object gets their ids.
-            self.cut[key] = mask, index, rows_mask(mask, index, self.past, columns, offset)
-        return self.cut[key][-1]
+            self.cut_masks[key] = mask, index, rows_mask(mask, index, self.past, columns, offset)
+        return self.cut_masks[key][-1]
 
     def run(
         self,
@@ -175,7 +175,7 @@ class Selection:
         self.decoder = layers.decoder
         pruned = plan.pruned(self.decoder.num_layers)
         whole = [layer for layer in pruned if self.decoder.window(layer) is None]
-        self.watched = frozenset(whole or pruned)
+        self.watched = frozenset(whole or pruned) if plan.salient else frozenset()
         batch, tokens, _ = layers.hidden.shape
         self.probes = torch.arange(max(0, read - PROBES), tokens, device=layers.hidden.device).expand(batch, -1)
         self.attention: Tensor | None = None
@@ -283,7 +283,6 @@ def check_salient(decoder: Decoder, plan: PruningPlan, ragged: bool = False) -> 
     """
     if not (plan.salient or ragged):
         return
-    selector_named(plan.selector)
     what, instead = "salient tokens", "salient 0"
     if not plan.salient:
         what, instead = "a boundary that is a share of prompts of different lengths", "a whole number for boundary"

@@ -129,15 +129,10 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Dec
     return place_candidates(prefill_importance, wanted, smallest=smallest, min_pruned=budget.min_pruned)
 
 
-def reaching(
-    budget: Budget, decoder: Decoder, kept: Sequence[Kept], tokens: int, required: bool = True
-) -> dict[Kept, int]:
+def reaching(budget: Budget, decoder: Decoder, kept: Sequence[Kept], tokens: int) -> dict[Kept, int]:
     """By what runs in full, the largest depth whose counted prefill speedup of ``tokens`` prompt tokens is wanted.
 
     All depths are looked at, or those that ``budget.candidates`` lists. Where no depth reaches it, it is left out.
-
-    Args:
-        required: whether some depth has to reach it.
 
     Raises:
         InputError: no plan reaches ``budget.speedup``; the sentence names the largest speedup there is.
@@ -151,7 +146,7 @@ def reaching(
     for (k, depth), ratio in counted.items():
         if ratio >= budget.speedup:
             found[k] = max(depth, found.get(k, 0))
-    if not found and required:
+    if not found:
         k, depth = max(counted, key=counted.__getitem__)
         raise InputError(
             f"budget.speedup {budget.speedup:g} is more than any depth reaches: the largest counted prefill speedup at "

@@ -208,21 +208,29 @@ def search(run: Run, depths: list[int]) -> Found:
         print(line, flush=True)
 
     budget = selection.Budget(candidates.condition(recipe), recipe.budget.loss.unit, say)
-    kinds, (fewest, *others) = untrained_kinds(recipe), run.kept
+    kinds, ways = untrained_kinds(recipe), run.kept
+    reached = None
+    if recipe.budget.speedup is not None:
+        reached = candidates.reaching(recipe.budget, run.decoder, ways, run.tokens)
+    fewest, *others = ways
     every = [(Choice(depth, kind), fewest) for depth in depths for kind in kinds]
     plans = measure(run, "searching", every, "state/search.json")
     if others:
-        plans += measure(run, "searching plans", _worth_measuring(run, plans, depths), "state/search-plans.json")
-    kept = choose_kept(run, plans, depths, budget) if others else fewest
+        asked = (
+            _worth_measuring(run, ways, plans, depths, budget)
+            if reached is None
+            else [(Choice(depth, kind), kept) for kept, depth in reached.items() if kept != fewest for kind in kinds]
+        )
+        plans += measure(run, "searching plans", asked, "state/search-plans.json")
+    kept = choose_kept(run, ways, plans, depths, budget, reached) if others else fewest
     if others and candidates.condition(recipe) is not None:
         known = {(entry["depth"], entry["projection"]) for entry in plans if Kept.of(entry) == kept}
         rest = [(choice, kept) for choice, _ in every if (choice.depth, choice.projection) not in known]
         if rest:
             plans += measure(run, f"searching with {kept}", rest, "state/search-kept.json")
     curve = [entry for entry in plans if Kept.of(entry) == kept]
-    if recipe.budget.speedup is not None:
-        reached = candidates.reaching(recipe.budget, run.decoder, [kept], run.tokens)[kept]
-        curve = [entry for entry in curve if entry["depth"] == reached]
+    if reached is not None:
+        curve = [entry for entry in curve if entry["depth"] == reached[kept]]
 
     def train_and_measure(choice: Choice) -> Measured:
         train(run, choice, kept)
@@ -244,47 +252,53 @@ def _takes_part(run: Run, entry: dict) -> bool:
     return worth and entry["projection"] == start_kind(run.recipe)
 
 
-def _worth_measuring(run: Run, plans: list[dict], depths: list[int]) -> list[tuple[Choice, Kept]]:
-    """Plans with more tokens in full than the fewest that could still be chosen, with untrained projections.
+def _worth_measuring(
+    run: Run, ways: list[Kept], plans: list[dict], depths: list[int], budget: selection.Budget
+) -> list[tuple[Choice, Kept]]:
+    """Untrained plans that could still be chosen: more tokens in full than the fewest, and more saved than the best.
 
-    Under a budget, those that save more than the best plan that is expected to keep it already.
+    Args:
+        ways: ``Run.kept``.
+        plans: what was measured with the fewest tokens in full.
     """
-    recipe, others = run.recipe, run.kept[1:]
-    if recipe.budget.speedup is not None:
-        reached = candidates.reaching(recipe.budget, run.decoder, others, run.tokens, required=False)
-        return [
-            (Choice(reached[kept], kind), kept)
-            for kept in others
-            if kept in reached
-            for kind in untrained_kinds(recipe)
-        ]
-    budget = selection.Budget(recipe.budget.max_drop, recipe.budget.loss.unit, print)
     keeping = [entry for entry in plans if _takes_part(run, entry) and budget.clears(Measured.of(entry))]
-    best = max((run.speedup(entry["depth"], run.kept[0]) for entry in keeping), default=1.0)
-    least = recipe.budget.min_pruned
+    best = max((run.speedup(entry["depth"], ways[0]) for entry in keeping), default=1.0)
+    start, least = start_kind(run.recipe), run.recipe.budget.min_pruned
     return [
-        (Choice(depth, start_kind(recipe)), kept)
-        for kept in others
+        (Choice(depth, start), kept)
+        for kept in ways[1:]
         for depth in depths
         if run.decoder.num_layers - depth >= least and run.speedup(depth, kept) > best
     ]
 
 
-def choose_kept(run: Run, plans: list[dict], depths: list[int], budget: selection.Budget) -> Kept:
-    """Which tokens run in full, from untrained projections that were measured with several choices of them."""
-    settings = run.recipe.budget
-    wanted = [(depth, kept) for kept in run.kept for depth in depths]
-    if settings.speedup is not None:
-        wanted = [(d, kept) for kept, d in candidates.reaching(settings, run.decoder, run.kept, run.tokens).items()]
+def choose_kept(
+    run: Run,
+    ways: list[Kept],
+    plans: list[dict],
+    depths: list[int],
+    budget: selection.Budget,
+    reached: dict[Kept, int] | None,
+) -> Kept:
+    """Which tokens run in full, from untrained projections that were measured with several choices of them.
+
+    Args:
+        ways: ``Run.kept``.
+        reached: the depth at which each reaches the wanted speedup, where one is wanted.
+    """
+    wanted = [(depth, kept) for kept in ways for depth in depths]
+    if reached is not None:
+        wanted = [(depth, kept) for kept, depth in reached.items()]
     measured: dict[Kept, list[Measured]] = {}
     for entry in plans:
         kept = Kept.of(entry)
         if (entry["depth"], kept) in wanted and _takes_part(run, entry):
             measured.setdefault(kept, []).append(Measured.of(entry))
     if not measured:
-        budget.say(f"search: no depth prunes {settings.min_pruned} layers: {run.kept[0]} is chosen, the fewest tokens")
-        return run.kept[0]
-    if candidates.condition(run.recipe) is None:
+        least = run.recipe.budget.min_pruned
+        budget.say(f"search: no depth prunes {least} layers: {ways[0]} is chosen, the fewest tokens")
+        return ways[0]
+    if reached is not None:
         return selection.kept_of_least_loss(measured, budget)
     return selection.kept_within_budget(measured, {each: run.speedup(*each) for each in wanted}, budget)
 
@@ -299,9 +313,8 @@ def measure(run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str
 
     def compute() -> dict:
         ridges, curve = run.folder.read("state/ridge.json"), []
-        for group in groups(
-            run.decoder, list(dict.fromkeys(choice for choice, _ in asked)), run.recipe.projection.memory_bytes
-        ):
+        choices = list(dict.fromkeys(choice for choice, _ in asked))
+        for group in groups(run.decoder, choices, run.recipe.projection.memory_bytes):
             variants = {}
             for choice in group:
                 ways = [kept for each, kept in asked if each == choice]
@@ -412,7 +425,7 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
     plan = found.kept.at(shown.depth)
     full, pruned = (prefill_flops(run.decoder, each, tokens) for each in (PruningPlan(layers), plan))
     listed = run.listed_boundaries
-    compared = {*(Kept(k, 0, recipe.selector) for k in listed), found.kept} if listed else ()
+    compared = {*map(Kept, listed), found.kept} if listed else ()
     boundaries = (
         measure(run, "comparing boundaries", [(shown, kept) for kept in in_order(compared)]) if compared else []
     )

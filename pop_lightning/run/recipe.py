@@ -38,6 +38,7 @@ Positive = Annotated[float, Field(strict=True, gt=0)]
 AtLeast0 = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Tokens = Index | Share  # a number of prompt tokens, or a share of the prompt
+_NO_PROBE = "needs a boundary of at least 1, whose last token chooses the salient ones"
 Flag = Annotated[bool, Field(strict=True)]
 Words = Annotated[str, Field(pattern=r"\S")]
 Place = Annotated[Words, AfterValidator(os.path.expanduser)]  # a path, or a name that is not one
@@ -249,9 +250,8 @@ class Recipe:
         if self.boundary == "auto" and not self.budget.boundaries:
             problem = "must name what boundary: auto chooses from"
             raise _together(problem, "budget.boundaries", "an empty list")
-        if 0 in (self.boundary, *self.budget.boundaries) and self.salient not in (0, "auto"):
-            problem = "needs a boundary of at least 1, whose last token chooses the salient ones"
-            raise _together(problem, "salient", str(self.salient))
+        if self.boundary == 0 and self.salient not in (0, "auto"):
+            raise _together(_NO_PROBE, "salient", str(self.salient))
         if self.depth is not None and self.budget.speedup is not None:
             raise _together(
                 "already fixes what budget.speedup would choose; set only one of them", "depth", str(self.depth)
@@ -267,11 +267,6 @@ class Recipe:
         """
         return self.boundary if isinstance(self.boundary, int) else 1
 
-    @property
-    def auto(self) -> bool:
-        """Whether the search chooses which tokens run in full."""
-        return "auto" in (self.boundary, self.salient) and self.depth is None
-
     def kept(self, boundaries: Sequence[int | float]) -> list[Kept]:
         """What may run in full, the least first.
 
@@ -279,21 +274,25 @@ class Recipe:
 
         Args:
             boundaries: those of ``budget.boundaries`` that the rows allow.
+
+        Raises:
+            InputError: salient tokens are asked for, and no boundary is left that could choose them.
         """
+
+        def ways(value, paper: int, listed: Sequence[int | float]) -> Sequence[int | float]:
+            if value != "auto":
+                return [value]
+            return listed if self.depth is None else [paper]
+
         budget = self.budget.salient if isinstance(self.budget.salient, list) else [self.budget.salient]
-        chosen = {"boundary": self.boundary, "salient": self.salient}
-        options = {"boundary": boundaries or [min(self.budget.boundaries)], "salient": budget or [0]}
-        fixed = {"boundary": [1], "salient": [0]}
-        listed = {
-            name: ([value] if value != "auto" else fixed[name] if self.depth is not None else options[name])
-            for name, value in chosen.items()
-        }
         pairs = {
-            Kept(boundary, salient, self.selector)
-            for boundary in listed["boundary"]
-            for salient in listed["salient"]
+            Kept(boundary, salient, self.selector) if salient else Kept(boundary)  # equal to what is read back
+            for boundary in ways(self.boundary, 1, boundaries or [min(self.budget.boundaries)])
+            for salient in ways(self.salient, 0, budget or [0])
             if boundary or not salient
         }
+        if not pairs:
+            raise InputError(_NO_PROBE, key="salient", found=self.salient)
         return in_order(pairs)
 
     def to_dict(self) -> dict[str, Any]:

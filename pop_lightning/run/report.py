@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from pop_lightning.core.files import write_text
+from pop_lightning.core.plan import Kept, in_order
 from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import text_table
 from pop_lightning.evaluation.bounds import rows_needed
@@ -304,7 +305,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         boundaries=metrics.get("boundaries") or [],
         has_salient=any(row.get("salient") for row in metrics.get("boundaries") or []),
         frontier_plot=_frontier_plot(metrics),
-        fewest=_fewest(metrics.get("plans") or [metrics]),
+        fewest=in_order(map(Kept.of, metrics.get("plans") or [metrics]))[0],
         comparison=metrics.get("comparison") or [],
         verification=metrics.get("verification") or [],
         decisions=metrics.get("decisions") or [],
@@ -370,8 +371,7 @@ def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
 
 
 def _loss_plot(metrics: dict[str, Any]) -> Markup:
-    budget, curve = metrics["budget"], metrics["curve"]
-    metric, limit = budget["metric"], None if _unconditional(budget) else float(budget["max_drop"])
+    curve, metric, limit = metrics["curve"], metrics["budget"]["metric"], _limit(metrics)
 
     def draw(axes: Axes, theme: Theme) -> None:
         bounded = False
@@ -391,50 +391,48 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
             axes.axvline(
                 metrics["depth"], color=theme.muted, linewidth=1, linestyle=":", label=f"depth {metrics['depth']}"
             )
-        threshold = limit or 1e-3
-        axes.set_yscale("symlog", linthresh=threshold)
+        threshold = _loss_axis(axes, metric, limit)
         values = [_plotted(row.get(key)) for row in curve for key in ("loss", "bound")]
         finite = [value for value in values if math.isfinite(value)] + [threshold]
         axes.set_ylim(min(0.0, *finite) - 0.06 * threshold, max(finite) * 1.4 + 0.06 * threshold)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-        axes.yaxis.set_minor_locator(NullLocator())
-        scale, sign = (100, "%") if metric_named(metric).rate else (1, "")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")
         depths = sorted({row["depth"] for row in curve})
         if len(depths) <= 14:
             axes.xaxis.set_major_locator(FixedLocator(depths))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("depth: layers that context tokens run through")
-        axes.set_ylabel(metric_named(metric).axis)
 
     return picture(draw, "Loss against depth with upper bounds and the budget")
 
 
-def _fewest(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The plan with the fewest tokens in full; shares count as more than numbers."""
-    return min(
-        plans, key=lambda plan: (plan.get("salient", 0) != 0, isinstance(plan["boundary"], float), plan["boundary"])
-    )
+def _limit(metrics: dict[str, Any]) -> float | None:
+    """The loss that the budget allows; None where no loss was a condition."""
+    budget = metrics["budget"]
+    return None if _unconditional(budget) else float(budget["max_drop"])
+
+
+def _loss_axis(axes: Axes, metric: str, limit: float | None) -> float:
+    """Make the y axis one of losses, linear up to the budget and logarithmic above it; returns where that changes."""
+    threshold = limit or 1e-3
+    axes.set_yscale("symlog", linthresh=threshold)
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
+    axes.yaxis.set_minor_locator(NullLocator())
+    scale, sign = (100, "%") if metric_named(metric).rate else (1, "")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")
+    axes.set_ylabel(metric_named(metric).axis)
+    return threshold
 
 
 def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
     """Loss against counted speedup: pruning by depth only, and the best of all plans; None without other plans."""
     plans = [plan for plan in metrics.get("plans") or [] if plan["projection"] != "reuse"] or metrics.get("plans") or []
-    if not plans:
+    if len({Kept.of(plan) for plan in plans}) < 2:
         return None
-    fewest = _fewest(plans)
-    by_depth = [
-        plan for plan in plans if (plan["boundary"], plan.get("salient")) == (fewest["boundary"], fewest.get("salient"))
-    ]
-    if len(by_depth) == len(plans):
-        return None
-    budget = metrics["budget"]
-    metric, limit = budget["metric"], None if _unconditional(budget) else float(budget["max_drop"])
-    scale, sign = (100, "%") if metric_named(metric).rate else (1, "")
+    fewest = in_order(map(Kept.of, plans))[0]
+    by_depth = [plan for plan in plans if Kept.of(plan) == fewest]
+    limit, metric = _limit(metrics), metrics["budget"]["metric"]
 
     def draw(axes: Axes, theme: Theme) -> None:
-        threshold = limit or 1e-3
         for color, label, group in zip(theme.series, ("depth only", "all plans"), (by_depth, plans), strict=False):
             best = _staircase([(plan["speedup"], max(0.0, _plotted(plan["loss"]))) for plan in group])
             axes.plot(*zip(*best, strict=True), marker="o", markersize=4, linewidth=1.6, color=color, label=label)
@@ -446,13 +444,8 @@ def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
         )  # fmt: skip
         if limit is not None:
             axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {amount(limit, metric)}")
-        axes.set_yscale("symlog", linthresh=threshold)
-        axes.set_ylim(bottom=-0.06 * threshold)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")
+        axes.set_ylim(bottom=-0.06 * _loss_axis(axes, metric, limit))
         axes.set_xlabel("counted speedup of the prefill")
-        axes.set_ylabel(metric_named(metric).axis)
 
     return picture(draw, "Loss against counted speedup: depth only, and all plans")
 

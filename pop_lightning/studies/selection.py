@@ -35,7 +35,7 @@ Scores = Callable[[Decoder, PruningPlan, Trace, Tensor, int], Tensor]
 
 
 def random_scores(decoder: Decoder, plan: PruningPlan, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
-    """``[batch, context]``, drawn from the row's own hidden state, so that a repeated run gives the same."""
+    """``[batch, context]``, seeded by the batch's hidden states, so that a repeated run gives the same."""
     seed = int(trace.hidden[plan.depth][0, -1].abs().sum().mul(1e6)) % 2**31
     return torch.rand(len(mask), plan.context_of(prompt), generator=torch.Generator().manual_seed(seed))
 

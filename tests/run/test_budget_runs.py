@@ -299,6 +299,16 @@ def test_the_budget_may_keep_to_depth_and_boundary(run):
     assert {plan.get("salient", 0) for plan in metrics["plans"]} == {0}
 
 
+@pytest.mark.parametrize("salient", [0, "auto"])
+def test_a_selector_that_selects_nothing_changes_nothing(run, salient):
+    changes = {"salient": salient, "budget__salient": 0, "projection__kind": "reuse"}
+    _, _, default = run(**changes)
+    code, _, other = run(**changes, selector="recency")
+    assert code == 0
+    assert other["depth"] == default["depth"]
+    assert other["curve"] == default["curve"]
+
+
 # --- prompts, and memory --------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from pop_lightning.cli import run
 from pop_lightning.cli.fit import main
 from pop_lightning.core.errors import InputError
+from pop_lightning.core.plan import Kept
 from pop_lightning.run import recipe as recipe_module
-from pop_lightning.run.recipe import bundled_recipes, parse
+from pop_lightning.run.recipe import Budget, Data, Model, Recipe, bundled_recipes, parse
 
 MINIMAL = {"model": {"base": "some/base"}, "data": {"calibration": "rows.jsonl"}}
 
@@ -501,6 +502,39 @@ def test_a_key_is_spelled_as_it_was_given(write, capsys):
     error = capsys.readouterr().err
     assert "(1) seed must be" in error
     assert "(2) --budget.max_drop must be" in error
+
+
+# --- which tokens run in full ---------------------------------------------------------------------------------------
+
+
+def ways(boundaries=(1, 16), depth=None, **changes):
+    recipe = Recipe(model=Model("x"), data=Data("y"), depth=depth, **changes)
+    return recipe.kept(list(boundaries))
+
+
+def test_what_may_run_in_full_begins_with_the_fewest_tokens():
+    budget = Budget(salient=[0.2, 0, 20])
+    assert ways() == [Kept(1)]
+    assert ways(boundary="auto") == [Kept(1), Kept(16)]
+    assert ways(salient="auto", budget=budget) == [Kept(1), Kept(1, 20), Kept(1, 0.2)]
+    assert ways(salient="auto", budget=Budget(salient=0)) == [Kept(1)]
+    assert ways(boundary="auto", salient=4, selector="recency") == [Kept(1, 4, "recency"), Kept(16, 4, "recency")]
+
+
+def test_a_given_depth_takes_the_papers_choice_for_what_is_left_to_the_search():
+    assert ways(depth=3, boundary="auto", salient="auto") == [Kept(1)]
+    assert ways(depth=3, boundary=4, salient=0.1) == [Kept(4, 0.1)]
+
+
+def test_boundary_0_goes_with_no_salient_tokens():
+    assert ways([0, 1], boundary="auto", salient="auto", budget=Budget(salient=[0, 8])) == [
+        Kept(0),
+        Kept(1),
+        Kept(1, 8),
+    ]
+    assert ways([0, 1], boundary=1, salient=4, budget=Budget(boundaries=[0, 1])) == [Kept(1, 4)]  # 0 is only reported
+    with pytest.raises(InputError, match="salient needs a boundary of at least 1"):
+        ways([0], boundary="auto", salient=4)
 
 
 # --- a sweep ----------------------------------------------------------------------------------------------------------

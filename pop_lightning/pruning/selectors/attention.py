@@ -14,3 +14,6 @@ class AttentionSelector:
 
     def score(self, seen: Seen) -> Tensor:
         return seen.attention
+
+
+SELECTOR = AttentionSelector()

@@ -12,3 +12,6 @@ class RecencySelector:
     def score(self, seen: Seen) -> Tensor:
         batch, context = seen.attention.shape
         return torch.arange(context, device=seen.attention.device).expand(batch, -1)
+
+
+SELECTOR = RecencySelector()
