@@ -79,11 +79,12 @@ def print_table(metrics: dict[str, Any]) -> str:
             )
         )
     if metrics.get("boundaries"):
+        salient = _has_salient(metrics)
         blocks.append(
             text_table(
                 [
                     f"boundary at depth {metrics['boundaries'][0]['depth']}",
-                    "salient",
+                    *(["salient"] if salient else []),
                     "KL",
                     "agreement",
                     "loss",
@@ -93,7 +94,7 @@ def print_table(metrics: dict[str, Any]) -> str:
                 [
                     [
                         str(row["boundary"]),
-                        str(row.get("salient", 0)),
+                        *([str(row.get("salient", 0))] if salient else []),
                         number(row.get("kl")),
                         percent(row.get("agreement")),
                         amount(row.get("loss"), metric),
@@ -155,6 +156,11 @@ def headline(metrics: dict[str, Any]) -> str:
         f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
         f"({draws(verified)}{condition}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
     )
+
+
+def _has_salient(metrics: dict[str, Any]) -> bool:
+    """Whether some row of the boundary table selects tokens, so that the number is shown."""
+    return any(row.get("salient") for row in metrics.get("boundaries") or [])
 
 
 def _unconditional(budget: dict[str, Any]) -> bool:
@@ -303,7 +309,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
         wanted=metrics["budget"].get("speedup"),
         unconditional=_unconditional(metrics["budget"]),
         boundaries=metrics.get("boundaries") or [],
-        has_salient=any(row.get("salient") for row in metrics.get("boundaries") or []),
+        has_salient=_has_salient(metrics),
         frontier_plot=_frontier_plot(metrics),
         fewest=in_order(map(Kept.of, metrics.get("plans") or [metrics]))[0],
         comparison=metrics.get("comparison") or [],

@@ -209,6 +209,23 @@ def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
     assert page.count("failed") >= 1
 
 
+def test_salient_tokens_are_a_column_and_a_frontier_only_where_some_plan_has_them(metrics, tmp_path):
+    def plan(depth, loss, speedup, **kept):
+        return {"depth": depth, "projection": "closed_form", "loss": loss, "kl": loss, "speedup": speedup} | kept
+
+    metrics["plans"] = [plan(8, 0.001, 1.45, boundary=1), plan(6, 0.02, 1.8, boundary=1)]
+    for shown in (written(metrics, tmp_path), print_table(metrics)):
+        assert "salient" not in shown
+        assert "Frontier" not in shown
+    selected = {"boundary": 1, "salient": 0.1, "selector": "attention"}
+    metrics["plans"].append(plan(6, 0.001, 1.7, **selected))
+    metrics["boundaries"].append(metrics["boundaries"][0] | selected)
+    page = written(metrics, tmp_path)
+    assert "<th>salient</th>" in page
+    assert "Frontier" in page
+    assert "salient" in print_table(metrics)
+
+
 def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
     metrics = nothing_qualified(metrics) | {"smallest_certifiable_drop": 0.0295}
     metrics["rows"]["verify"] = 100
