@@ -69,7 +69,7 @@ class AccuracyBudget(lightning.Callback):
         self.verdicts: list[Verdict] = []
         self.decisions: list[str] = []
         self._searches = sequence is None
-        self._budget = search.Budget(max_drop, self.metric.unit, self._say)
+        self._budget = search.Budget(max_drop, self.metric, self._say)
 
     def _say(self, line: str) -> None:
         self.decisions.append(line)
@@ -190,13 +190,14 @@ class AccuracyBudget(lightning.Callback):
         """Report all verdicts, including those from before an interruption, and the chosen depth."""
         for verdict in self.verdicts:
             outcome = {True: ": passed", False: ": failed, stop", None: ""}[verdict.passed]
+            value, bound = self.metric.amount(verdict.value), self.metric.amount(verdict.bound)
             self._say(
-                f"verify: depth {verdict.depth} loses {self._budget.amount(verdict.value)}, at most "
-                f"{verdict.bound:.4f} at {100 * self.confidence:g}% confidence on {verdict.prompts} prompts"
+                f"verify: depth {verdict.depth} loses {value}, at most {bound} at {100 * self.confidence:g}% "
+                f"confidence on {verdict.prompts} prompts"
                 f"{self.metric.clipping(verdict.cap, verdict.clipped)}{outcome}"
             )
         if self.depth is None:
-            self._say(f"verify: no depth keeps the budget of {self.max_drop:g}: nothing is exported")
+            self._say(f"verify: no depth keeps the budget of {self.metric.amount(self.max_drop)}: nothing is exported")
         elif self.max_drop is None:
             self._say(f"verify: depth {self.depth} is exported, with no limit on its loss")
 

@@ -1,18 +1,84 @@
-"""Tables for the terminal and for logs, drawn by rich."""
+"""Tables: one set of rows for the terminal (drawn by rich), for pages, and as Markdown to copy."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from io import StringIO
 from textwrap import dedent
 
+from markupsafe import Markup, escape
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 _WIDE = 1000  # characters: wide enough that no cell is wrapped or cut; a terminal wraps whole lines itself
+_PROSE = 32  # characters from which a cell of text is wrapped on a page
 
 
-def text_table(header: list[str], rows: list[list[str]], left: tuple[int, ...] = (1,)) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header. A template shows it as ``{{ table }}``, in a box of its own that scrolls.
+
+    Attributes:
+        rows: cells as text; a cell may be markup, of which other forms than the page show the text.
+        left: columns that are not numbers, by index.
+        chosen: rows that a page highlights, by index.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: tuple[int, ...] = (0,)
+    chosen: tuple[int, ...] = ()
+
+    def only(self, *names: str) -> "Table":
+        """The columns with these names."""
+        places = [self.header.index(name) for name in names]
+        rows = [[row[place] for place in places] for row in self.rows]
+        left = tuple(at for at, place in enumerate(places) if place in self.left)
+        return replace(self, header=list(names), rows=rows, left=left)
+
+    def text(self, title: str | None = None) -> str:
+        """For the terminal.
+
+        Args:
+            title: in front of the first column's name.
+        """
+        first, *others = self.header
+        header = [" ".join(filter(None, [title, first])), *others]
+        return text_table(header, [list(map(_plain, row)) for row in self.rows], self.left)
+
+    def markdown(self) -> str:
+        """For issues and notes."""
+        rule = ["---" if column in self.left else "--:" for column in range(len(self.header))]
+        lines = [self.header, rule, *([_plain(cell).replace("|", "\\|") for cell in row] for row in self.rows)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def __html__(self) -> str:
+        head = "".join(self._cell("th", column, name) for column, name in enumerate(self.header))
+        body = []
+        for index, row in enumerate(self.rows):
+            kind = ' class="chosen"' if index in self.chosen else ""
+            body.append(f"<tr{kind}>{''.join(self._cell('td', *cell) for cell in enumerate(row))}</tr>\n")
+        return (
+            f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(body)}'
+            f"</tbody></table></div>\n"
+            f"<details><summary>as Markdown</summary><pre>{escape(self.markdown())}</pre></details>"
+        )
+
+    def _cell(self, tag: str, column: int, content: str) -> str:
+        kind = ""
+        if column in self.left:
+            prose = any(len(_plain(row[column])) > _PROSE for row in self.rows)
+            kind = ' class="text wrap"' if prose else ' class="text"'
+        return f"<{tag}{kind}>{escape(content)}</{tag}>"
+
+
+def _plain(cell: str) -> str:
+    return cell.striptags() if isinstance(cell, Markup) else cell
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: tuple[int, ...] = (1,)) -> str:
     """A table as plain text; ``left`` names the columns that are not numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index in left else "right", no_wrap=True)
     for row in rows:

@@ -19,7 +19,6 @@ class BudgetMetric:
 
     Attributes:
         name: in recipes, artifacts and reports.
-        unit: of a loss, as it reads in a sentence.
         what: description of the loss, for a caption.
         axis: label of a plot's axis.
         loss: maps a batch's row metrics (:func:`pop_lightning.evaluation.metrics.response_metrics`), ``[batch]`` each,
@@ -33,7 +32,6 @@ class BudgetMetric:
     """
 
     name: str
-    unit: str
     what: str
     axis: str
     loss: Callable[[Mapping[str, Any]], Any]
@@ -72,14 +70,12 @@ METRICS: dict[str, BudgetMetric] = {
     for metric in (
         BudgetMetric(
             "agreement",
-            "agreement (fraction)",
             "response tokens where the pruned model's most likely token differs from the full model's",
             "loss (1 - agreement)",
             _agreement,
         ),
         BudgetMetric(
             "nll_increase",
-            "nats per response token",
             "increase of the negative log-likelihood, in nats per response token",
             "loss (nats per token)",
             _nll_increase,
@@ -87,7 +83,6 @@ METRICS: dict[str, BudgetMetric] = {
         ),
         BudgetMetric(
             "exact_match",
-            "exact_match (fraction)",
             "responses that the full model gets right and the pruned model wrong",
             "loss (responses lost)",
             _exact_match,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pop_lightning.core.plan import Choice, Kept
+from pop_lightning.evaluation.losses import BudgetMetric
 
 CLOSE = 2.0  # more steps are worthwhile while the loss is at most this many times the budget
 
@@ -49,12 +50,12 @@ class Budget:
 
     Attributes:
         max_drop: the largest acceptable loss; None if the target is a speedup and the loss is not limited.
-        unit: of losses, for the reported lines.
+        metric: of the losses, which writes them in its unit.
         say: called with one readable line per decision.
     """
 
     max_drop: float | None
-    unit: str
+    metric: BudgetMetric
     say: Callable[[str], Any]
 
     def clears(self, measured: Measured) -> bool:
@@ -77,13 +78,13 @@ class Budget:
         how = f"after {choice.steps} steps" if choice.steps else choice.projection
         place = ""
         if self.max_drop is not None:
-            place = f", {'within' if self.fits(measured) else 'above'} the budget of {self.max_drop:g}"
+            place = (
+                f", {'within' if self.fits(measured) else 'above'} the budget of {self.metric.amount(self.max_drop)}"
+            )
             if self.fits(measured) and not self.clears(measured):
-                place += f" (the expected bound on the verify split is {measured.expected_bound:.4f})"
-        self.say(f"search: depth {choice.depth} ({how}) loses {self.amount(measured.loss)}{place}: {decision}")
-
-    def amount(self, loss: float) -> str:
-        return f"{round(loss, 4) + 0.0:.4f} {self.unit}"  # no negative zero
+                expected = self.metric.amount(measured.expected_bound)
+                place += f" (the expected bound on the verify split is {expected})"
+        self.say(f"search: depth {choice.depth} ({how}) loses {self.metric.amount(measured.loss)}{place}: {decision}")
 
 
 def settle(
@@ -270,7 +271,7 @@ def kept_of_least_loss(measured: Mapping[Kept, Sequence[Measured]], budget: Budg
     for kept, candidate in best.items():
         budget.say(
             f"search: {kept} reaches the target speedup at depth {candidate.choice.depth} and loses "
-            f"{budget.amount(candidate.loss)}"
+            f"{budget.metric.amount(candidate.loss)}"
         )
     chosen = min(best, key=lambda kept: budget.rank(best[kept]))
     budget.say(f"search: {chosen} is chosen, the smallest loss")

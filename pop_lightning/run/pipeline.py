@@ -207,7 +207,7 @@ def search(run: Run, depths: list[int]) -> Found:
         decisions.append(line)
         print(line, flush=True)
 
-    budget = selection.Budget(candidates.condition(recipe), recipe.budget.loss.unit, say)
+    budget = selection.Budget(candidates.condition(recipe), recipe.budget.loss, say)
     kinds, ways = untrained_kinds(recipe), run.kept
     reached = None
     if recipe.budget.speedup is not None:

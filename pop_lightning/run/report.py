@@ -6,19 +6,18 @@ decided here; a figure that is missing (no benchmark, no comparison) leaves its 
 
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from pop_lightning.core.files import write_text
+from pop_lightning.core.pages import render
 from pop_lightning.core.plan import Kept, in_order
 from pop_lightning.core.plots import Theme, picture
-from pop_lightning.core.tables import text_table
+from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.bounds import rows_needed
 from pop_lightning.evaluation.losses import metric_named, number, percent
 
@@ -28,6 +27,8 @@ NOISY = 0.2  # a p90 this share above the median is worth a warning
 
 def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path) -> None:
     """Write the self-contained page: one file, no script, no font, image or link from outside.
+
+    The resolved `recipe.yaml` next to it is shown on it.
 
     Args:
         metrics: the contents of `metrics.json`. `arithmetic`, `ttft`, `comparison` and `verified` may be None or empty.
@@ -39,92 +40,165 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
         KeyError: a key of `metrics` is missing.
         OSError: the page cannot be written.
     """
-    write_text(Path(path), _render(metrics, importance))
+    recipe = Path(path).with_name("recipe.yaml")
+    shown = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    write_text(Path(path), _render(metrics, importance, shown))
 
 
 def print_table(metrics: dict[str, Any]) -> str:
     """The run as plain text for the terminal: what search and verify rows said, and what was chosen."""
-    metric = metrics["budget"]["metric"]
-    blocks = [
-        text_table(
-            ["depth", "projection", "KL", "agreement", "NLL increase", "loss", "bound"],
-            [
-                [
-                    str(row["depth"]),
-                    row["projection"],
-                    number(row.get("kl")),
-                    percent(row.get("agreement")),
-                    number(row.get("nll_increase")),
-                    amount(row.get("loss"), metric),
-                    amount(row.get("bound"), metric),
-                ]
-                for row in _by_depth(metrics["curve"])
-            ],
-        )
-    ]
+    losses = ("KL", "agreement", "NLL increase", "loss", "bound")
+    blocks = [_curve_table(metrics).only("depth", "projection", *losses).text()]
     if metrics.get("verification"):
-        blocks.append(
-            text_table(
-                ["verify rows: depth", "projection", "loss", "bound", "verdict"],
-                [
-                    [
-                        str(row["depth"]),
-                        _or_dash(row.get("projection")),
-                        amount(row["value"], metric),
-                        amount(row["bound"], metric),
-                        verdict(row["passed"]),
-                    ]
-                    for row in metrics["verification"]
-                ],
-            )
-        )
+        columns = ("depth", "projection", "loss", "bound", "verdict")
+        blocks.append(_verification_table(metrics).only(*columns).text("verify rows:"))
     if metrics.get("boundaries"):
-        salient = _has_salient(metrics)
-        blocks.append(
-            text_table(
-                [
-                    f"boundary at depth {metrics['boundaries'][0]['depth']}",
-                    *(["salient"] if salient else []),
-                    "KL",
-                    "agreement",
-                    "loss",
-                    "bound",
-                    "counted",
-                ],
-                [
-                    [
-                        str(row["boundary"]),
-                        *([str(row.get("salient", 0))] if salient else []),
-                        number(row.get("kl")),
-                        percent(row.get("agreement")),
-                        amount(row.get("loss"), metric),
-                        amount(row.get("bound"), metric),
-                        ratio(row["speedup"]),
-                    ]
-                    for row in metrics["boundaries"]
-                ],
-                left=(),
-            )
-        )
+        salient = ["salient"] * _has_salient(metrics)
+        columns = ("boundary", *salient, "KL", "agreement", "loss", "bound", "counted speedup")
+        depth = metrics["boundaries"][0]["depth"]
+        blocks.append(_boundary_table(metrics).only(*columns).text(f"depth {depth}:"))
     if metrics.get("comparison"):
-        blocks.append(
-            text_table(
-                ["comparison", "depth", "exact match", "agreement", "KL"],
-                [
-                    [
-                        row["name"],
-                        str(_or_dash(row.get("depth"))),
-                        percent(row.get("exact_match")),
-                        percent(row.get("agreement")),
-                        number(row.get("kl")),
-                    ]
-                    for row in metrics["comparison"]
-                ],
-                left=(0,),
-            )
-        )
+        columns = ("comparison", "depth", "exact match", "agreement", "KL")
+        blocks.append(_comparison_table(metrics).only(*columns).text())
     blocks.append(" ".join(filter(None, [headline(metrics), advice(metrics)])))
     return "\n\n".join(blocks) + "\n"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _losses(row: dict[str, Any], metric: str) -> list[str]:
+    """The cells under :data:`_LOSSES`."""
+    return [
+        amount(row.get("loss"), metric),
+        amount(row.get("bound"), metric),
+        number(row.get("kl")),
+        percent(row.get("agreement")),
+        percent(row.get("exact_match")),
+        number(row.get("nll_increase")),
+    ]
+
+
+_LOSSES = ["loss", "bound", "KL", "agreement", "exact match", "NLL increase"]
+
+
+def _curve_table(metrics: dict[str, Any]) -> Table:
+    curve, chosen = _by_depth(metrics["curve"]), _chosen(metrics)
+    ridge = any(row.get("ridge") is not None for row in curve)
+    steps = any(row.get("steps") for row in curve)
+    rows = [
+        [
+            str(row["depth"]),
+            row["projection"],
+            *_losses(row, metrics["budget"]["metric"]),
+            *([number(row.get("ridge"))] if ridge else []),
+            *([str(row.get("steps") or DASH)] if steps else []),
+            str(_or_dash(row.get("rows"))),
+        ]
+        for row in curve
+    ]
+    header = ["depth", "projection", *_LOSSES, *["ridge"] * ridge, *["steps"] * steps, "rows"]
+    return Table(header, rows, (1,), tuple(at for at, row in enumerate(curve) if row is chosen))
+
+
+def _verification_table(metrics: dict[str, Any]) -> Table:
+    budget, verdicts = metrics["budget"], metrics["verification"]
+    metric, allowed = budget["metric"], DASH if _unconditional(budget) else amount(budget["max_drop"], budget["metric"])
+    rows = [
+        [
+            str(row["depth"]),
+            row.get("projection") or DASH,
+            amount(row["value"], metric),
+            amount(row["bound"], metric),
+            allowed,
+            f"{row['rows']:,}",
+            f"{row.get('prompts') or row['rows']:,}",
+            _colored(row["passed"]),
+        ]
+        for row in verdicts
+    ]
+    header = ["depth", "projection", "loss", "bound", "budget", "rows", "prompts", "verdict"]
+    return Table(header, rows, (1,), tuple(at for at, row in enumerate(verdicts) if row["depth"] == metrics["depth"]))
+
+
+def _colored(passed: bool | None) -> Markup:
+    return Markup('<span class="{}">{}</span>').format("fail" if passed is False else "pass", verdict(passed))
+
+
+def _boundary_table(metrics: dict[str, Any]) -> Table:
+    salient, found = _has_salient(metrics), metrics["boundaries"]
+    rows = [
+        [
+            str(row["boundary"]),
+            *([str(row.get("salient", 0))] if salient else []),
+            *_losses(row, metrics["budget"]["metric"]),
+            ratio(row["speedup"]),
+        ]
+        for row in found
+    ]
+    chosen = [at for at, row in enumerate(found) if metrics["depth"] is not None and Kept.of(row) == Kept.of(metrics)]
+    return Table(["boundary", *["salient"] * salient, *_LOSSES, "counted speedup"], rows, (), tuple(chosen))
+
+
+def _comparison_table(metrics: dict[str, Any]) -> Table:
+    rows = [
+        [
+            row["name"],
+            str(_or_dash(row.get("depth"))),
+            percent(row.get("exact_match")),
+            percent(row.get("agreement")),
+            number(row.get("kl")),
+            row["what"],
+        ]
+        for row in metrics["comparison"]
+    ]
+    return Table(["comparison", "depth", "exact match", "agreement", "KL", "what it is"], rows, (0, 5))
+
+
+def _outcome_table(metrics: dict[str, Any]) -> Table:
+    """What the chosen plan costs and saves, next to the full model."""
+    verified, chosen, ttft = metrics.get("verified"), _chosen(metrics), metrics.get("ttft")
+    rows = []
+    if verified:
+        metric = verified["metric"]
+        loss, bound = amount(verified["value"], metric), amount(verified["bound"], metric)
+        rows.append([f"loss of {metric}, verify rows", DASH, loss, f"at most {bound}"])
+    if chosen:
+        rows += [
+            ["agreement, search rows", percent(1.0), percent(chosen.get("agreement")), DASH],
+            ["KL to the full model, nats per token", "0", number(chosen.get("kl")), DASH],
+            ["NLL increase, nats per token", DASH, number(chosen.get("nll_increase")), DASH],
+        ]
+    if counted := metrics.get("arithmetic"):
+        full, pruned = counted["full_flops"], counted["pruned_flops"]
+        prompt = count(counted["prompt_tokens"], "prompt token")
+        rows.append([f"prefill arithmetic, {prompt}", flops(full), flops(pruned), f"{percent(1 - pruned / full)} less"])
+    if ttft:
+        prompt = f"TTFT, {count(ttft['prompt_tokens'], 'prompt token')}, batch {ttft['batch']}"
+        times = [_time(ttft, "full"), _time(ttft, "pruned")]
+        rows.append([prompt, *times, f"{ratio(ttft['full_ms'] / ttft['pruned_ms'])} as fast"])
+    return Table(["", "full model", "pruned prefill", "difference"], rows)
+
+
+def _time(ttft: dict[str, Any], which: str) -> str:
+    p90 = ttft.get(f"{which}_p90_ms")
+    return milliseconds(ttft[f"{which}_ms"]) + (f" (p90 {milliseconds(p90)})" if p90 is not None else "")
+
+
+def _split_table(metrics: dict[str, Any]) -> Table:
+    rows = metrics["rows"]
+    used = {
+        "fit": "fitting the projections",
+        "tune": "ridge strength and other settings",
+        "search": "the curve of depths, what is trained and what goes to the verification",
+        "verify": "the bound of the chosen depth",
+    }
+    lines = [[name, DASH if rows.get(name) is None else f"{rows[name]:,}", use] for name, use in used.items()]
+    lines += [["left out", f"{left:,}", reason] for reason, left in (rows.get("unusable") or {}).items()]
+    return Table(["split", "rows", "used for"], lines, (0, 2))
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
 
 
 def headline(metrics: dict[str, Any]) -> str:
@@ -266,66 +340,57 @@ def milliseconds(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _render(metrics: dict[str, Any], importance: dict[str, Any]) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        number=number,
-        percent=percent,
-        amount=amount,
-        flops=flops,
-        ms=milliseconds,
-        confidence=confidence,
-        ratio=ratio,
-        verdict=verdict,
-        tokens=tokens,
-    )
-    template = environment.from_string(files("pop_lightning.run").joinpath("report.html.jinja").read_text("utf-8"))
-    metric = metrics["budget"]["metric"]
-    arithmetic, ttft = metrics.get("arithmetic") or None, metrics.get("ttft") or None
-    chosen = next(
-        (
-            row
-            for row in metrics["curve"]
-            if row["depth"] == metrics["depth"] and row["projection"] == metrics.get("projection")
-        ),
-        None,
-    )
-    return template.render(
+def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | None) -> str:
+    filters = {"amount": amount, "confidence": confidence, "ratio": ratio, "tokens": tokens}
+    budget, depth = metrics["budget"], metrics["depth"]
+    return render(
+        "pop_lightning.run",
+        "report.html.jinja",
+        title="no depth qualified" if depth is None else f"depth {depth} of {metrics['layers']}",
+        about=_about(metrics),
+        filters=filters,
         metrics=metrics,
-        budget=metrics["budget"],
-        metric=metric,
-        depth=metrics["depth"],
+        budget=budget,
+        depth=depth,
         layers=metrics["layers"],
         headline=headline(metrics),
         advice=advice(metrics),
-        loss_name=metric_named(metric).what,
-        chosen=chosen,
-        verified=metrics.get("verified") or None,
-        arithmetic=arithmetic,
-        saved=1 - arithmetic["pruned_flops"] / arithmetic["full_flops"] if arithmetic else None,
-        ttft=ttft,
-        speedup=ttft["full_ms"] / ttft["pruned_ms"] if ttft else None,
-        noise=noise(ttft),
-        wanted=metrics["budget"].get("speedup"),
-        unconditional=_unconditional(metrics["budget"]),
-        boundaries=metrics.get("boundaries") or [],
-        has_salient=_has_salient(metrics),
+        loss_name=metric_named(budget["metric"]).what,
+        outcome=_outcome_table(metrics),
+        arithmetic=metrics.get("arithmetic") or None,
+        ttft=metrics.get("ttft") or None,
+        noise=noise(metrics.get("ttft")),
+        wanted=budget.get("speedup"),
+        unconditional=_unconditional(budget),
+        loss_plot=_loss_plot(metrics) if metrics["curve"] else None,
+        importance=importance,
+        importance_plot=_importance_plot(importance, depth) if importance else None,
         frontier_plot=_frontier_plot(metrics),
         fewest=in_order(map(Kept.of, metrics.get("plans") or [metrics]))[0],
-        comparison=metrics.get("comparison") or [],
-        verification=metrics.get("verification") or [],
+        comparison=_comparison_table(metrics) if metrics.get("comparison") else None,
+        boundaries=_boundary_table(metrics) if metrics.get("boundaries") else None,
+        verification=_verification_table(metrics) if metrics.get("verification") else None,
         decisions=metrics.get("decisions") or [],
-        curve=_by_depth(metrics["curve"]),
-        has_ridge=any(row.get("ridge") is not None for row in metrics["curve"]),
-        has_steps=any(row.get("steps") for row in metrics["curve"]),
-        rows=metrics["rows"],
-        unusable=metrics["rows"].get("unusable") or {},
-        versions=metrics.get("versions") or {},
-        device=metrics.get("device"),
-        importance=importance,
-        importance_plot=_importance_plot(importance, metrics["depth"]) if importance else None,
-        loss_plot=_loss_plot(metrics) if metrics["curve"] else None,
+        splits=_split_table(metrics),
+        curve=_curve_table(metrics) if metrics["curve"] else None,
+        recipe=recipe,
     )
+
+
+def _about(metrics: dict[str, Any]) -> dict[str, str]:
+    """What was run on what; ``about`` in `metrics.json` has the model, the data, the date and the command."""
+    about = dict(metrics.get("about") or {})
+    if metrics.get("device"):
+        about["device"] = metrics["device"]
+    if metrics.get("versions"):
+        about["versions"] = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    return about
+
+
+def _chosen(metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """The chosen plan's entry of the curve."""
+    wanted = metrics["depth"], metrics.get("projection")
+    return next((row for row in metrics["curve"] if (row["depth"], row["projection"]) == wanted), None)
 
 
 def _by_depth(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def simulate(
     """
     rng, kind = np.random.default_rng([seed, prompts, *law.encode(), *metric.encode()]), metric_named(metric)
     max_drop = min(0.3 * kind.cap, BUDGET * smallest_certifiable(prompts, kind, claimed, averaged=True))
-    budget = Budget(max_drop, kind.unit, lambda line: None)
+    budget = Budget(max_drop, kind, lambda line: None)
     truth = {depth: share * max_drop for depth, share in TRUE.items()}
     violations = accepted = 0
     for _ in range(runs):

@@ -36,7 +36,8 @@ def test_the_wheel_holds_code_recipes_and_bundled_models(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {"pop_lightning/run/report.html.jinja", "pop_lightning/recipes/tiny.yaml"}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pop_lightning").rglob("*.jinja")}
+    expected.add("pop_lightning/recipes/tiny.yaml")
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "pop_lightning").rglob("*.py")}
     expected |= {
         f"pop_lightning/{path.relative_to(ROOT)}"

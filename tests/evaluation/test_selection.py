@@ -4,6 +4,7 @@ import pytest
 
 from pop_lightning.core.plan import Choice, Kept
 from pop_lightning.evaluation import search as selection
+from pop_lightning.evaluation.losses import METRICS
 from pop_lightning.evaluation.search import Measured, Proposal, Training
 
 BUDGET, MARGIN = 0.01, 0.002  # a bound lies MARGIN above its mean
@@ -15,7 +16,7 @@ def measured(depth, loss, kind="closed_form", steps=0):
 
 def budget(max_drop=BUDGET):
     lines = []
-    return selection.Budget(max_drop, "units", lines.append), lines
+    return selection.Budget(max_drop, METRICS["agreement"], lines.append), lines
 
 
 def drive(machine, losses):
@@ -44,7 +45,7 @@ def test_depths_that_keep_the_budget_are_not_trained_but_the_deepest():
     proposals, sequence, lines = adapt({8: 0.0, 6: 0.001, 4: 0.004}, {(4, 100): 0.002})
     assert proposals == [("train", 4, 100)]
     assert sequence == [Choice(8, "closed_form"), Choice(6, "closed_form"), Choice(4, "lora", 100)]
-    assert "depth 8 (closed_form) loses 0.0000 units, within the budget of 0.01: not trained" in lines[0]
+    assert "depth 8 (closed_form) loses 0.00%, within the budget of 1.00%: not trained" in lines[0]
 
 
 def test_a_depth_that_training_brings_within_lets_it_go_deeper_and_back_off():
@@ -174,7 +175,7 @@ def test_what_is_proposed_is_trained_until_it_is_known_what_to_verify():
         return Measured.of(entry(choice.depth, answers[choice], "full", steps=50))
 
     untrained = [Measured.of(entry(10, 0.05)), Measured.of(entry(8, 0.5))]
-    keeper = selection.Budget(BUDGET, "agreement", lines.append)
+    keeper = selection.Budget(BUDGET, METRICS["agreement"], lines.append)
     proposals = selection.settle(untrained, keeper, Training("full", 50, 1))
     assert selection.finish(proposals, measure) == [Choice(10, "full", 50)]
     assert asked == list(answers)
@@ -183,6 +184,5 @@ def test_what_is_proposed_is_trained_until_it_is_known_what_to_verify():
 
 def test_without_a_condition_the_least_loss_is_verified():
     measured = [Measured.of(entry(6, 0.3, "reuse")), Measured.of(entry(6, 0.2))]
-    assert selection.finish(selection.settle(measured, selection.Budget(None, "agreement", lambda line: None))) == [
-        Choice(6, "closed_form")
-    ]
+    keeper = selection.Budget(None, METRICS["agreement"], lambda line: None)
+    assert selection.finish(selection.settle(measured, keeper)) == [Choice(6, "closed_form")]
