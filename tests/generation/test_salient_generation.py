@@ -119,6 +119,8 @@ def test_static_caches_give_the_tokens_of_dynamic_ones(family, length):
     assert torch.equal(generator.generate(input_ids=ids, attention_mask=mask, past_key_values=own, **GREEDY), expected)
 
 
+# The first use of quanto compiles an extension, for half a minute.
+@pytest.mark.full
 def test_a_quantized_cache_stores_the_true_keys_of_selected_tokens():
     pytest.importorskip("optimum.quanto")
     model = base("llama")
