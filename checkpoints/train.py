@@ -1,6 +1,6 @@
 """Trains the small Gemma-3 model that ships with the repository, from scratch, on one CPU core.
 
-It stands between `facts.py` (the data) and `checkpoints/facts-gemma3` (the checkpoint that examples, tests and
+It comes between `facts.py` (the data) and `checkpoints/facts-gemma3` (the checkpoint that examples, tests and
 `pop-fit` use). Look-up from scratch stays on a plateau for thousands of steps, so the model first learns to copy the
 second half of repeated random sequences, then reads documents of facts that grow whenever it answers 95% of the
 questions. Each training document carries many questions; every question sees the document and itself only, at the
@@ -83,7 +83,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:
 
 
 def copy_batch(rng: random.Random, rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random sequences said twice; the labels cover the second copy, but for its first word."""
+    """Random sequences, each repeated once; the labels cover the second copy except its first word."""
     length = rng.randint(16, 48)
     words = torch.tensor([rng.sample(range(len(SPECIAL), vocabulary), length) for _ in range(rows)])
     ids = torch.cat([torch.full((rows, 1), SPECIAL.index("<bos>")), words, words], dim=1)

@@ -139,7 +139,7 @@ def figure(result: dict[str, Any]) -> Figure:
         Line2D([], [], color="0.3", linestyle=":", marker="x", label="counted bound"),
     ]
     first.legend(handles=[*kinds, *first.get_legend_handles_labels()[0]], fontsize=8)
-    first.set_ylim(bottom=min(1.0, first.get_ylim()[0]))  # 1 is no gain: the axis shows how far from it
+    first.set_ylim(bottom=min(1.0, first.get_ylim()[0]))  # 1 means no gain: the axis starts there
     return drawing
 
 

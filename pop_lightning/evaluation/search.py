@@ -166,7 +166,7 @@ class Training:
             latest = yield Proposal(action, Choice(depth, self.kind, number * self.steps))
             best = min(best, latest, key=budget.rank)
             more = number <= self.extensions and extend(previous, latest)
-            enough = "trained enough" if latest is best else f"no better than {best.choice}"
+            enough = "training ends" if latest is best else f"not better than {best.choice}"
             budget.report(latest, "train on" if more else enough)
             if not more:
                 break
@@ -204,12 +204,12 @@ def within_budget(
         if budget.fits(best):
             sequence.append(best)
         if not budget.clears(best):
-            back = f"back off to depth {sequence[-1].choice.depth}" if sequence else "no depth is left, stop"
+            back = f"back off to depth {sequence[-1].choice.depth}" if sequence else "no depth left, stop"
             budget.report(best, "verified last, stop here" if budget.fits(best) else back)
             break
         budget.report(best, "go deeper")
     if sequence and sequence[-1].choice.depth not in trained:
-        budget.report(sequence[-1], "the deepest to verify, so it is trained to lose less")
+        budget.report(sequence[-1], "the deepest to verify, so it is trained to lower the loss")
         sequence[-1] = yield from training.rounds(sequence[-1], budget)
     return [selected.choice for selected in sequence]
 
@@ -254,7 +254,7 @@ def kept_within_budget(
     for kept, candidates in measured.items():
         depths = [candidate.choice.depth for candidate in candidates if budget.clears(candidate)]
         if not depths:
-            budget.say(f"search: {kept} keeps the budget at no depth without training")
+            budget.say(f"search: {kept} does not keep the budget at any depth without training")
             continue
         reached[kept] = max(speedups[depth, kept] for depth in depths)
         budget.say(

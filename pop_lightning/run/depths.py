@@ -26,7 +26,7 @@ def check_target(recipe: Recipe, decoder: Decoder, kept: Sequence[Kept], tokens:
 
     Args:
         kept: ``Recipe.kept``, what may run in full.
-        tokens: prompt length that a wanted speedup is counted at.
+        tokens: prompt length that a requested speedup is counted at.
         certifiable: what the verify split can show.
 
     Raises:
@@ -52,7 +52,7 @@ def to_measure(
 
     Args:
         kept: ``Recipe.kept``, what may run in full.
-        tokens: prompt length that a wanted speedup is counted at.
+        tokens: prompt length that a requested speedup is counted at.
     """
     if recipe.depth is not None:
         return [recipe.depth]
@@ -71,13 +71,13 @@ def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tok
 def check_images(
     recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Iterable[int | float], shards: bool
 ) -> None:
-    """Raise :class:`InputError` where rows with images or videos do not go with a base in shards, or a boundary."""
+    """Raise :class:`InputError` if rows with images or videos cannot be used with a base in shards, or a boundary."""
     rows = [row for row in rows if row.media]
     if rows and shards:
         kind = "images" if rows[0].images else "videos"
         raise InputError(
             f"{rows[0].origin} has {kind}, and trainer.strategy {recipe.trainer['strategy']} needs every process to "
-            "read as many at once: take ddp or deepspeed_stage_2, or rows of text."
+            "read the same number at once: use ddp or deepspeed_stage_2, or rows of text."
         )
     for k in boundaries:
         if (row := _split_by(decoder, rows, k)) is not None:
@@ -130,7 +130,7 @@ def candidates(budget: Budget, prefill_importance: Sequence[float], decoder: Dec
 
 
 def reaching(budget: Budget, decoder: Decoder, kept: Sequence[Kept], tokens: int) -> dict[Kept, int]:
-    """By what runs in full, the largest depth whose counted prefill speedup of ``tokens`` prompt tokens is wanted.
+    """By what runs in full, the largest depth whose counted prefill speedup at ``tokens`` prompt tokens suffices.
 
     All depths are looked at, or those that ``budget.candidates`` lists. Where no depth reaches it, it is left out.
 

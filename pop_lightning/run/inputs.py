@@ -27,7 +27,7 @@ from pop_lightning.run.folder import RunFolder
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.trainers import Trainers
 
-RESUME = "and give --resume, which goes on from what is finished"
+RESUME = "and give --resume, which continues from what is finished"
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ def check_same_input(run: Run) -> None:
     now = {"digest": run.data.digest, "base": run.base["fingerprint"], "versions": versions()}
     if not run.folder.read("state/data.json") and run.folder.has_results():
         raise InputError(
-            f"output {run.folder} has results, but no state/data.json that says which base and rows they are of (it is "
-            "missing or damaged): --overwrite it."
+            f"output {run.folder} has results, but state/data.json, which names their base and rows, cannot be "
+            "read (it is missing or damaged): --overwrite it."
         )
     stored = run.folder.once("state/data.json", lambda: now)
     for package, before in stored["versions"].items():
         if before != (current := version(package)):
-            print(f"note: this run was started with {package} {before} and goes on with {current}")
+            print(f"note: this run was started with {package} {before} and continues with {current}")
     for name, key, what in (("base", "model.base", "weights"), ("digest", "data.calibration", "rows")):
         if stored[name] != now[name]:
             section, field = key.split(".")
@@ -142,7 +142,7 @@ def check_same_input(run: Run) -> None:
 
 
 def check_rows(run: Run) -> None:
-    """Refuse what the rows cannot give, or memory cannot hold, whatever scoring finds."""
+    """Refuse a budget or boundary that the rows do not allow, and sums that do not fit in memory, before scoring."""
     recipe, decoder, kept = run.recipe, run.decoder, run.kept
     # The deepest candidate is the same for every importance, and needs most.
     depths = candidates.to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, run.tokens)

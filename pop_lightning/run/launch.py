@@ -34,7 +34,7 @@ GRACE = 10  # seconds that a process has to end by itself after another one ende
 def check_number(strategy: Strategy) -> None:
     """Refuse a run that torchrun or a cluster started as another number of processes than the recipe names.
 
-    Each of them would take itself for the whole run, or wait for others that never come.
+    Each process would act as the whole run, or wait for others that never start.
 
     Raises:
         InputError: the numbers differ.
@@ -52,8 +52,8 @@ def check_number(strategy: Strategy) -> None:
     slurm = isinstance(environment, SLURMEnvironment)
     if started != named:
         # A script without srun is one process, whatever number of tasks its job has.
-        said = f"SLURM names {started} tasks" if slurm else f"{started} processes were started"
-        problem = f"{said}, the recipe {named}"
+        found = f"SLURM names {started} tasks" if slurm else f"{started} processes were started"
+        problem = f"{found}, the recipe {named}"
     elif started > 1:  # srun leaves the job's tasks per node as they are where it starts only one task
         try:
             environment.validate_settings(num_devices=devices, num_nodes=nodes)

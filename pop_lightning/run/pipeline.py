@@ -1,7 +1,7 @@
 """The stages of ``pop-fit`` in order: load, score, fit projections, search, verify and export, report.
 
-Modules and callbacks measure and decide; this file says what follows from their decisions. What a stage returns is kept
-by ``folder.py``, so that a run can be killed anywhere and resumed.
+Modules and callbacks measure and decide; this file acts on their decisions. What a stage returns is kept by
+``folder.py``, so that a run can be killed anywhere and resumed.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
 
 @dataclass(frozen=True)
 class Found:
-    """What the search found.
+    """Result of the search.
 
     Attributes:
         curve: one entry per depth and kind, shallowest pruning first.
@@ -217,7 +217,7 @@ def search(run: Run, depths: list[int]) -> Found:
     plans = measure(run, "searching", every, "state/search.json")
     if others:
         asked = (
-            _worth_measuring(run, ways, plans, depths, budget)
+            _plans_to_measure(run, ways, plans, depths, budget)
             if reached is None
             else [(Choice(depth, kind), kept) for kept, depth in reached.items() if kept != fewest for kind in kinds]
         )
@@ -239,20 +239,20 @@ def search(run: Run, depths: list[int]) -> Found:
         return Measured.of(entry)
 
     training = Training(settings.kind, settings.steps, recipe.budget.extensions) if trains(recipe) else None
-    measured = [Measured.of(entry) for entry in curve if _takes_part(run, entry)]
+    measured = [Measured.of(entry) for entry in curve if _may_be_exported(run, entry)]
     sequence = selection.finish(selection.settle(measured, budget, training), train_and_measure)
     return Found(_one_round_each(curve, budget), kept, sequence, decisions, plans)
 
 
-def _takes_part(run: Run, entry: dict) -> bool:
-    """Whether an untrained entry of the curve may be exported or trained on: all where no loss is a condition."""
+def _may_be_exported(run: Run, entry: dict) -> bool:
+    """Whether an untrained entry of the curve may be exported or trained on: all where the loss is not limited."""
     if candidates.condition(run.recipe) is None:
         return True
-    worth = run.decoder.num_layers - entry["depth"] >= run.recipe.budget.min_pruned
-    return worth and entry["projection"] == start_kind(run.recipe)
+    enough = run.decoder.num_layers - entry["depth"] >= run.recipe.budget.min_pruned
+    return enough and entry["projection"] == start_kind(run.recipe)
 
 
-def _worth_measuring(
+def _plans_to_measure(
     run: Run, ways: list[Kept], plans: list[dict], depths: list[int], budget: selection.Budget
 ) -> list[tuple[Choice, Kept]]:
     """Untrained plans that could still be chosen: more tokens in full than the fewest, and more saved than the best.
@@ -261,7 +261,7 @@ def _worth_measuring(
         ways: ``Run.kept``.
         plans: what was measured with the fewest tokens in full.
     """
-    keeping = [entry for entry in plans if _takes_part(run, entry) and budget.clears(Measured.of(entry))]
+    keeping = [entry for entry in plans if _may_be_exported(run, entry) and budget.clears(Measured.of(entry))]
     best = max((run.speedup(entry["depth"], ways[0]) for entry in keeping), default=1.0)
     start, least = start_kind(run.recipe), run.recipe.budget.min_pruned
     return [
@@ -280,19 +280,19 @@ def choose_kept(
     budget: selection.Budget,
     reached: dict[Kept, int] | None,
 ) -> Kept:
-    """Which tokens run in full, from untrained projections that were measured with several choices of them.
+    """The tokens that run in full, chosen from measurements of untrained projections.
 
     Args:
         ways: ``Run.kept``.
-        reached: the depth at which each reaches the wanted speedup, where one is wanted.
+        reached: the depth at which each reaches the requested speedup, where one is requested.
     """
-    wanted = [(depth, kept) for kept in ways for depth in depths]
+    asked = [(depth, kept) for kept in ways for depth in depths]
     if reached is not None:
-        wanted = [(depth, kept) for kept, depth in reached.items()]
+        asked = [(depth, kept) for kept, depth in reached.items()]
     measured: dict[Kept, list[Measured]] = {}
     for entry in plans:
         kept = Kept.of(entry)
-        if (entry["depth"], kept) in wanted and _takes_part(run, entry):
+        if (entry["depth"], kept) in asked and _may_be_exported(run, entry):
             measured.setdefault(kept, []).append(Measured.of(entry))
     if not measured:
         least = run.recipe.budget.min_pruned
@@ -300,7 +300,7 @@ def choose_kept(
         return ways[0]
     if reached is not None:
         return selection.kept_of_least_loss(measured, budget)
-    return selection.kept_within_budget(measured, {each: run.speedup(*each) for each in wanted}, budget)
+    return selection.kept_within_budget(measured, {each: run.speedup(*each) for each in asked}, budget)
 
 
 def measure(run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str | None = None) -> list[dict]:
@@ -361,7 +361,7 @@ def _one_round_each(curve: list[dict], budget: selection.Budget) -> list[dict]:
 
 
 def verify(run: Run, found: Found) -> AccuracyBudget:
-    """Open the verify split once, and export what it lets through."""
+    """Open the verify split once, and export the depth that it certifies."""
     recipe, settings = run.recipe, run.recipe.budget
     budget = AccuracyBudget(
         settings.loss,
@@ -469,7 +469,7 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
             "saved": 1 - pruned / full,
             "ratio": full / pruned,
         },
-        # A base in shards spends its time in gathering them, which says nothing about a served model.
+        # A base in shards spends its time gathering them, which is not the latency of a served model.
         "ttft": None
         if run.trainers.shards_base
         else distributed.from_first(lambda: measure_ttft(generator, tokens)),  # the others would compete
@@ -482,9 +482,9 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
 
 
 def nearest(run: Run, curve: list[dict]) -> Choice:
-    """Where nothing qualifies: what lost least among the depths that would have been worth an artifact."""
-    worth = [e for e in curve if run.decoder.num_layers - e["depth"] >= run.recipe.budget.min_pruned] or curve
-    return Choice.of(min(worth, key=lambda each: (each["loss"], each["kl"])))
+    """If nothing qualifies: the smallest loss among the depths that prune enough layers."""
+    enough = [e for e in curve if run.decoder.num_layers - e["depth"] >= run.recipe.budget.min_pruned] or curve
+    return Choice.of(min(enough, key=lambda each: (each["loss"], each["kl"])))
 
 
 def compare(run: Run, shown: Choice, found: Found) -> list[dict]:
@@ -506,7 +506,7 @@ def compare(run: Run, shown: Choice, found: Found) -> list[dict]:
             "the last prompt token is pruned like the context",
             replace(best, plan=replace(best.plan, boundary=0, salient=0)),
         ),
-        "no KV projection": ("the pruned layers see no context", replace(reuse, context_visible=False)),
+        "no KV projection": ("the pruned layers do not see the context", replace(reuse, context_visible=False)),
     }
     entries = evaluate(run, "comparing", {name: variant for name, (_, variant) in table.items()})
     return [

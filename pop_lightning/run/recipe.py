@@ -38,7 +38,7 @@ Positive = Annotated[float, Field(strict=True, gt=0)]
 AtLeast0 = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Tokens = Index | Share  # a number of prompt tokens, or a share of the prompt
-_NO_PROBE = "needs a boundary of at least 1, whose last token chooses the salient ones"
+_NO_PROBE = "needs a boundary of at least 1, whose last token selects the salient ones"
 Flag = Annotated[bool, Field(strict=True)]
 Words = Annotated[str, Field(pattern=r"\S")]
 Place = Annotated[Words, AfterValidator(os.path.expanduser)]  # a path, or a name that is not one
@@ -59,7 +59,9 @@ class Model:
 
     base: Place = Field(description="hub id, folder or bundled:NAME of the base model")
     revision: Words | None = Field(None, description="commit or tag of the hub repository; null: the newest")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as the checkpoint is stored"
+    )
     attn_implementation: Words | None = Field(None, description="such as sdpa or eager; null: Transformers' choice")
     trust_remote_code: Flag = Field(False, description="run code that comes with the model")
     device_map: Words | dict | None = Field(None, description="null: one device, as trainer says; auto: several")
@@ -67,12 +69,12 @@ class Model:
 
 @section
 class Splits:
-    """Shares of the calibration rows; they sum to 1, and no row serves two steps."""
+    """Shares of the calibration rows; they sum to 1, and no row is in two of them."""
 
-    fit: Share = Field(0.3, description="scores the layers and fits the projections")
-    tune: Share = Field(0.1, description="picks the ridge strength")
-    search: Share = Field(0.2, description="narrows the depths")
-    verify: Share = Field(0.4, description="read once, for the certified bound")
+    fit: Share = Field(0.3, description="to score the layers and fit the projections")
+    tune: Share = Field(0.1, description="to choose the ridge strength")
+    search: Share = Field(0.2, description="to choose the depths to verify")
+    verify: Share = Field(0.4, description="used once, for the certified bound")
 
     @model_validator(mode="after")
     def _sum(self):
@@ -92,7 +94,7 @@ class Data:
     split: Words | None = Field(None, description="split of a hub dataset; null: train")
     name: Words | None = Field(None, description="configuration of a hub dataset that has several")
     columns: dict[Words, Words] | None = Field(
-        None, description="our keys and the rows' own, as in {prompt: question, response: answer}"
+        None, description="keys of the rows that have other names, as in {prompt: question, response: answer}"
     )
     max_prompt_tokens: Count = Field(2048, description="rows with a longer prompt are left out; plain text is cut")
     max_response_tokens: Count = Field(256, description="longer responses are cut")
@@ -114,7 +116,7 @@ class Importance:
     rows: Count = Field(64, description="rows of the fit split to score on")
     batch_size: Count | None = Field(None, description="rows per backward pass; null: data.batch_size")
     gradient_checkpointing: Flag = Field(
-        False, description="keep one layer's activations at a time; about 1.5x the work"
+        False, description="keep one layer's activations at a time, at about 1.5x the operations"
     )
 
     def rows_at_a_time(self, data: Data) -> int:
@@ -144,11 +146,16 @@ class Projection:
         description="strengths to choose from on the tune split; a large one is close to reuse",
     )
     grouping: Literal["auto", "head", "layer", "none"] = Field(
-        "auto", description="fit values per head, per layer or for all; auto: the finest that needs one pass"
+        "auto",
+        description="values fitted per head, per layer or for all tokens alike; auto: the finest that fits in one pass",
     )
-    queries: Count = Field(24, description="boundary and response tokens per row whose attention weights the errors")
+    queries: Count = Field(
+        24, description="boundary and response tokens per row whose attention weights the regression"
+    )
     refit: Flag = Field(True, description="fit a second time, with the attention of the pruned model's queries")
-    memory_gib: Positive = Field(8.0, description="bound on running sums and options; more depths need more passes")
+    memory_gib: Positive = Field(
+        8.0, description="limit for running sums and candidate maps; what does not fit is fitted in further passes"
+    )
     start: Literal["closed_form", "reuse"] = Field("closed_form", description="where lora and full start")
     lora: Lora = field(default_factory=Lora)
     steps: Count = Field(100, description="training steps of lora and full")
@@ -179,26 +186,28 @@ class Budget:
     metric: Literal[*METRICS] = Field(
         "agreement", description="agreement: same next token; exact_match: same response; nll_increase: nats per token"
     )
-    max_drop: AtLeast0 = Field(0.01, description="largest loss: an absolute fraction, nats for nll_increase")
+    max_drop: AtLeast0 = Field(0.01, description="largest loss: an absolute fraction; for nll_increase nats")
     nll_cap: Positive = Field(
         1.0, description="nats per token at which the losses of nll_increase are clipped, which makes its bound valid"
     )
     speedup: Annotated[float, Field(strict=True, gt=1)] | None = Field(
-        None, description="prefill speedup to reach instead, at the least loss; max_drop is then no condition"
+        None, description="prefill speedup to reach with the smallest loss; max_drop is ignored then"
     )
     confidence: Annotated[float, Field(strict=True, gt=0.5, lt=1)] = Field(0.95, description="of the certified bound")
-    min_pruned: Count = Field(2, description="smallest number of pruned layers worth an artifact")
+    min_pruned: Count = Field(2, description="nothing is exported if fewer layers can be pruned")
     candidates: Count | Annotated[list[Count], Field(min_length=1)] | Literal["all"] = Field(
-        8, description="number of depths to try, placed by importance; or a list of depths; or all"
+        8, description="number of depths to try, chosen by importance; or a list of depths; or all"
     )
     boundaries: list[Tokens] = Field(
-        [1, 4, 16, 64], description="boundaries whose loss and cost are reported, and that boundary: auto chooses from"
+        [1, 4, 16, 64], description="boundaries to report loss and cost for, and to choose from if boundary is auto"
     )
     salient: Tokens | list[Tokens] = Field(
         [0, 0.05, 0.1, 0.2],
-        description="what salient: auto chooses from; 0 keeps to depth and boundary, for engines that cannot select",
+        description="values to choose from if salient is auto; 0 selects no tokens, for engines that cannot",
     )
-    extensions: Index = Field(2, description="how often lora and full may train `steps` more where that may decide")
+    extensions: Index = Field(
+        2, description="further rounds of `steps` that lora and full may train if they could change the choice"
+    )
 
     @property
     def loss(self) -> BudgetMetric:
@@ -223,20 +232,22 @@ class Budget:
 class Recipe:
     """Every choice of a run. ``trainer`` holds arguments of ``lightning.Trainer`` as plain data."""
 
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of splits, targets and training")
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(
+        0, description="seed of splits, targets and training"
+    )
     output: Place = Field("runs/pop", description="folder of the run")
     boundary: Tokens | Literal["auto"] = Field(
         1,
-        description="last prompt tokens that run in full, a number or a share; auto: chosen from budget.boundaries",
+        description="prompt tokens at the end that run in full, a number or a share; auto: one of budget.boundaries",
     )
     salient: Tokens | Literal["auto"] = Field(
         0,
-        description="context tokens that run in full as well, a number or a share; auto: chosen from budget.salient",
+        description="context tokens that run in full as well, a number or a share; auto: one of budget.salient",
     )
-    selector: Literal[*SELECTORS] = Field("attention", description="what chooses the salient tokens")
+    selector: Literal[*SELECTORS] = Field("attention", description="how the salient tokens are selected")
     depth: Count | None = Field(
         None,
-        description="export this depth, with its measured loss and bound, whatever they are; null: the budget decides",
+        description="export this depth whatever its measured loss and bound; null: the budget decides",
     )
     model: Model
     data: Data
@@ -369,7 +380,7 @@ def _kinds(node: dict) -> set[str | None]:
 
 def _closest(key: str) -> str | None:
     """The key, section or flag that a mistyped ``key`` may mean."""
-    known = [*_keys(), *_FLAGS]
+    known = [*_keys(), *FLAGS]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:  # the right key in the wrong section, or in none
         ends = {each.rpartition(".")[2]: each for each in known}
@@ -404,10 +415,9 @@ def parse(argv: list[str] | None = None) -> Invocation:
         SystemExit: code 0, after a flag that only prints or writes something, such as ``--help``.
     """
     flags, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    for name, text in _PRINTED.items():
-        if getattr(flags, name):
-            print(text(), end="")
-            raise SystemExit(0)
+    if flags.list or flags.schema:
+        print(_listing() if flags.list else json.dumps(schema(), indent=1))
+        raise SystemExit(0)
     if flags.recipe is None:
         raise InputError(
             "no recipe was given",
@@ -427,27 +437,43 @@ def parse(argv: list[str] | None = None) -> Invocation:
     return Invocation(recipe, flags.resume, flags.overwrite, flags.check)
 
 
-class _Flags(argparse.ArgumentParser):
+# Those that are not recipe keys: what follows the flag, where something does, and the help.
+FLAGS = {
+    "recipe": ("NAME_OR_PATH", "a YAML file, or one of the bundled recipes"),
+    "check": (None, "report the memory, operations and time that the run needs, offline, and exit"),
+    "resume": (None, "continue the run in `output`"),
+    "overwrite": (None, "replace the run in `output`"),
+    "print_config": (None, "print all values in use as YAML, and exit"),
+    "recipe_out": ("FILE", "write the recipe to FILE, to start one of your own, and exit"),
+    "list": (None, "list the bundled recipes, and exit"),
+    "schema": (None, "print the JSON schema of recipes, for editors, and exit"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(f"{message}; see pop-fit --help.")
 
+    def format_help(self) -> str:
+        self.epilog = _key_help()
+        return super().format_help()
+
 
 def _parser() -> argparse.ArgumentParser:
-    """The flags that are not recipe keys."""
-    parser = _Flags("pop-fit", add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", metavar="NAME_OR_PATH")
-    parser.add_argument("--recipe_out", metavar="FILE")
-    parser.add_argument("--print_config", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
-    for name in ("list", "schema", "version"):
-        parser.add_argument(f"--{name}", action="store_true")
-    what = parser.add_mutually_exclusive_group()
-    for name in ("check", "resume", "overwrite"):
-        what.add_argument(f"--{name}", action="store_true")
+    parser = _Parser(
+        "pop-fit",
+        usage="pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--check | --resume | --overwrite]",
+        description="Score the layers, fit the KV projections, choose a depth within the accuracy budget, and export "
+        "an artifact.\nAny key of the recipe can be given as a flag, as in --budget.max_drop 0.02.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    exclusive = parser.add_mutually_exclusive_group()
+    for name, (metavar, text) in FLAGS.items():
+        group = exclusive if name in ("check", "resume", "overwrite") else parser
+        group.add_argument(f"--{name}", help=text, **{"metavar": metavar} if metavar else {"action": "store_true"})
+    parser.add_argument("--version", action="version", version=f"pop-fit {version('pop-lightning')}")
     return parser
-
-
-_FLAGS = ("recipe", "recipe_out", "print_config", "help", "list", "schema", "version", "check", "resume", "overwrite")
 
 
 def bundled_recipes() -> list[str]:
@@ -620,33 +646,18 @@ def _wrong(key: str, content: dict[str, Any], places: list[int]) -> InputError:
 # --- what a flag prints or writes -------------------------------------------------------------------------------------
 
 
-_USAGE = """usage: pop-fit --recipe NAME_OR_PATH [--any.key VALUE ...] [--check | --resume | --overwrite]
-
-Score the layers, fit the KV projections, choose the depth that keeps the accuracy budget, and export an artifact.
-
-  --recipe NAME_OR_PATH  a YAML file, or one of the bundled recipes
-  --any.key VALUE        override a key of the recipe, as in --budget.max_drop 0.02
-  --check                report what memory, operations and time the run needs and whether it fits, offline, and exit
-  --resume               continue the run in `output`
-  --overwrite            replace the run in `output`
-  --print_config         print all values in use as YAML, and exit
-  --recipe_out FILE      write the recipe to FILE, to start one of your own, and exit
-  --list                 list the bundled recipes, and exit
-  --schema               print the JSON schema of recipes, for editors, and exit
-  --version              print the version, and exit
-
-recipe keys:
+_KEY_HELP = """recipe keys:
 {keys}
   trainer.NAME: an argument of lightning.Trainer
 {trainer}
 
-exit code: 0 exported (--check: nothing speaks against the run); 2 bad usage, recipe or data; 3 no depth keeps the
-budget; 130 interrupted
+exit code: 0 exported (--check: the run can start); 2 bad usage, recipe or data; 3 no depth keeps the budget;
+130 interrupted
 """
 
 
-def usage() -> str:
-    """The text of ``--help``, with every key of a recipe."""
+def _key_help() -> str:
+    """Every key of a recipe with its meaning, type and default."""
     lines, trainer = [], []
     for key, node in _keys().items():
         if key.startswith("trainer."):
@@ -655,18 +666,16 @@ def usage() -> str:
             default = json.dumps(node["default"]).replace('"', "") if "default" in node else None
             what = "required" if default is None else f"default: {default}"
             lines.append(f"  {key}: {node['description']}")
-            lines.append(
-                textwrap.fill(f"{_describe(node)} ({what})", 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            )
-    names = textwrap.fill(", ".join(trainer), 110, initial_indent="    ", subsequent_indent="    ")
-    return _USAGE.format(keys="\n".join(lines), trainer=names)
+            lines.append(textwrap.indent(textwrap.fill(f"{_describe(node)} ({what})", 110), " " * 6))
+    names = textwrap.indent(textwrap.fill(", ".join(trainer), 110), " " * 4)
+    return _KEY_HELP.format(keys="\n".join(lines), trainer=names)
 
 
 def _listing() -> str:
     """The bundled recipes with the first line of each, which is a comment that says what it is for."""
     width = max(map(len, bundled_recipes()))
     heads = {name: read(name).partition("\n")[0].removeprefix("#").strip() for name in bundled_recipes()}
-    return "".join(f"{name:<{width}}  {head}\n" for name, head in heads.items())
+    return "\n".join(f"{name:<{width}}  {head}" for name, head in heads.items())
 
 
 def _write_out(path: str, text: str) -> None:
@@ -680,11 +689,3 @@ def _write_out(path: str, text: str) -> None:
     except OSError as error:
         raise InputError(f"--recipe_out {path} cannot be written ({error.strerror}); choose another file.") from error
     print(f"recipe: {path}")
-
-
-_PRINTED = {
-    "help": usage,
-    "list": _listing,
-    "schema": lambda: json.dumps(schema(), indent=1) + "\n",
-    "version": lambda: f"pop-fit {version('pop-lightning')}\n",
-}

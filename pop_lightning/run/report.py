@@ -22,7 +22,7 @@ from pop_lightning.evaluation.bounds import rows_needed
 from pop_lightning.evaluation.losses import metric_named, number, percent
 
 DASH = "–"
-NOISY = 0.2  # a p90 this share above the median is worth a warning
+NOISY = 0.2  # a p90 this share above the median gets a warning
 
 
 def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path) -> None:
@@ -46,7 +46,7 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
 
 
 def print_table(metrics: dict[str, Any]) -> str:
-    """The run as plain text for the terminal: what search and verify rows said, and what was chosen."""
+    """The run as plain text for the terminal: the measurements on search and verify rows, and the choice."""
     losses = ("KL", "agreement", "NLL increase", "loss", "bound")
     blocks = [_curve_table(metrics).only("depth", "projection", *losses).text()]
     if metrics.get("verification"):
@@ -152,7 +152,7 @@ def _comparison_table(metrics: dict[str, Any]) -> Table:
         ]
         for row in metrics["comparison"]
     ]
-    return Table(["comparison", "depth", "exact match", "agreement", "KL", "what it is"], rows, (0, 5))
+    return Table(["comparison", "depth", "exact match", "agreement", "KL", "description"], rows, (0, 5))
 
 
 def _outcome_table(metrics: dict[str, Any]) -> Table:
@@ -189,9 +189,9 @@ def _split_table(metrics: dict[str, Any]) -> Table:
     rows = metrics["rows"]
     used = {
         "fit": "fitting the projections",
-        "tune": "ridge strength and other settings",
-        "search": "the curve of depths, what is trained and what goes to the verification",
-        "verify": "the bound of the chosen depth",
+        "tune": "choosing the ridge strength and other settings",
+        "search": "comparing depths, deciding what to train and what to verify",
+        "verify": "the bound on the loss of the chosen depth",
     }
     lines = [[name, DASH if rows.get(name) is None else f"{rows[name]:,}", use] for name, use in used.items()]
     lines += [["left out", f"{left:,}", reason] for reason, left in (rows.get("unusable") or {}).items()]
@@ -202,23 +202,23 @@ def _split_table(metrics: dict[str, Any]) -> Table:
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """What came out, in one sentence."""
+    """The result in one sentence."""
     budget, depth, layers = metrics["budget"], metrics["depth"], metrics["layers"]
     allowed = f"{amount(budget['max_drop'], budget['metric'])} at {confidence(budget['confidence'])} confidence"
     if depth is None:
         pruned = budget["min_pruned"]
         return (
-            f"No depth qualified: none that prunes at least {count(pruned, 'layer')} of {layers} is shown to keep the "
+            f"No depth qualified: none that prunes at least {count(pruned, 'layer')} of {layers} was shown to keep the "
             f"loss of {budget['metric']} within {allowed}; nothing was exported."
         )
     start = f"Context tokens run through {depth} of {layers} layers"
     if metrics.get("salient"):
-        start += f", but for {tokens(metrics['salient'])} that are selected"
-    if wanted := budget.get("speedup"):
+        start += f", except for {tokens(metrics['salient'])} selected among them"
+    if requested := budget.get("speedup"):
         counted = metrics["arithmetic"]
         start = (
             f"{ratio(counted['ratio'])} counted at {count(counted['prompt_tokens'], 'prompt token')} "
-            f"({ratio(wanted)} wanted): {start[0].lower()}{start[1:]}"
+            f"({ratio(requested)} requested): {start[0].lower()}{start[1:]}"
         )
     verified = metrics.get("verified")
     if not verified:
@@ -226,7 +226,7 @@ def headline(metrics: dict[str, Any]) -> str:
     metric = verified["metric"]
     condition = "" if _unconditional(budget) else f"; budget {amount(budget['max_drop'], budget['metric'])}"
     return (
-        f"{start}{'; ' if wanted else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
+        f"{start}{'; ' if requested else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
         f"({draws(verified)}{condition}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
     )
@@ -238,25 +238,25 @@ def _has_salient(metrics: dict[str, Any]) -> bool:
 
 
 def _unconditional(budget: dict[str, Any]) -> bool:
-    """Whether a depth or a speedup was given, so that no loss was a condition."""
+    """Whether a depth or a speedup was given, so that the loss was not limited."""
     return bool(budget.get("speedup") or budget.get("depth"))
 
 
 def advice(metrics: dict[str, Any]) -> str:
-    """What to change where the verify rows are too few to show that the budget is kept; empty where they are enough."""
+    """What to change if there are too few verify rows to show that the budget is kept; empty if there are enough."""
     budget, smallest = metrics["budget"], metrics.get("smallest_certifiable_drop")
     if _unconditional(budget):
         return ""
     if smallest is None or smallest <= budget["max_drop"]:
         return _near_miss(metrics)
     verify = {"rows": metrics["rows"]["verify"], "prompts": (metrics.get("prompts") or {}).get("verify")}
-    found = f"The {draws(verify)} can certify no drop below {amount(smallest, budget['metric'])}"
+    found = f"The {draws(verify)} cannot certify a drop below {amount(smallest, budget['metric'])}"
     if budget["max_drop"] <= 0:
         return f"{found}, and no number of rows certifies 0; raise budget.max_drop."
     needed = rows_needed(
         budget["max_drop"], metric_named(budget["metric"], budget.get("nll_cap")), budget["confidence"]
     )
-    return f"{found}; give at least {needed} verify rows of different prompts, or raise budget.max_drop."
+    return f"{found}; provide at least {needed} verify rows with different prompts, or raise budget.max_drop."
 
 
 def _near_miss(metrics: dict[str, Any]) -> str:
@@ -268,13 +268,13 @@ def _near_miss(metrics: dict[str, Any]) -> str:
     metric = budget["metric"]
     return (
         f"Depth {failed['depth']} lost {amount(failed['value'], metric)} on the verify rows, and "
-        f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; give more "
-        "rows, or raise budget.max_drop."
+        f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; provide "
+        "more rows, or raise budget.max_drop."
     )
 
 
 def noise(ttft: dict[str, Any] | None) -> str:
-    """A warning where the times of one prefill spread so far that their ratio says little; else empty."""
+    """A warning if the times of one prefill vary so much that their ratio is unreliable; else empty."""
     spreads = [
         (name, ttft[f"{name}_p90_ms"] / ttft[f"{name}_ms"] - 1)
         for name in ("full", "pruned")
@@ -284,19 +284,19 @@ def noise(ttft: dict[str, Any] | None) -> str:
     if spread <= NOISY:
         return ""
     return (
-        f"The times are noisy: the {name} prefill's p90 lies {spread:.0%} above its median. Take the ratio as rough; "
-        "pop-generate --benchmark on an idle machine gives a better one."
+        f"The times are noisy: the {name} prefill's p90 lies {spread:.0%} above its median. Treat the ratio as a rough "
+        "estimate; pop-generate bench on an idle machine gives a better one."
     )
 
 
 def draws(found: dict[str, Any]) -> str:
-    """`600 verify rows`, and of how many prompts where some prompt has several."""
+    """`600 verify rows`, with the number of prompts where several rows share one."""
     rows, prompts = count(found["rows"], "verify row"), found.get("prompts")
     return rows if prompts in (None, found["rows"]) else f"{rows} of {count(prompts, 'prompt')}"
 
 
 def verdict(passed: bool | None) -> str:
-    """What a verify row of the table says; `measured` where no budget was a condition."""
+    """A verify row's verdict in words; `measured` where the loss was not limited."""
     return {True: "passed", False: "failed", None: "measured"}[passed]
 
 
@@ -360,7 +360,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | N
         arithmetic=metrics.get("arithmetic") or None,
         ttft=metrics.get("ttft") or None,
         noise=noise(metrics.get("ttft")),
-        wanted=budget.get("speedup"),
+        requested=budget.get("speedup"),
         unconditional=_unconditional(budget),
         loss_plot=_loss_plot(metrics) if metrics["curve"] else None,
         importance=importance,
@@ -416,7 +416,7 @@ def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
         for color, marker, (stage, values) in zip(theme.series, "os", stages.items(), strict=False):
             shown = [value if value > 0 else math.nan for value in values]
             axes.plot(range(layers), shown, marker=marker, markersize=4, linewidth=1.6, color=color, label=stage)
-            # A log axis has no zero: an exact zero sits at the foot, hollow, and says what it is.
+            # A log axis has no zero: an exact zero is drawn as a hollow mark at the bottom, with a label.
             for layer in (layer for layer, value in enumerate(values) if value == 0):
                 axes.plot(layer, floor, marker="v", markersize=6, markerfacecolor="none", color=color, linewidth=0)
                 axes.annotate(
@@ -477,13 +477,13 @@ def _loss_plot(metrics: dict[str, Any]) -> Markup:
 
 
 def _limit(metrics: dict[str, Any]) -> float | None:
-    """The loss that the budget allows; None where no loss was a condition."""
+    """The loss that the budget allows; None where the loss was not limited."""
     budget = metrics["budget"]
     return None if _unconditional(budget) else float(budget["max_drop"])
 
 
 def _loss_axis(axes: Axes, metric: str, limit: float | None) -> float:
-    """Make the y axis one of losses, linear up to the budget and logarithmic above it; returns where that changes."""
+    """Scale the y axis for losses, linear up to the budget and logarithmic above it; returns where that changes."""
     threshold = limit or 1e-3
     axes.set_yscale("symlog", linthresh=threshold)
     axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))

@@ -124,7 +124,7 @@ class ShardedBase(lightning.Callback):
         self.engine.optimizer.release_backward_leftovers()
 
     def close(self) -> None:
-        """Give the engine's hooks and the switch in Transformers back."""
+        """Remove the engine's hooks and reset the switch in Transformers."""
         self._held = None
         if self.engine is not None:
             self.engine.destroy()

@@ -53,7 +53,7 @@ def check_placement(recipe: Recipe) -> None:
     """Raise :class:`InputError` where a run of several processes has a base that ``model.device_map`` places."""
     if recipe.model.device_map is not None:
         raise InputError(
-            f"model.device_map {recipe.model.device_map!r} does not go with trainer.strategy "
+            f"model.device_map {recipe.model.device_map!r} cannot be combined with trainer.strategy "
             f"{recipe.trainer.get('strategy') or 'auto'}, which places the base itself: leave model.device_map out."
         )
 

@@ -124,7 +124,7 @@ def test_without_a_condition_the_least_loss_is_exported(evaluation, data, tmp_pa
     assert budget.promise()["max_drop"] is None
 
 
-def test_several_validations_add_up_and_ablations_take_no_part(evaluation, data):
+def test_several_validations_add_up_and_ablations_are_ignored(evaluation, data):
     variants = dict(evaluation.variants)
     blind = {"no KV projection": Variant(PruningPlan(2), variants["2"].projections, context_visible=False)}
     budget = AccuracyBudget("nll_increase", max_drop=100.0)

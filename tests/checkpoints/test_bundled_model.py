@@ -1,6 +1,6 @@
 """The bundled model and its data: what `checkpoints/facts-gemma3` promises its users.
 
-It stands at the end of the flow that `checkpoints/facts.py` (documents) and `checkpoints/train.py` (training) begin:
+It is the result of the flow that `checkpoints/facts.py` (documents) and `checkpoints/train.py` (training) begin:
 the generator is deterministic, its answers agree with a parse of the document made here without the generator's help,
 and the shipped folder is small, holds exactly the generator's calibration rows and still answers fresh questions.
 """

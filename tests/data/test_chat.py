@@ -1,7 +1,7 @@
 """Chats become prompt and response where decode starts, under templates built as the well-known families build theirs.
 
 Each template is a small copy of its family's structure in our own words: who folds the system prompt where, where tools
-stand, what becomes of thinking, and what follows a turn's end. The tokenizer knows every byte, so a row's tokens read
+are, what becomes of thinking, and what follows a turn's end. The tokenizer knows every byte, so a row's tokens read
 back as the exact text that the template rendered.
 """
 
@@ -89,7 +89,7 @@ TEMPLATES = {
     {{- (first if loop.first else '') + turn['content'] | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}""",
-    # No generation prompt: [/INST] is what an answer follows. Tools stand before the last question alone.
+    # No generation prompt: [/INST] is what an answer follows. Tools come before the last question only.
     "mistral": """{{- bos_token }}
 {%- set questions = messages | selectattr('role', 'equalto', 'user') | list %}
 {%- for m in messages %}
@@ -107,7 +107,7 @@ TEMPLATES = {
         {{- ' ' + m.content + eos_token }}
     {%- endif %}
 {%- endfor %}""",
-    # The mode of thinking stands in the system turn; the marks for training take the answer's header with them.
+    # The mode of thinking is in the system turn; the marks for training include the answer's header.
     "smollm3": """{%- set mode = '/no_think' if enable_thinking is defined and not enable_thinking else '/think' %}
 {%- set empty = '' if mode == '/think' else '<think>\\n\\n</think>\\n' %}
 {{- '<|im_start|>system\\nReasoning Mode: ' + mode + '\\n' }}
@@ -122,7 +122,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' + empty }}{%- endif %}""",
-    # The whole chat ends in an end of text, behind the end of the turn.
+    # The whole chat ends in an end of text, after the end of the turn.
     "phi3": """{%- for m in messages %}{{- '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}""",
     # Every answer is made to think: the generation prompt opens a block that a finished turn does not show.
@@ -136,7 +136,7 @@ SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>"
            "<|eom_id|>", "<|python_tag|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[TOOL_CALLS]",
            "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]  # fmt: skip
 EOS = {"qwen3": "<|im_end|>", "smollm3": "<|im_end|>", "always_thinks": "<|im_end|>", "llama3": "<|eot_id|>"}
-# What a model's generation config names beside its tokenizer's eos.
+# What a model's generation config names in addition to its tokenizer's eos.
 ENDS = {"llama3": ["<|eom_id|>", "<|eot_id|>"], "gemma": ["<end_of_turn>"], "phi3": ["<|end|>", "<|user|>"]}
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -243,7 +243,7 @@ def test_qwens_empty_think_block_belongs_to_the_prompt_where_thinking_is_off(spl
     ],
     ids=["a field of its own", "in the content"],
 )
-def test_qwens_thinking_is_part_of_the_response_and_goes_from_earlier_turns(split, answer):
+def test_qwens_thinking_is_part_of_the_response_and_is_removed_from_earlier_turns(split, answer):
     prompt, response = split("qwen3", [ASK, answer, ASK, answer])
     turn = "<|im_start|>user\nHow warm?<|im_end|>\n<|im_start|>assistant\n"
     assert prompt == f"{turn}12 degrees.<|im_end|>\n{turn}"
@@ -307,7 +307,7 @@ def test_smollm_puts_the_answers_header_and_mode_into_the_prompt(split, settings
     assert response == "12 degrees.<|im_end|>"
 
 
-def test_phi_goes_on_behind_the_end_of_the_turn_where_decode_has_stopped(split):
+def test_phi_continues_after_the_end_of_the_turn_where_decode_has_stopped(split):
     prompt, response = split("phi3", [SYSTEM, ASK, TELL])
     assert prompt == "<|system|>\nBe brief.<|end|>\n<|user|>\nHow warm?<|end|>\n<|assistant|>\n"
     assert response == "12 degrees.<|end|>"
@@ -330,7 +330,7 @@ def test_white_space_that_the_answer_ends_on_is_the_answers(split):
     assert split("qwen3", [ASK, TELL | {"content": "12 degrees. \n"}])[1].endswith("12 degrees. \n<|im_end|>")
 
 
-def test_tools_and_variables_may_stand_as_json_text_and_in_tables(split, tmp_path):
+def test_tools_and_variables_may_be_json_text_or_tables(split, tmp_path):
     expected = split("qwen3", [ASK, CALLS], tools=[TOOL], chat_template_kwargs={"enable_thinking": False})
     found = split("qwen3", [ASK, CALLS], tools=json.dumps([TOOL]), chat_template_kwargs='{"enable_thinking": false}')
     assert found == expected

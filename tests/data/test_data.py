@@ -155,7 +155,7 @@ def test_text_of_any_length_keeps_every_limit(length, prompt, response, context)
     assert row.prompt_ids + row.response_ids == (BOS, *map(token, range(row.length - 1)))
 
 
-def test_prompts_alone_wait_for_their_response(prompts_only):
+def test_prompts_without_responses_wait_for_them(prompts_only):
     calibration = load(prompts_only)
     assert calibration.missing_responses()
     assert all(row.response_ids is None for row in all_rows(calibration).values())
@@ -379,7 +379,7 @@ def test_messages_without_a_chat_template_are_an_input_error(tmp_path):
         load(write(tmp_path / "rows.jsonl", [chat]))
 
 
-def test_a_template_whose_prompt_is_no_prefix_shows_both_renderings(tmp_path):
+def test_a_template_whose_prompt_is_not_a_prefix_shows_both_renderings(tmp_path):
     template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     chat = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
     with pytest.raises(InputError, match=r"line 1: .*'w1 <think>'.*'w1 w2 '.*data\.calibration"):
@@ -566,7 +566,7 @@ def test_a_loader_gives_every_row_once_longest_first(tmp_path):
     assert set(limited["row_seed"].tolist()) == {row.seed for row in calibration.rows_of("verify")[:3]}
 
 
-def test_training_batches_follow_from_the_seed_and_the_step_alone(tmp_path):
+def test_training_batches_depend_on_the_seed_and_the_step_only(tmp_path):
     def steps(seed, start, count):
         loader = load(path, seed=seed).training_steps(batch_size=4, start=start)
         return [batch["row_seed"].tolist() for batch in itertools.islice(loader, count)]
@@ -615,7 +615,7 @@ def test_responses_are_generated_once_and_cached(prompts_only, tmp_path):
     assert calls == [4, 4, 2, 8, 2, 8, 2]
 
 
-def test_an_interrupted_generation_goes_on_where_it_stopped(prompts_only, tmp_path):
+def test_an_interrupted_generation_continues_where_it_stopped(prompts_only, tmp_path):
     seen = []
 
     def generate(rows):
@@ -662,7 +662,7 @@ def test_a_split_left_empty_by_generation_is_an_input_error(prompts_only, tmp_pa
         load(prompts_only).fill_responses(lambda rows: [() for _ in rows], tmp_path / "cache.json")
 
 
-def test_filling_leaves_given_responses_alone(tmp_path):
+def test_filling_keeps_given_responses(tmp_path):
     calibration = load(write(tmp_path / "a.jsonl", pairs(10)))
     calibration.fill_responses(lambda rows: pytest.fail("nothing is missing"), tmp_path / "cache.json")
     assert not (tmp_path / "cache.json").exists()

@@ -192,7 +192,7 @@ def test_from_rows_with_videos_prefill_and_greedy_tokens_equal_two_passes_in_ful
 
 
 def test_batches_hold_the_tensors_of_their_rows_in_order(folder, tmp_path):
-    """Every processor's call with one image or video alone is the reference."""
+    """Every processor's call with a single image or video is the reference."""
     rows = read(tmp_path / "rows.jsonl", [prompt(folder, each) for each in ("v1i", "3", "i2V", "V1v2i")])
     vision, made = reader(tmp_path / "rows.jsonl").batch(rows)["vision"], processor("qwen3_vl")
 
@@ -232,7 +232,7 @@ def test_a_video_is_the_same_row_however_it_is_given(folder, tmp_path, frames_de
     encoded = base64.b64encode((folder / "clip.mp4").read_bytes()).decode()
     given = [
         {"path": str(folder / "clip.mp4")},
-        {"path": "clip.mp4"},  # beside the file of rows
+        {"path": "clip.mp4"},  # next to the file of rows
         {"url": f"file://{folder}/clip.mp4"},
         {"video": str(folder / "clip.mp4")},
         {"base64": encoded},
@@ -273,7 +273,7 @@ def test_decoders_are_looked_for_once_whatever_is_opened(folder, frames_decoder,
     assert tried == ["no_such_package", "numpy"]
 
 
-def test_a_decoder_that_puts_the_channels_in_front_gives_the_same_frames(folder, frames_decoder, monkeypatch):
+def test_a_decoder_that_puts_the_channels_first_gives_the_same_frames(folder, frames_decoder, monkeypatch):
     video = RowVideo.of(folder / "clip.mp4", "here")
     expected, _ = video.open(lambda fps: None)
     assert expected.shape == (FRAMES, 16, 24, 3)
@@ -455,9 +455,9 @@ def test_a_video_for_a_model_that_reads_none_is_refused_by_its_line(folder, tmp_
     assert str(caught.value).endswith("set model.base to one that has it, or leave the videos out.")
 
 
-def test_a_feature_token_beside_the_placeholders_is_named_by_its_kind(folder):
+def test_a_feature_token_outside_the_placeholders_is_named_by_its_kind(folder):
     made = processor("qwen3_vl")
-    made.video_token = "w9"  # one word stands for a video, and another for each of its features
+    made.video_token = "w9"  # one placeholder for a video, and another for each of its features
     vision = VisionProcessor(lambda: made, (IMAGE, VIDEO))
     image = [RowImage.of(folder / "0.png", "here")]
     text = f"{PLACEHOLDER['qwen3_vl']} <|video_pad|> <|video_pad|>"
@@ -468,7 +468,7 @@ def test_a_feature_token_beside_the_placeholders_is_named_by_its_kind(folder):
         vision.encode(text, image, [], "row 1", special=False)
 
 
-def test_a_video_that_goes_or_changes_after_its_row_was_read_is_named(folder, tmp_path, frames_decoder):
+def test_a_video_that_is_removed_or_changed_after_its_row_was_read_is_named(folder, tmp_path, frames_decoder):
     shutil.copytree(folder, tmp_path / "own")
     rows = read(tmp_path / "rows.jsonl", [chat(clip("own/clip.mp4")), chat(frames(tmp_path / "own", 0, 1))])
     data = reader(tmp_path / "rows.jsonl")
@@ -514,7 +514,7 @@ def artifacts(tmp_path_factory):
     return found
 
 
-def test_pop_generate_shows_videos_behind_images(artifacts, folder, capsys, frames_decoder):
+def test_pop_generate_shows_videos_after_images(artifacts, folder, capsys, frames_decoder):
     command = ["--artifact", artifacts["qwen3_vl"], "--prompt", "w5 w6", "--max_new_tokens", "6"]
     shown = ["--video", str(folder / "clip.mp4"), "--image", str(folder / "0.png")]
     assert generate.main([*command, *shown]) == 0

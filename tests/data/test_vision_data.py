@@ -93,7 +93,7 @@ def test_an_image_is_the_same_row_however_it_is_given(pictures, tmp_path):
     shutil.copy(pictures / "0.png", tmp_path / "0.png")
     given = [
         {"path": str(pictures / "0.png")},
-        {"path": "0.png"},  # beside the file of rows
+        {"path": "0.png"},  # next to the file of rows
         {"url": f"file://{pictures}/0.png"},
         {"image": str(pictures / "0.png")},
         {"base64": encoded(pictures / "0.png")},
@@ -218,7 +218,7 @@ def test_a_dataset_with_an_images_column_is_read_without_holding_its_images(pict
     expected = processor("qwen3_vl").image_processor([Image.open(pictures / f"{number % PICTURES}.png")])
     assert torch.allclose(shown, torch.as_tensor(expected["pixel_values"]), atol=1e-6)
     assert all(callable(row.images[0].source) for row in rows)
-    # Rows that are written alike are told apart by their images, so the sample follows from content alone.
+    # Rows with the same text differ by their images, so the sample follows from content alone.
     table(pictures).select(list(reversed(range(12)))).save_to_disk(tmp_path / "reversed")
     turned = reader(tmp_path / "reversed", limit=8).read_rows()
     assert {row.seed for row in turned} == {row.seed for row in rows}
@@ -313,7 +313,7 @@ def test_every_fault_of_an_image_row_is_named_by_its_line(pictures, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_soft_token_beside_gemmas_images_is_a_mismatch(pictures, tmp_path):
+def test_a_soft_token_outside_gemmas_images_is_a_mismatch(pictures, tmp_path):
     row = chat(picture(pictures / "0.png"), text="w1 <image_soft_token>")
     with pytest.raises(InputError, match=r"line 1 has 1 image tokens in its prompt in addition to '<start_of_image>'"):
         read(tmp_path / "rows.jsonl", [row], "gemma3")
@@ -326,7 +326,7 @@ def test_an_image_row_for_a_text_model_is_refused_by_its_line(pictures, tmp_path
         data.read_rows()
 
 
-def test_an_image_that_goes_or_changes_after_its_row_was_read_is_named(pictures, tmp_path):
+def test_an_image_that_is_removed_or_changed_after_its_row_was_read_is_named(pictures, tmp_path):
     shutil.copy(pictures / "0.png", tmp_path / "own.png")
     rows = read(tmp_path / "rows.jsonl", [chat(picture("own.png"))])
     data = reader(tmp_path / "rows.jsonl")
@@ -453,7 +453,7 @@ def test_pop_generate_refuses_what_does_not_fit_in_one_sentence(run, tmp_path, c
         assert "Traceback" not in message
 
 
-def test_prompts_alone_are_answered_by_the_full_model_with_their_images_and_videos(tmp_path):
+def test_prompts_without_responses_are_answered_by_the_full_model_with_their_images_and_videos(tmp_path):
     base = save_base(tmp_path / "base", "qwen3_vl")
     names, frames = save_pictures(tmp_path / "pictures"), save_frames(tmp_path / "pictures")
     place = PLACEHOLDER["qwen3_vl"]

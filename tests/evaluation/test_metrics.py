@@ -223,13 +223,13 @@ def test_the_largest_certified_loss_is_the_last_that_keeps_the_budget(metric):
 
 
 @given(st.lists(st.floats(0, 1), min_size=20, max_size=20))
-def test_no_losses_of_the_same_mean_are_worse_than_those_that_are_lost_whole(losses):
+def test_losses_of_0_and_1_are_the_worst_of_the_same_mean(losses):
     lost = sum(losses)
     worst = ([1.0] * int(lost) + [lost % 1] + [0.0] * 20)[:20]
     assert upper_bound(losses, "agreement") <= upper_bound(worst, "agreement") + 1e-9
 
 
-def test_bettors_share_their_wealth_and_none_goes_into_debt():
+def test_bettors_share_their_wealth_which_never_becomes_negative():
     for prompts in (1, 3, 400):
         stakes, shares = bettors(prompts)
         assert shares.sum() == pytest.approx(1)

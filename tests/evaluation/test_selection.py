@@ -1,4 +1,4 @@
-"""The budget's decisions on made-up losses: what it trains, when it goes on, where it stops, what it verifies."""
+"""The budget's decisions on made-up losses: what it trains, when it continues, where it stops, what it verifies."""
 
 import pytest
 
@@ -63,7 +63,7 @@ def test_a_depth_that_backs_off_to_an_untrained_one_trains_that_instead():
     assert sequence == [Choice(8, "lora", 100)]
 
 
-def test_training_goes_on_while_it_is_close_and_still_falls():
+def test_training_continues_while_the_loss_is_close_and_falls():
     proposals, sequence, lines = adapt({8: 0.03, 6: 0.3}, {(8, 100): 0.015, (8, 200): 0.006, (6, 100): 0.2})
     assert proposals == [("train", 8, 100), ("extend", 8, 200), ("train", 6, 100)]
     assert sequence == [Choice(8, "lora", 200)]
@@ -82,7 +82,7 @@ def test_a_training_that_leads_nowhere_ends(losses, expected):
     proposals, sequence, lines = adapt({8: 0.03, 6: 0.3}, losses)
     assert len(proposals) == expected
     assert sequence == []
-    assert "no depth is left" in lines[-1]
+    assert "no depth left" in lines[-1]
 
 
 def test_without_extensions_a_training_is_one_round():
@@ -90,7 +90,7 @@ def test_without_extensions_a_training_is_one_round():
     assert proposals == [("train", 8, 100)]
 
 
-def test_a_mean_within_the_budget_that_no_bound_may_show_is_verified_last():
+def test_a_mean_within_the_budget_whose_bound_may_exceed_it_is_verified_last():
     proposals, sequence, lines = adapt({8: 0.001, 6: 0.0095, 4: 0.02}, {(6, 100): 0.009, (6, 200): 0.0091})
     assert proposals == [("train", 6, 100), ("extend", 6, 200)]
     assert sequence == [Choice(8, "closed_form"), Choice(6, "lora", 100)]
@@ -100,7 +100,7 @@ def test_a_mean_within_the_budget_that_no_bound_may_show_is_verified_last():
 def test_training_that_made_it_worse_is_not_used():
     _, sequence, lines = adapt({8: 0.001}, {(8, 100): 0.003})
     assert sequence == [Choice(8, "closed_form")]
-    assert "no better than 8 (closed_form)" in lines[-1]
+    assert "not better than 8 (closed_form)" in lines[-1]
 
 
 def test_where_both_keep_the_budget_the_smaller_kl_decides_between_equal_losses():
@@ -123,11 +123,11 @@ def test_without_training_every_depth_whose_mean_fits_is_verified():
     ("losses", "chosen", "rounds"),
     [
         ({(6, 100): 0.2, (6, 200): 0.1, (6, 300): 0.099}, Choice(6, "lora", 300), 3),
-        ({(6, 100): 0.39}, Choice(6, "lora", 100), 1),  # less than a tenth: not worth another round
+        ({(6, 100): 0.39}, Choice(6, "lora", 100), 1),  # less than a tenth: too little for another round
         ({(6, 100): 0.5}, Choice(6, "closed_form"), 1),
     ],
 )
-def test_at_a_wanted_speedup_the_least_loss_wins(losses, chosen, rounds):
+def test_at_a_requested_speedup_the_smallest_loss_wins(losses, chosen, rounds):
     keeper, _ = budget(None)
     fitted = [measured(6, 0.9, "reuse"), measured(6, 0.4)]
     proposals, sequence = drive(selection.least_loss(fitted, keeper, Training("lora", 100, 2)), losses)
@@ -151,7 +151,7 @@ def test_the_tokens_in_full_that_save_most_are_chosen():
     assert selection.kept_within_budget(nothing, speedups, keeper) == few
 
 
-def test_the_tokens_in_full_of_least_loss_are_chosen_at_a_wanted_speedup():
+def test_the_tokens_in_full_with_the_smallest_loss_are_chosen_at_a_requested_speedup():
     keeper, _ = budget(None)
     few, some, many = Kept(1), Kept(1, 0.1), Kept(16)
     plans = {few: [measured(8, 0.02)], some: [measured(7, 0.01), measured(7, 0.3, "reuse")], many: [measured(5, 0.01)]}

@@ -72,7 +72,7 @@ def test_a_training_that_diverges_ends_with_a_sentence(kind):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_values_that_the_last_step_broke_are_refused_although_no_loss_shows_them(kind, tmp_path):
+def test_values_broken_by_the_last_step_are_refused_although_the_loss_does_not_show_them(kind, tmp_path):
     projections = KVProjections(Decoder(build("llama")), 1)
     training = KVProjectionTraining(projections, kind=kind)
     trainer(max_steps=1, max_epochs=-1).fit(training, loader(batches()))

@@ -1,4 +1,4 @@
-"""Virtual gates: their gradients, their identities, and scores that depend on content alone."""
+"""Virtual gates: their gradients, their identities, and scores that depend on content only."""
 
 import lightning
 import pytest

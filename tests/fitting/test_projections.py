@@ -181,7 +181,9 @@ def close_in_prediction(ours, reference, inputs):
 def test_attention_weighted_fits_equal_a_loop_over_rows_queries_and_heads(family, grouping):
     model = build(family, attention="eager")
     for block in model.model.layers:
-        block.self_attn.floor_scale = 8192  # Llama 4 counts it from a batch's padding: short of it, a row stands alone
+        block.self_attn.floor_scale = (
+            8192  # Llama 4 counts it from a batch's padding: to reproduce it, a row is batched by itself
+        )
     decoder = Decoder(model)
     batches = [collate(rows(5, seed), 0) for seed in range(2)]
     depth, ridge, layer = 1, 1e-2, 3
@@ -439,7 +441,7 @@ def test_eight_depths_of_an_8b_llama_cost_at_most_one_forward_pass_more():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_alone(dtype):
+def test_training_lowers_its_loss_on_unseen_rows_and_does_not_change_the_base(dtype):
     model = build("gemma3", dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train = [collate(rows(12, seed), 0) for seed in range(8)]
@@ -457,7 +459,7 @@ def test_training_lowers_its_loss_on_rows_it_has_not_seen_and_leaves_the_base_al
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_stacking_holds_no_weight_twice_and_changes_no_answer(family):
+def test_stacking_does_not_duplicate_weights_or_change_results(family):
     projections = KVProjections(Decoder(build(family)), 1).replace(random_maps(1), "full")
     n = torch.randn(2, 5, COMMON["hidden_size"])
     before = {layer: projections(layer, None, n) for layer in range(1, LAYERS)}
@@ -620,7 +622,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero(decay):
     assert rates[-1] < 0.1
 
 
-def test_trainings_side_by_side_go_as_they_would_alone():
+def test_simultaneous_trainings_give_the_results_of_separate_ones():
     batches = [collate(rows(8, seed), 0) for seed in range(5)]
 
     def modules():
@@ -672,7 +674,7 @@ def test_adapters_reload_onto_the_projections_they_started_from(start_kind, dtyp
     assert moved > 1e-2
 
 
-def test_adapter_dropout_acts_in_training_alone():
+def test_adapter_dropout_acts_in_training_only():
     batch, model = collate(rows(), 0), build("llama")
     module = KVProjectionTraining(model, 1, kind="lora", kind_arguments={"r": 2, "lora_dropout": 0.5})
     for name, parameter in module.projections.named_parameters():

@@ -135,7 +135,7 @@ def test_another_attention_implementation_and_pad_token_are_the_same_base(folder
     read_artifact(folder).check_base(base)
 
 
-def test_tied_weights_and_meta_weights_are_no_obstacle(tmp_path):
+def test_tied_weights_and_meta_weights_are_accepted(tmp_path):
     base = model(tie_word_embeddings=True)
     artifact = read_artifact(write(tmp_path / "artifact", base))
     artifact.check_base(base)

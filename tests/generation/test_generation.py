@@ -493,7 +493,7 @@ def test_the_pruned_model_cannot_assist_itself():
         generator.generate(input_ids=repetitive()[0], assistant_model=generator.model, max_new_tokens=3)
 
 
-# --- what is returned beside tokens ----------------------------------------------------------------------------------
+# --- what is returned in addition to tokens --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -562,7 +562,7 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("family", marked(sorted(FAMILIES.keys() - {"llama4", "gpt_oss"})))
 @pytest.mark.parametrize("boundary", [1, 4])
 @pytest.mark.parametrize("lengths", [[LONG], [LONG, 9]], ids=["one", "ragged"])
-def test_flash_attention_which_takes_2d_masks_gives_the_tokens_of_sdpa(flash, family, boundary, lengths):
+def test_flash_attention_with_its_2d_masks_gives_the_tokens_of_sdpa(flash, family, boundary, lengths):
     ids, mask = ragged(lengths)
     generator, _ = generators(flash(family), 1, boundary)
     _, reference = generators(base(family), 1, boundary)
@@ -573,7 +573,7 @@ def test_flash_attention_which_takes_2d_masks_gives_the_tokens_of_sdpa(flash, fa
 # Transformers has no flex attention for OLMoE, and none with attention sinks on a CPU.
 @pytest.mark.parametrize("family", marked(sorted(FAMILIES.keys() - {"olmoe", "gpt_oss"})))
 @pytest.mark.parametrize("boundary", [1, 4])
-def test_flex_attention_which_takes_block_masks_gives_the_tokens_of_sdpa(family, boundary):
+def test_flex_attention_with_its_block_masks_gives_the_tokens_of_sdpa(family, boundary):
     ids, mask = ragged([LONG, 9])
     with torch.compiler.set_stance("force_eager"):  # flex attention's own reference instead of generated code
         generator, _ = generators(base(family, "flex_attention"), 1, boundary)
@@ -710,7 +710,7 @@ def test_decode_runs_compiled_and_prefills_never_share_their_code(compiled, cach
 
 
 class HalvedLinear(torch.nn.Linear):
-    """A stand-in for a quantized layer: its weight alone is not what it multiplies with."""
+    """A stand-in for a quantized layer: it does not multiply with its weight as it is."""
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight * 0.5, self.bias)

@@ -84,7 +84,7 @@ FAMILIES = {
             **COMMON, **GEMMA4, hidden_size_per_layer_input=16, vocab_size_per_layer_input=COMMON["vocab_size"]
         )
     ),
-    # The same with experts beside the feed-forward branch of every layer, and without inputs per layer (26B-A4B).
+    # The same with experts next to the feed-forward branch of every layer, and without inputs per layer (26B-A4B).
     "gemma4_moe": lambda: Gemma4ForCausalLM(
         Gemma4TextConfig(
             **COMMON, **GEMMA4, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
@@ -264,7 +264,7 @@ def mapped_kv(model, maps):
 
 
 def context_pass(model, ids, mask, depth, context, project=None, cache=None):
-    """The first of two plain passes: the context alone, then its keys and values above ``depth`` replaced.
+    """The first of two plain passes: only the context, then its keys and values above ``depth`` replaced.
 
     ``project(layer, h_d, position_ids)`` gives a pruned layer's keys and values; its own (reuse) unless given. With
     ``cache``, the tokens that it holds are left as they are and the pass runs over what follows them. Returns the

@@ -29,7 +29,7 @@ from transformers.video_utils import default_sample_indices_fn
 
 from tests.helpers.families import COMMON, SLIDING, WINDOW
 
-# The last words of the vocabulary: what opens an image, stands for its features, closes it, and a video's features.
+# The last words of the vocabulary: the start of an image, its placeholder, its end, and the placeholder of a video.
 OPEN, IMAGE, CLOSE, VIDEO = 93, 94, 95, 96
 WORDS = OPEN  # token ids below are text
 DEEPSTACK = 2
@@ -124,7 +124,7 @@ def prompts(family, rows, seed=0):
 
 
 def with_response(batch, length=6, seed=1):
-    """The batch with a response of ``length`` words behind every prompt."""
+    """The batch with a response of ``length`` words after every prompt."""
     shape = (len(batch["input_ids"]), length)
     response = torch.randint(3, WORDS, shape, generator=torch.Generator().manual_seed(seed))
     ids, mask = (
@@ -196,7 +196,7 @@ def mapped(model, maps, layer, hidden):
 
 
 def context_pass(model, batch, depth, context, maps=()):
-    """The first of two plain passes: the context with its images alone, then its keys and values above ``depth``
+    """The first of two plain passes: only the context with its images, then its keys and values above ``depth``
     replaced. Returns the context's h_d and the cache."""
     body, place = model.model.language_model, positions(model, batch)[..., :context]
     head = batch | {name: batch[name][:, :context] for name in ("input_ids", "attention_mask")}
@@ -445,7 +445,7 @@ def save_frames(folder, count=8, seed=0, size=(16, 24)):
 
 
 def save_rows(path, rows=60, seed=0, videos=False):
-    """Chats, every third one of text alone, the others with one or two images (``pictures/``) in their first turn.
+    """Chats, every third one without images, the others with one or two images (``pictures/``) in their first turn.
 
     With ``videos`` every fifth chat shows one besides, of two to four frames."""
     names = save_pictures(path.parent / "pictures", seed=seed)

@@ -71,7 +71,7 @@ def test_everything_measured_is_logged(one):
     assert logged["kl/1"] > 0
 
 
-def test_a_model_that_asks_for_gradients_gets_none_and_goes_on_asking(one):
+def test_a_model_that_requires_gradients_gets_none_and_still_requires_them(one):
     assert one["gradients"] == one["frozen"] == 0
 
 
@@ -98,7 +98,7 @@ def test_two_processes_find_the_same_figures(one, base, rows, tmp_path):
         assert two["steps"] == one["steps"]
 
 
-def test_a_module_takes_a_name_a_model_or_a_decoder(base, data):
+def test_a_module_accepts_a_name_a_model_or_a_decoder(base, data):
     model = build("llama")
     scores = []
     for given in (str(base), model, Decoder(model)):
@@ -112,7 +112,7 @@ def test_a_module_takes_a_name_a_model_or_a_decoder(base, data):
         ImportanceScoring(torch.nn.Linear(2, 2))
 
 
-def test_training_makes_its_projections_trainable_and_leaves_the_base_alone(data):
+def test_training_makes_its_projections_trainable_and_does_not_change_the_base(data):
     model = build("llama").requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     projections = KVProjections(Decoder(model), 1)

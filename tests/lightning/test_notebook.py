@@ -40,7 +40,7 @@ def test_from_a_model_to_an_artifact_in_one_cell(tmp_path, monkeypatch):
     evaluation = Evaluation(model, projections)
     budget = AccuracyBudget("nll_increase", max_drop=5.0)
     trainer = Trainer(callbacks=[budget, ExportArtifact("artifact")])
-    trainer.validate(evaluation, datamodule=data)  # the search split: what is worth verifying
+    trainer.validate(evaluation, datamodule=data)  # the search split: what to verify
     trainer.test(evaluation, datamodule=data)  # the verify split, once: decides and writes
 
     generator = StageAwareGenerator.from_artifact("artifact", base=model)

@@ -57,7 +57,7 @@ def shared(family, attention, device, dtype=torch.float32, seed=0, exact=False):
 
 
 def hooks(model):
-    """Pre-hooks alone are ours: Transformers leaves forward hooks behind when hidden states were asked for."""
+    """Only pre-hooks are ours: Transformers does not remove its forward hooks when hidden states were asked for."""
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
@@ -277,7 +277,7 @@ def test_projections_follow_a_model_that_is_moved_or_cast(kind):
     model = build("llama")
     ids, mask = ragged([20, 7])
     generator, _ = pruned_pair(model, 1, 1, kind)
-    model.to(torch.bfloat16)  # behind the generator's back
+    model.to(torch.bfloat16)  # without the generator's knowledge
     expected, _ = pruned_pair(build("llama", dtype=torch.bfloat16), 1, 1, kind)
     wanted = expected.prefill(ids, mask).logits
     # Folded in float32 and then rounded, or from rounded weights: a few roundings apart.
@@ -300,7 +300,7 @@ def test_hooks_are_removed_when_generation_fails():
 
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("boundary", [0, 1, 3])
-def test_rerunning_the_pruned_layers_alone_gives_the_pruned_models_logits(family, boundary):
+def test_rerunning_only_the_pruned_layers_gives_the_pruned_models_logits(family, boundary):
     model = build(family)
     ids, mask = ragged([17, 9])
     response = torch.randint(3, COMMON["vocab_size"], (2, 6), generator=torch.Generator().manual_seed(1))
@@ -426,7 +426,7 @@ def test_pruning_adds_no_wait_for_the_device_and_no_step_that_grows_with_the_pro
     assert counts[:2] == counts[2:]
 
 
-def test_decode_meets_no_hook():
+def test_decode_runs_without_hooks():
     model = build("gemma3")
     ids, mask = ragged([2 * WINDOW])
     generator = StageAwareGenerator(model, PruningPlan(1))
@@ -461,7 +461,7 @@ def peak(generator, ids, pruned=True):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("depth", [1, 13])
-def test_peak_memory_of_a_prefill_is_no_higher_than_the_plain_models(family, kv_heads, depth):
+def test_peak_memory_of_a_prefill_is_at_most_the_plain_models(family, kv_heads, depth):
     model = wide(kv_heads, family)
     ids = torch.randint(3, 97, (2, 512), generator=torch.Generator().manual_seed(0))
     generator = StageAwareGenerator(model, PruningPlan(depth))

@@ -193,7 +193,7 @@ def rows(lengths=(17, 9), response=6):
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize(("boundary", "salient"), [(3, 4), (0.2, 0.3), (0.2, 0)])
 @pytest.mark.parametrize("family", ROWED)
-def test_rerunning_the_pruned_layers_alone_gives_the_generators_logits(family, boundary, salient, masks):
+def test_rerunning_only_the_pruned_layers_gives_the_generators_logits(family, boundary, salient, masks):
     model, plan = shared(family), PruningPlan(2, boundary, salient)
     generator, _ = pair(model, plan)
     ids, mask, row, row_mask = rows()

@@ -1,4 +1,4 @@
-"""Models that read images: exactness against two plain passes wherever the images stand, and what is refused."""
+"""Models that read images: exactness against two plain passes wherever the images are, and what is refused."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ from tests.helpers.vision import (
     with_response,
 )
 
-LAYOUTS = {  # numbers are words, pairs are images; every image has a token before and one behind it
+LAYOUTS = {  # numbers are words, pairs are images; every image has a token before and one after it
     "start": [[(4, 4), 6]],
     "middle": [[5, (4, 8), 4]],
     "adjacent": [[6, (8, 4)]],  # the boundary token closes the image
@@ -227,7 +227,7 @@ def test_where_nothing_is_pruned_generation_is_the_plain_model(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("boundary", [0, 1, 3])
-def test_rerunning_the_pruned_layers_alone_gives_the_pruned_models_logits(family, boundary):
+def test_rerunning_only_the_pruned_layers_gives_the_pruned_models_logits(family, boundary):
     rows = [[4, (4, 8), 9, (4, 4), 2], [7], [(8, 8), 3]]
     model, batch, depth = shared(family), with_response(prompts(family, rows)), depths(family)[0]
     decoder, plan = Decoder(model), PruningPlan(depth, boundary)
@@ -241,8 +241,8 @@ def test_rerunning_the_pruned_layers_alone_gives_the_pruned_models_logits(family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_of_padding_alone_changes_nothing(family):
-    """It stands where one of several processes has no row of its own."""
+def test_a_row_of_padding_changes_nothing(family):
+    """It takes the place of a row where one of several processes has none."""
     model, depth = shared(family), depths(family)[0]
     batch = with_response(prompts(family, [[4, (4, 8), 3], [9]]))
     padded = batch | {
@@ -266,7 +266,7 @@ def test_a_row_of_padding_alone_changes_nothing(family):
 )
 def test_a_boundary_that_holds_image_tokens_is_exact(family, boundary, attention):
     """Whole images where they attend to later tokens of their own (Gemma), any part of one where all is causal."""
-    rows = [[9, (4, 4), 2], [(4, 4), 2], [14]]  # 7 or 8 of the last tokens belong to the image or stand behind it
+    rows = [[9, (4, 4), 2], [(4, 4), 2], [14]]  # 7 or 8 of the last tokens belong to the image or come after it
     model, depth = shared(family, attention), depths(family)[0]
     batch = prompts(family, rows)
     generator, _ = pruned_pair(model, family, depth, boundary, "reuse")
@@ -522,7 +522,7 @@ def test_gradients_of_rows_with_images_are_the_same_where_layers_run_again(famil
 def test_closed_form_reads_images_whole_wherever_the_context_ends(family):
     """The pass of the plain objective stops at the context where it may; with images its result is the same."""
     batch = with_response(prompts(family, [[12, (4, 4)], [17], [(8, 8), 5]]))
-    boundary = 1 if family == "gemma3" else 3  # behind, or inside the first row's image
+    boundary = 1 if family == "gemma3" else 3  # after, or inside the first row's image
     decoder, depth = Decoder(shared(family)), depths(family)[0]
     fits = [ClosedFormFit(decoder, [depth], boundary, grouping=each) for each in ("none", "head")]
     for fit in fits:

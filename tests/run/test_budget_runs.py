@@ -1,4 +1,4 @@
-"""Whole runs whose budget adapts: trained depths, a wanted speedup, a chosen boundary, and resuming in the middle."""
+"""Whole runs whose budget adapts: trained depths, a requested speedup, a chosen boundary, resuming in the middle."""
 
 import json
 import random
@@ -29,7 +29,7 @@ TRAINED = TIGHT | {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Prompts alone: the full model responds, so that pruning costs something that training can win back."""
+    """Prompts without responses: the full model writes them, so that pruning has a loss that training can reduce."""
     return save_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows=160, responses=False)
 
 
@@ -59,7 +59,7 @@ def entry_of(metrics, depth, projection):
     return next(e for e in metrics["curve"] if (e["depth"], e["projection"]) == (depth, projection))
 
 
-def told(metrics, *words):
+def decided(metrics, *words):
     return [line for line in metrics["decisions"] if all(word in line for word in words)]
 
 
@@ -84,10 +84,10 @@ def extended(run, untrained):
 
 def test_training_brings_a_depth_within_and_the_next_one_backs_off(adapted, untrained):
     output, metrics = adapted
-    assert told(metrics, "depth 2 (closed_form)", "train it")
-    assert told(metrics, "depth 2 (after", "go deeper")
-    assert told(metrics, "depth 1 (closed_form)", "train it")
-    assert told(metrics, "depth 1 (after", "back off to depth 2")
+    assert decided(metrics, "depth 2 (closed_form)", "train it")
+    assert decided(metrics, "depth 2 (after", "go deeper")
+    assert decided(metrics, "depth 1 (closed_form)", "train it")
+    assert decided(metrics, "depth 1 (after", "back off to depth 2")
     trained = entry_of(metrics, 2, "full")
     assert trained["loss"] < entry_of(metrics, 2, "closed_form")["loss"]
     assert entry_of(metrics, 2, "closed_form")["loss"] == untrained[2]["loss"]
@@ -96,10 +96,10 @@ def test_training_brings_a_depth_within_and_the_next_one_backs_off(adapted, untr
     assert all(line in (output / "report.html").read_text() for line in metrics["decisions"] if "<" not in line)
 
 
-def test_a_close_training_goes_on_for_as_many_steps_again(extended):
+def test_a_close_training_continues_for_as_many_steps_again(extended):
     metrics = json.loads((extended[1] / "metrics.json").read_text())
     assert metrics["depth"] is None
-    assert told(metrics, "after 10 steps", "train on")
+    assert decided(metrics, "after 10 steps", "train on")
     assert [each["steps"] for each in entry_of(metrics, 2, "full")["rounds"]] == [10, 20]
     assert entry_of(metrics, 2, "full")["loss"] == min(e["loss"] for e in entry_of(metrics, 2, "full")["rounds"])
 
@@ -206,7 +206,7 @@ def test_a_verify_split_that_was_opened_is_not_opened_again(run, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["closed_form", "lora"])
-def test_a_wanted_speedup_takes_the_largest_depth_that_reaches_it(run, kind, capsys):
+def test_a_requested_speedup_uses_the_largest_depth_that_reaches_it(run, kind, capsys):
     changes = {"projection__kind": kind, "projection__steps": 4, "budget__max_drop": 1e-9, "budget__speedup": 1.5}
     code, output, metrics = run(**changes)
     assert code == 0  # max_drop is no condition
@@ -220,7 +220,7 @@ def test_a_wanted_speedup_takes_the_largest_depth_that_reaches_it(run, kind, cap
     assert [each["passed"] for each in metrics["verification"]] == [None]
     assert metrics["verified"]["bound"] >= metrics["verified"]["value"]
     out = capsys.readouterr().out
-    assert f"{metrics['arithmetic']['ratio']:.2f}x counted at {tokens} prompt tokens (1.50x wanted)" in out
+    assert f"{metrics['arithmetic']['ratio']:.2f}x counted at {tokens} prompt tokens (1.50x requested)" in out
     assert "Requested prefill speedup: 1.5" in (output / "artifact" / "README.md").read_text()
 
 
@@ -255,19 +255,19 @@ def test_an_automatic_boundary_makes_a_deeper_pruning_possible(run, untrained):
     chosen = metrics["boundary"]
     assert chosen > 1
     assert {entry["boundary"] for entry in metrics["curve"]} == {chosen}
-    assert told(metrics, "search: boundary 1 keeps the budget at no depth")
-    assert told(metrics, f"search: boundary {chosen} is chosen")
+    assert decided(metrics, "search: boundary 1 keeps the budget at no depth")
+    assert decided(metrics, f"search: boundary {chosen} is chosen")
     if code == 0:
         assert StageAwareGenerator.from_artifact(output / "artifact").plan == PruningPlan(2, chosen)
 
 
-def test_an_automatic_boundary_goes_with_a_wanted_speedup(run):
+def test_an_automatic_boundary_works_with_a_requested_speedup(run):
     code, output, metrics = run(boundary="auto", budget__boundaries=[1, 8], budget__speedup=1.15)
     assert code == 0
     plan = StageAwareGenerator.from_artifact(output / "artifact").plan
     assert plan == PruningPlan(metrics["depth"], metrics["boundary"])
     assert metrics["arithmetic"]["ratio"] >= 1.15
-    assert told(metrics, "search: boundary 8 reaches the target speedup at depth 2")
+    assert decided(metrics, "search: boundary 8 reaches the target speedup at depth 2")
 
 
 # --- salient tokens ---------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_a_plan_with_salient_tokens_is_chosen_verified_and_exported(run, untrain
     generator = StageAwareGenerator.from_artifact(output / "artifact")
     assert metrics["salient"] in (0.2, 0.5)
     assert generator.plan == PruningPlan(metrics["depth"], 1, metrics["salient"])
-    assert told(metrics, f"search: boundary 1, salient {metrics['salient']} is chosen")
+    assert decided(metrics, f"search: boundary 1, salient {metrics['salient']} is chosen")
     same_depth = [plan for plan in metrics["plans"] if plan["depth"] == metrics["depth"]]
     counted = {plan.get("salient", 0): plan["speedup"] for plan in same_depth}
     assert metrics["arithmetic"]["ratio"] == counted[metrics["salient"]] < counted[0]
@@ -347,13 +347,13 @@ def test_depths_that_do_not_fit_in_memory_together_are_measured_in_turn(run, cap
 def test_where_nothing_qualifies_the_depth_that_lost_least_is_compared(run):
     code, _, metrics = run(budget__max_drop=0.02, **TIGHT)
     assert code == 3
-    worth = [entry for entry in metrics["curve"] if entry["depth"] <= 2]
-    least = min(worth, key=lambda entry: entry["loss"])
+    enough = [entry for entry in metrics["curve"] if entry["depth"] <= 2]
+    least = min(enough, key=lambda entry: entry["loss"])
     assert metrics["arithmetic"]["depth"] == least["depth"] == 2
     assert {each["depth"] for each in metrics["comparison"]} == {2, 4}
 
 
-def test_an_automatic_boundary_without_a_depth_worth_an_artifact_exits_3(run):
+def test_an_automatic_boundary_without_a_depth_that_may_be_exported_exits_3(run):
     code, _, metrics = run(boundary="auto", budget__candidates=[COMMON["num_hidden_layers"] - 1])
     assert code == 3
     assert any("no depth prunes" in line for line in metrics["decisions"])

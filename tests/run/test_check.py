@@ -345,7 +345,7 @@ def test_a_base_of_several_processes_is_not_loaded(base, monkeypatch, settings, 
     assert said in check.measure(checked_on_gpus(base, **settings | {"trainer.accelerator": "cpu"}))
 
 
-def test_a_wanted_speedup_decides_the_depths_and_makes_no_loss_a_condition(base, data, tmp_path, unmeasured, capsys):
+def test_a_requested_speedup_decides_the_depths_and_the_loss_is_not_limited(base, data, tmp_path, unmeasured, capsys):
     # A max_drop that 32 verify rows could never show: under a speedup it is not a condition.
     changes = {"budget__metric": "agreement", "budget__max_drop": 0.001, "budget__speedup": 1.2}
     words = arguments(base, data, tmp_path / "run", **changes, projection__kind="lora", boundary="auto")
@@ -393,8 +393,8 @@ def test_the_closed_forms_grouping_and_what_the_finer_ones_need(capsys, unmeasur
         (["--data.calibration", "none.jsonl"], "data.calibration 'none.jsonl' does not exist"),
         (["--trainer.max_steps", "3"], "trainer.max_steps is 3, which would cut"),
         (["--trainer.strategy", "fsdp"], "trainer.strategy must be one of auto, ddp, "),
-        (["--trainer.devices", "2", "--model.device_map", "auto"], "does not go with trainer.strategy auto"),
-        (["--trainer.strategy", "ddp", "--model.device_map", "auto"], "does not go with trainer.strategy ddp"),
+        (["--trainer.devices", "2", "--model.device_map", "auto"], "cannot be combined with trainer.strategy auto"),
+        (["--trainer.strategy", "ddp", "--model.device_map", "auto"], "cannot be combined with trainer.strategy ddp"),
     ],
 )
 def test_bad_usage_is_one_sentence(words, said, offline, capsys):

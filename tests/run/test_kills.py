@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, twice over: resumed, they end with the bytes of a run that was left alone.
+"""Runs that are killed at random moments, twice over: resumed, they end with the bytes of an uninterrupted run.
 
 The moments come from a seed that is printed; ``KILL_SEED`` sets it. How long a run takes says only where moments are
 drawn from: where none met a run at work, they are drawn anew.
@@ -87,7 +87,7 @@ def assert_as_if_left_alone(output, whole):
     assert exported(output) == exported(whole)
     for name in ("depth", "verified", "curve"):
         assert read(output, "metrics.json")[name] == read(whole, "metrics.json")[name]
-    # Nothing that was on its way when a process was killed lies about, in the folder or beside it.
+    # Nothing that was on its way when a process was killed remains, in the folder or next to it.
     assert [*output.rglob(".*"), *output.parent.glob(".*")] == []
 
 

@@ -38,7 +38,7 @@ def start_nodes(runs, commands, strategy):
 
 
 def start_under_slurm(runs, commands, strategy):
-    """What srun would start on two nodes: a process per task, told by variables who it is."""
+    """What srun would start on two nodes: a process per task, identified by environment variables."""
     port = str(free_port())
     return [
         start_task(runs, command, strategy, {"SLURM_PROCID": str(node), "SLURM_NODEID": str(node), "MASTER_PORT": port})
@@ -63,10 +63,10 @@ def start_task(runs, command, strategy, variables):
 
 def finish(processes, codes):
     """Their standard output and error, once all have ended with these codes."""
-    said = [process.communicate(timeout=500) for process in processes]
+    output = [process.communicate(timeout=500) for process in processes]
     found = [process.returncode for process in processes]
-    assert found == codes, (found, [(out[-1500:], err[-4000:]) for out, err in said])
-    return said
+    assert found == codes, (found, [(out[-1500:], err[-4000:]) for out, err in output])
+    return output
 
 
 def start_on_each(runs, commands, strategy):
@@ -89,15 +89,15 @@ LAUNCHERS = {"torchrun": start_nodes, "SLURM": start_under_slurm, "pop-fit": sta
 
 @pytest.fixture(scope="module")
 def wholes(runs, work):
-    """Runs of two nodes that nobody disturbed, by launcher and strategy, with what each node said."""
+    """Runs of two nodes that nobody disturbed, by launcher and strategy, with what each node output."""
     made = {}
 
     def whole(launcher, strategy):
         if (launcher, strategy) not in made:
             output = work / f"{launcher}-{strategy}"
             command = command_of(runs, output, strategy)
-            said = finish(LAUNCHERS[launcher](runs, [command] * NODES, strategy), [0, 0])
-            made[launcher, strategy] = output, [out for out, _ in said]
+            output = finish(LAUNCHERS[launcher](runs, [command] * NODES, strategy), [0, 0])
+            made[launcher, strategy] = output, [out for out, _ in output]
         return made[launcher, strategy]
 
     return whole
@@ -114,11 +114,11 @@ def wholes(runs, work):
         ("pop-fit", "ddp"),
     ],
 )
-def test_two_nodes_give_what_one_process_gives(runs, work, wholes, launcher, strategy):
-    output, said = wholes(launcher, strategy)
+def test_two_nodes_give_the_results_of_one_process(runs, work, wholes, launcher, strategy):
+    output, output = wholes(launcher, strategy)
     assert_same_run(output, runs["one"], work / "base")
     # One of them writes and talks, whatever its rank on its own node.
-    assert sorted("artifact: " in out for out in said) == [False, True]
+    assert sorted("artifact: " in out for out in output) == [False, True]
     assert list(output.rglob(".*")) == []
 
 
@@ -163,10 +163,10 @@ WRONG = {
 }
 
 
-def told(said):
+def errors_in(output):
     """The lines in which ``pop-fit`` speaks of what is wrong, from every process's output."""
-    assert not any("Traceback" in err for _, err in said)
-    return [line for _, err in said for line in err.splitlines() if line.startswith("pop-fit: ")]
+    assert not any("Traceback" in err for _, err in output)
+    return [line for _, err in output for line in err.splitlines() if line.startswith("pop-fit: ")]
 
 
 @pytest.mark.full
@@ -181,17 +181,17 @@ def test_nodes_stop_together_with_one_sentence_and_leave_no_folder(runs, tmp_pat
     commands = [
         command_of(runs, **{"output": tmp_path / "run", "strategy": strategy, **changes}) for changes in (here, there)
     ]
-    said = finish(start_under_slurm(runs, commands, strategy), [2, 2])
-    (line,) = told(said)
+    output = finish(start_under_slurm(runs, commands, strategy), [2, 2])
+    (line,) = errors_in(output)
     assert re.search(expected, line)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "deepspeed_stage_3"])
-def test_what_is_wrong_on_all_nodes_before_they_join_is_said_once_on_each(runs, tmp_path, strategy):
+def test_an_error_on_all_nodes_before_they_join_is_reported_once_on_each(runs, tmp_path, strategy):
     command = command_of(runs, tmp_path / "run", strategy, trainer__num_nodes=1)
-    lines = told(finish(start_under_slurm(runs, [command] * NODES, strategy), [2, 2]))
+    lines = errors_in(finish(start_under_slurm(runs, [command] * NODES, strategy), [2, 2]))
     assert len(lines) == NODES
     assert all("trainer.num_nodes 1 do not fit" in line and "SLURM names 2 tasks" in line for line in lines)
     assert ["(on process 1)" in line for line in lines] == [False, True]
@@ -199,7 +199,7 @@ def test_what_is_wrong_on_all_nodes_before_they_join_is_said_once_on_each(runs, 
 
 
 @pytest.mark.full
-def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(runs, tmp_path):
+def test_what_only_another_node_lacks_is_reported_there_by_one_process(runs, tmp_path):
     (tmp_path / "deepspeed.py").write_text("raise ImportError('none on this node')")
     command = command_of(runs, tmp_path / "run", "deepspeed_stage_3", trainer__devices=2)
     # The first node's processes would wait for these.
@@ -209,7 +209,7 @@ def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(run
         for local, number in enumerate((2, 3))
     ]
     node = [start_task(runs, command, "deepspeed_stage_3", {"SLURM_NODEID": "1"} | task) for task in tasks]
-    (line,) = told(finish(node, [2, 2]))
+    (line,) = errors_in(finish(node, [2, 2]))
     assert line.startswith("pop-fit: error: trainer.strategy deepspeed_stage_3 needs DeepSpeed")
     assert line.endswith("(on process 2).")
 
@@ -220,9 +220,9 @@ def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(run
         ("by nobody else", {}, "pop-fit: error: Wrong.\n"),
         ("by pop-fit", {"RANK": "3", "LOCAL_RANK": "3", LAUNCHED_BY: "47"}, "pop-fit: error: Wrong (on process 3).\n"),
         ("by torchrun", {"RANK": "0", "LOCAL_RANK": "0"}, "pop-fit: error: Wrong.\n"),
-        ("by torchrun, beside another", {"RANK": "1", "LOCAL_RANK": "1"}, ""),
+        ("by torchrun, next to another", {"RANK": "1", "LOCAL_RANK": "1"}, ""),
         ("by torchrun, on another node", {"RANK": "8", "LOCAL_RANK": "0"}, "pop-fit: error: Wrong (on process 8).\n"),
-        ("by srun, beside another", {"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, ""),
+        ("by srun, next to another", {"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, ""),
         (
             "by srun, on another node",
             {"SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
@@ -235,7 +235,7 @@ def test_what_another_node_alone_lacks_is_told_there_by_one_of_its_processes(run
         ),
     ],
 )
-def test_before_they_join_one_process_of_a_node_tells(monkeypatch, capsys, started, variables, expected):
+def test_before_they_join_one_process_of_a_node_reports(monkeypatch, capsys, started, variables, expected):
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", LAUNCHED_BY):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

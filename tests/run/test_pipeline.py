@@ -156,12 +156,12 @@ def test_every_kind_of_projection_runs(base, data, tmp_path):
         StageAwareGenerator.from_artifact(output / "artifact")
 
 
-def test_keys_of_training_reach_the_training_alone(base, data, tmp_path):
+def test_keys_of_training_are_used_only_in_training(base, data, tmp_path):
     changes = {"projection__kind": "full", "projection__steps": 2, "budget__candidates": 1}
     changes |= {"trainer__gradient_clip_val": 1.0, "trainer__accumulate_grad_batches": 2}
     assert fit.main(arguments(base, data, tmp_path / "run", **changes)) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["depth"] == LAYERS - 2  # one candidate, and one that is worth an artifact
+    assert metrics["depth"] == LAYERS - 2  # one candidate, and one that prunes enough layers
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -234,7 +234,7 @@ def test_a_resumed_run_notes_other_versions(base, data, tmp_path, monkeypatch, c
         patch.setattr(inputs, "versions", lambda: versions() | {"torch": "2.11.0"})
         assert fit.main(arguments(base, data, output)) == 130
     assert fit.main([*arguments(base, data, output), "--resume"]) == 0
-    assert "started with torch 2.11.0 and goes on with" in capsys.readouterr().out
+    assert "started with torch 2.11.0 and continues with" in capsys.readouterr().out
 
 
 def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_artifact(base, data, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_training_goes_on_from_its_checkpoint_to_the_same_bytes(base, data, tmp_path, monkeypatch, kind):
+def test_a_training_continues_from_its_checkpoint_to_the_same_bytes(base, data, tmp_path, monkeypatch, kind):
     changes = {
         "projection__kind": kind,
         "projection__steps": 7,
@@ -335,7 +335,7 @@ def test_bad_input_is_one_sentence_and_exit_2(base, data, tmp_path, capsys):
         assert "Traceback" not in message
         assert message.strip().splitlines()[-1].startswith("pop-fit: error: ")
         assert not (output / "artifact").exists()
-        # Candidates are looked at after scoring, whose result is kept; any other start leaves no folder behind.
+        # Candidates are looked at after scoring, whose result is kept; any other refusal leaves no folder.
         assert not output.is_dir() or (output / "importance.json").is_file()
 
 

@@ -36,7 +36,7 @@ QUICK = ("ddp", "deepspeed_stage_3")
 @pytest.mark.parametrize(
     "strategy", [each if each in QUICK else pytest.param(each, marks=pytest.mark.full) for each in STRATEGIES]
 )
-def test_two_processes_give_what_one_gives(runs, work, strategy):
+def test_two_processes_give_the_results_of_one(runs, work, strategy):
     assert_same_run(runs[strategy], runs["one"], work / "base")
 
 
@@ -50,7 +50,7 @@ def test_zero_3_never_holds_the_whole_base_on_one_process(runs, work):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_export_and_checkpoints_hold_projections_alone(runs, strategy):
+def test_the_export_and_checkpoints_hold_projections_only(runs, strategy):
     run = runs[strategy]
     generator = StageAwareGenerator.from_artifact(run / "artifact")
     whole = sum(parameter.numel() for parameter in generator.model.parameters())
@@ -179,7 +179,7 @@ SETTINGS = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_give_what_one_gives_under_other_settings(runs, work, tmp_path, name):
+def test_two_processes_give_the_results_of_one_under_other_settings(runs, work, tmp_path, name):
     strategy, changes = SETTINGS[name]
     base, data = work / "base", work / "rows.jsonl"
     if "windows" in name:
@@ -200,7 +200,7 @@ def test_two_processes_give_what_one_gives_under_other_settings(runs, work, tmp_
 
 
 @pytest.mark.full
-def test_one_process_alone_can_keep_its_base_in_the_cpus_memory(runs, tmp_path):
+def test_a_single_process_can_keep_its_base_in_the_cpus_memory(runs, tmp_path):
     command = runs.command(tmp_path / "run", "deepspeed_stage_3_offload", trainer__devices=1)
     runs.finish(runs.start(command, "deepspeed_stage_3_offload"))
     found, wanted = (read(run, "importance.json")["prefill"] for run in (tmp_path / "run", runs["one"]))
@@ -304,7 +304,7 @@ def test_another_number_of_processes_than_the_recipe_names_is_refused(
             Trainers(recipe)
 
 
-def test_several_processes_in_a_job_without_srun_are_told_to_start_with_it(runs, tmp_path, monkeypatch):
+def test_several_processes_in_a_job_without_srun_are_refused_with_the_command(runs, tmp_path, monkeypatch):
     under_slurm(monkeypatch, tasks=1, per_node=1, nodes=1)
     with pytest.raises(InputError) as error:
         Trainers(recipe_of(runs, tmp_path, "ddp", devices=2))

@@ -162,7 +162,7 @@ def test_a_saved_recipe_is_read_back(tmp_path):
 # --- what is wrong --------------------------------------------------------------------------------------------------
 
 
-def test_recipes_that_are_none(write, tmp_path):
+def test_a_missing_or_unreadable_recipe_is_refused(write, tmp_path):
     assert "pop-fit --list describes them, pop-fit --recipe example --recipe_out my.yaml" in refusal(
         "--model.base", "x"
     )
@@ -275,7 +275,7 @@ def test_a_command_line_that_does_not_fit_is_named(argv, sentence):
     assert refusal("--recipe", "tiny", *argv).startswith(sentence)
 
 
-def test_several_errors_are_told_at_once(write):
+def test_several_errors_are_reported_together(write):
     content = "model: {base: x, dtyp: float32}\ndata: {calibration: y, batch_size: two, splits: {fit: a}}\n"
     text = refusal("--recipe", write(content), "--seedd", "3", "--budget.max_drop", "z")
     assert text.startswith("the recipe has 5 errors: (1) unknown recipe key: --seedd")
@@ -317,7 +317,7 @@ def test_help_lists_every_key(capsys):
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_the_pipeline_gets_the_recipe_and_gives_the_exit_code(monkeypatch, code):
+def test_the_pipeline_gets_the_recipe_and_returns_the_exit_code(monkeypatch, code):
     calls = []
     monkeypatch.setattr("pop_lightning.run.pipeline.fit", lambda recipe, **flags: calls.append((recipe, flags)) or code)
     assert main(["--recipe", "tiny", "--seed", "9", "--resume"]) == code
@@ -497,7 +497,7 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out.startswith("pop-fit 0.")
 
 
-def test_a_key_is_spelled_as_it_was_given(write, capsys):
+def test_an_error_spells_a_key_as_it_was_given(write, capsys):
     assert main(["--recipe", write(MINIMAL | {"seed": -1}), "--budget.max_drop", "x"]) == 2
     error = capsys.readouterr().err
     assert "(1) seed must be" in error
@@ -521,12 +521,12 @@ def test_what_may_run_in_full_begins_with_the_fewest_tokens():
     assert ways(boundary="auto", salient=4, selector="recency") == [Kept(1, 4, "recency"), Kept(16, 4, "recency")]
 
 
-def test_a_given_depth_takes_the_papers_choice_for_what_is_left_to_the_search():
+def test_a_given_depth_uses_the_papers_choice_instead_of_auto():
     assert ways(depth=3, boundary="auto", salient="auto") == [Kept(1)]
     assert ways(depth=3, boundary=4, salient=0.1) == [Kept(4, 0.1)]
 
 
-def test_boundary_0_goes_with_no_salient_tokens():
+def test_boundary_0_excludes_salient_tokens():
     assert ways([0, 1], boundary="auto", salient="auto", budget=Budget(salient=[0, 8])) == [
         Kept(0),
         Kept(1),

@@ -1,4 +1,4 @@
-"""The recipes of full-size models, run whole and offline on their real classes with every size shrunken."""
+"""The recipes of full-size models, run whole and offline on their real classes with every size reduced."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def shrunken(name):
 
 
 def chats(folder, family, rows=60):
-    """Chats of text; for a model that reads images two thirds of them show some, in a file beside their pictures."""
+    """Chats of text; for a model that reads images two thirds of them show some, in a file next to their pictures."""
     if family is not None:
         return vision.save_rows(folder / "chats.jsonl", rows)
     rng = random.Random(0)
@@ -144,7 +144,7 @@ def test_the_sharded_recipe_runs_on_two_processes(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["depth"] in (1, 2)
-    assert metrics["ttft"] is None  # a base in shards is no served model
+    assert metrics["ttft"] is None  # a base in shards is not measured
     for rank in (0, 1):
         note = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert note["dtypes"] == ["torch.bfloat16"]

@@ -194,7 +194,7 @@ def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
         "31.03% less",
         "412 ms (p90 440 ms)",
         "291 ms (p90 310 ms)",
-        "at depth 8, and what it leaves of the speedup",
+        "at depth 8, and the speedup counted at",
         "1.43x",
         "1.42x as fast",
         "cpu (2 threads)",
@@ -240,7 +240,7 @@ def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
     Outline(page)
     assert "No depth qualified: none that prunes at least 2 layers of 12" in page
     assert "nothing was exported" in page
-    assert "can certify no drop below 2.95%; give at least 349 verify rows of different prompts" in page
+    assert "cannot certify a drop below 2.95%; provide at least 349 verify rows with different prompts" in page
     assert "pruned in prefill" not in page
     assert "tr.chosen" in page
     assert 'class="chosen"' not in page
@@ -250,20 +250,23 @@ def test_savings_of_a_depth_that_was_not_chosen_are_not_shown_as_saved(metrics, 
     page = written(nothing_qualified(metrics) | {key: METRICS[key] for key in ("arithmetic", "ttft")}, tmp_path)
     Outline(page)
     assert "What pruning would save" in page
-    assert "what it saves" not in page
+    assert "Accuracy and savings" not in page
     assert "No depth was chosen." in page
 
 
-def test_a_wanted_speedup_is_the_headline_and_no_loss_is_a_condition(metrics, tmp_path):
+def test_a_requested_speedup_is_the_headline_and_the_loss_is_not_limited(metrics, tmp_path):
     metrics["budget"]["speedup"] = 1.4
     metrics["verification"] = [metrics["verification"][1] | {"passed": None}]
     metrics["verified"] |= {"max_drop": None, "rows": 332, "prompts": 166}
-    told = headline(metrics)
-    assert told.startswith("1.45x counted at 1,024 prompt tokens (1.40x wanted): context tokens run through 8 of 12")
-    assert (
-        "the loss of agreement is 0.12%, and at most 0.95% with 95% confidence (332 verify rows of 166 prompts)" in told
+    sentence = headline(metrics)
+    assert sentence.startswith(
+        "1.45x counted at 1,024 prompt tokens (1.40x requested): context tokens run through 8 of 12"
     )
-    assert "budget" not in told
+    assert (
+        "the loss of agreement is 0.12%, and at most 0.95% with 95% confidence (332 verify rows of 166 prompts)"
+        in sentence
+    )
+    assert "budget" not in sentence
     assert advice(metrics | {"smallest_certifiable_drop": 0.5}) == ""
     page = written(metrics, tmp_path)
     Outline(page)
@@ -318,7 +321,7 @@ def test_optional_parts_may_be_missing(metrics, tmp_path):
     assert "no verify split was opened" in headline(metrics)
 
 
-def test_an_interrupted_report_leaves_the_old_one_and_nothing_beside_it(metrics, tmp_path, monkeypatch):
+def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(metrics, tmp_path, monkeypatch):
     before = written(metrics, tmp_path)
 
     def broken(self, target):
@@ -377,10 +380,10 @@ def test_advice_is_given_only_where_rows_are_too_few(metrics):
     assert "raise budget.max_drop" in advice(metrics)
 
 
-def test_a_depth_that_its_bound_alone_failed_is_named_with_what_to_do(metrics):
+def test_a_depth_that_failed_by_its_bound_only_is_named_with_what_to_do(metrics):
     near = {"depth": 10, "value": 0.004, "bound": 0.013, "rows": 332, "passed": False}
-    told = advice(metrics | {"depth": None, "verification": [near]})
-    assert "Depth 10 lost 0.40%" in told
-    assert "332 rows" in told
-    assert "1.30%" in told
+    sentence = advice(metrics | {"depth": None, "verification": [near]})
+    assert "Depth 10 lost 0.40%" in sentence
+    assert "332 rows" in sentence
+    assert "1.30%" in sentence
     assert advice(metrics | {"depth": None, "verification": [near | {"value": 0.02}]}) == ""

@@ -193,11 +193,11 @@ def test_state_that_was_damaged_is_made_again(searched, finished, base, data, tm
     assert exported(output) == exported(finished)
 
 
-def test_results_of_rows_that_no_file_names_any_more_are_refused(searched, base, data, tmp_path, capsys):
+def test_results_without_a_record_of_their_rows_are_refused(searched, base, data, tmp_path, capsys):
     output = shutil.copytree(searched, tmp_path / "run")
     (output / "state/data.json").unlink()
     assert fit.main([*arguments(base, data, output), "--resume"]) == 2
-    assert "has results, but no state/data.json that says which base and rows" in capsys.readouterr().err
+    assert "has results, but state/data.json, which names their base and rows" in capsys.readouterr().err
 
 
 def test_a_budget_stays_what_was_verified_where_the_record_of_it_is_gone(copy, base, data, capsys):
@@ -275,7 +275,7 @@ def test_a_run_at_work_is_neither_resumed_nor_replaced_and_a_killed_one_is(base,
 # --- a disk and a memory that run out ---------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_sentence_in_any_stage_and_the_run_goes_on_later(
+def test_a_full_disk_is_one_sentence_in_any_stage_and_the_run_can_be_resumed(
     finished, base, data, tmp_path, monkeypatch, capsys
 ):
     output, sync = tmp_path / "run", files._sync
@@ -331,7 +331,7 @@ def test_memory_that_runs_out_says_which_key_to_change(base, data, tmp_path, mon
     assert "--resume" in message
 
 
-def test_memory_advice_leaves_other_errors_alone():
+def test_memory_advice_does_not_change_other_errors():
     with pytest.raises(RuntimeError, match="shapes"), memory_advice("lower it"):
         raise RuntimeError("shapes do not fit")
     with pytest.raises(InputError, match="memory ran out; lower it"), memory_advice("lower it"):
@@ -358,7 +358,7 @@ def limited(command, log, limit):
 
 
 @pytest.mark.full
-def test_files_that_find_no_room_at_random_sizes_end_with_a_sentence_and_the_run_goes_on(base, data, tmp_path):
+def test_disks_that_fill_up_at_random_end_with_a_sentence_and_the_run_can_be_resumed(base, data, tmp_path):
     """24 limits of a file's size, drawn from a seed: each hits whichever writer comes to it first."""
     print(f"DISK_SEED={SEED}")
     rng, failed = random.Random(SEED), 0
