@@ -537,6 +537,12 @@ def test_a_pipe_in_place_of_an_image_is_refused_instead_of_waited_for(tmp_path):
         RowImage.of({"path": str(tmp_path / "pipe.png")}, "row 1").open()
 
 
+def test_a_device_in_place_of_an_image_is_refused_instead_of_read_without_end(tmp_path):
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"zero\.png' cannot be read \(it is not a regular file\)"):
+        RowImage.of({"path": str(tmp_path / "zero.png")}, "row 1").open()
+
+
 def serve(handler):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -102,6 +103,15 @@ def workers(process) -> list[psutil.Process]:
             if LAUNCHED_BY in variables:
                 found[int(variables["RANK"])] = child
     return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(path: Path, process) -> None:
+    """Return once ``path`` exists; ``process``, which will write it, must not end before."""
+    until = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.002)
 
 
 def read(run, name):

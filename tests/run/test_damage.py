@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 
 import pytest
 
@@ -15,11 +16,12 @@ from pop_lightning.cli import fit
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.run import pipeline
 
-from tests.helpers.ranked import exported, read
+from tests.helpers.ranked import exported, read, wait_for
 from tests.helpers.workbench import arguments
 
 SEED = int(os.environ.get("DAMAGE_SEED") or 0)
 COUNT = 80  # damaged folders for each state of a run in the long suite
+DEEPSPEED_COUNT = 8
 TRAINED = {"projection__steps": 6, "projection__checkpoint_every": 2, "budget__candidates": [2, 1]}
 STATES = {  # how the run was made, and where it was stopped
     "finished": {},
@@ -141,3 +143,26 @@ def test_a_damaged_folder_is_resumed_to_the_same_results_or_refused(made, base, 
             assert read(output, "importance.json") == read(whole, "importance.json"), (number, done)
         shutil.rmtree(output)
     print(f"{state}: {outcomes[0]} of {count} ended as the whole run, {outcomes[2]} were refused")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_damaged_checkpoint_of_deepspeed_is_resumed_to_the_same_results_or_refused(runs, tmp_path, strategy):
+    """Its checkpoints are folders of several files, and two processes must come to one decision about them."""
+    print(f"DAMAGE_SEED={SEED}")
+    stopped = tmp_path / "stopped"
+    process = runs.start(runs.command(stopped, strategy), strategy)
+    wait_for(stopped / "checkpoints/full-depth1/last.ckpt", process)
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process, 143)
+    for number in range(DEEPSPEED_COUNT):
+        rng = random.Random(f"{SEED} {strategy} {number}")
+        output = shutil.copytree(stopped, tmp_path / str(number))
+        done = [damage(output / "checkpoints", rng)]
+        process = runs.start([*runs.command(output, strategy), "--resume"], strategy)
+        _, error = process.communicate(timeout=500)
+        assert process.returncode in (0, 2), (number, done, error[-4000:])
+        assert "Traceback" not in error, (number, done)
+        if process.returncode == 0:
+            assert exported(output) == exported(runs[strategy]), (number, done)
+        print(number, done, process.returncode, *error.splitlines()[-1:])

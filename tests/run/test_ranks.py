@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -23,7 +22,7 @@ from pop_lightning.run import pipeline, strategies
 from pop_lightning.run.recipe import parse
 from pop_lightning.run.trainers import Trainers
 
-from tests.helpers.ranked import TENSORS, assert_same_run, exported, losses, read, workers
+from tests.helpers.ranked import TENSORS, assert_same_run, exported, losses, read, wait_for, workers
 from tests.helpers.workbench import save_base, save_rows, snapshot
 
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -84,11 +83,7 @@ def kill_and_resume(runs, strategy, moment, victim, output):
     command = runs.command(output, strategy)
     process = runs.start(command, strategy)
     try:
-        until = time.monotonic() + 300
-        while not (output / MOMENTS[moment]).exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until
-            time.sleep(0.002)
+        wait_for(output / MOMENTS[moment], process)
         everyone = workers(process)
         by_signal = isinstance(victim, signal.Signals)
         killed = [each for rank, each in enumerate(everyone) if victim in (rank, "all")]
