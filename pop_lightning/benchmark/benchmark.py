@@ -8,10 +8,8 @@ avoided (``bound.py``). ``report.py`` formats the result.
 
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pop_lightning.benchmark.bound import unavoidable
+from pop_lightning.core.clock import WARMUP, alternate, lap, median_ratio, spread
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice, peak_bytes
 from pop_lightning.core.plan import PruningPlan
@@ -30,8 +29,6 @@ from pop_lightning.models.loading import check_dtype, choose_device, context_len
 from pop_lightning.pruning.flops import prefill_flops
 
 LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
-
-_WARMUP = 2
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -133,7 +130,7 @@ def run(
             "boundary": plans[0].boundary,
             "salient": plans[0].salient,
             "repeats": repeats,
-            "warmup": _WARMUP,
+            "warmup": WARMUP,
             "decode": decode_tokens,
         },
         "points": [],
@@ -188,7 +185,7 @@ def _check(model: PreTrainedModel, lengths, batches, repeats: int, decode_tokens
         if value < least:
             raise InputError(f"{flag} must be at least {least}, found {value}.")
     context = context_length(model)
-    steps = decode_tokens + _WARMUP if decode_tokens else 0
+    steps = decode_tokens + WARMUP if decode_tokens else 0
     if context is not None and max(lengths) + steps > context:
         raise InputError(
             f"--lengths holds {max(lengths)}; with the {steps} tokens that --decode_tokens {decode_tokens} reads it is "
@@ -207,7 +204,7 @@ def measure(
     ids = _random_prompts(generator, tokens, batch)
     passes = _passes(generator, ids)
     steps = unavoidable(generator, ids)
-    laps = _alternate({**passes, "bound": steps}, device, repeats)
+    laps = alternate({**passes, "bound": steps}, device, repeats)
     parts = zip(*(parts for _, parts in laps["bound"]), strict=True)
     parts = dict(zip(steps, map(statistics.median, parts), strict=True))
     del steps  # frees its cache and weights before memory is measured
@@ -227,21 +224,21 @@ def measure(
     for name in ("full", "pruned"):
         median = statistics.median(total[name])
         point[name] = {
-            "ttft_ms": _spread(total[name]),
+            "ttft_ms": spread(total[name]),
             "tokens_per_s": 1000 * batch * tokens / median,
             "flops": flops[name],
             "tflops_per_s": flops[name] / median / 1e9,
             "peak_bytes": peak_bytes(passes[name]["prefill"], device),
         }
     point |= {
-        "ratio": _median_ratio(total["full"], total["pruned"]),
+        "ratio": median_ratio(total["full"], total["pruned"]),
         "bound": {
-            "measured": _median_ratio(total["full"], total["bound"]),
+            "measured": median_ratio(total["full"], total["bound"]),
             "counted": flops["full"] / flops["pruned"],
-            "ms": _spread(total["bound"]),
+            "ms": spread(total["bound"]),
             "parts_ms": parts,
         },
-        "of_measured_bound": _median_ratio(total["bound"], total["pruned"]),
+        "of_measured_bound": median_ratio(total["bound"], total["pruned"]),
         "projection_bytes": _projection_bytes(generator),
     }
     if decode_tokens:
@@ -252,9 +249,9 @@ def measure(
 def measure_ttft(generator: StageAwareGenerator, tokens: int, *, batch: int = 1, repeats: int = REPEATS) -> dict:
     """Time of one prefill, plain and pruned alternating after warm-up: medians and p90 in milliseconds, and a ratio."""
     device = generator.model.device
-    laps = _alternate(_passes(generator, _random_prompts(generator, tokens, batch)), device, repeats)
+    laps = alternate(_passes(generator, _random_prompts(generator, tokens, batch)), device, repeats)
     full, pruned = ([total for total, _ in laps[name]] for name in ("full", "pruned"))
-    spreads = _spread(full), _spread(pruned)
+    spreads = spread(full), spread(pruned)
     machine = describe_machine(device)
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return {
@@ -264,7 +261,7 @@ def measure_ttft(generator: StageAwareGenerator, tokens: int, *, batch: int = 1,
         "full_p90_ms": spreads[0]["p90"],
         "pruned_ms": spreads[1]["median"],
         "pruned_p90_ms": spreads[1]["p90"],
-        "ratio": _median_ratio(full, pruned),
+        "ratio": median_ratio(full, pruned),
         "repeats": repeats,
         "device": machine["device"] if device.type == "cuda" else f"CPU, {threads}",
     }
@@ -309,7 +306,7 @@ def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) ->
     device = generator.model.device
     caches = {name: passes[name]["prefill"]().past_key_values for name in ("full", "pruned")}
     random = torch.Generator().manual_seed(0)
-    read = torch.randint(0, generator.decoder.config.vocab_size, (_WARMUP + tokens, len(ids), 1), generator=random)
+    read = torch.randint(0, generator.decoder.config.vocab_size, (WARMUP + tokens, len(ids), 1), generator=random)
     steps: dict[str, list[float]] = {name: [] for name in caches}
     for index, token in enumerate(read.to(device)):
         for name in ("full", "pruned") if index % 2 == 0 else ("pruned", "full"):
@@ -317,78 +314,16 @@ def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) ->
             def step(token=token, cache=caches[name]):
                 return generator.model(input_ids=token, past_key_values=cache, use_cache=True)
 
-            total, _ = _lap([step], device)
-            if index >= _WARMUP:
+            total, _ = lap([step], device)
+            if index >= WARMUP:
                 steps[name].append(total)
     return {
         "full_ms_per_token": statistics.median(steps["full"]),
         "pruned_ms_per_token": statistics.median(steps["pruned"]),
-        "change": _median_ratio(steps["pruned"], steps["full"]) - 1,
+        "change": median_ratio(steps["pruned"], steps["full"]) - 1,
         "full_ms": steps["full"],
         "pruned_ms": steps["pruned"],
     }
-
-
-# --- the clock ------------------------------------------------------------------------------------------------------
-
-
-def _alternate(
-    runs: Mapping[str, Mapping[str, Callable[[], object]]], device: torch.device, repeats: int
-) -> dict[str, list[tuple[float, list[float]]]]:
-    """Time ``runs``, each a row of steps, in turn after warm-up: ``{run: [(total ms, [ms per step]) per round]}``.
-
-    Who goes first changes from round to round, so that no run always follows the same other one.
-    """
-    names = list(runs)
-    laps: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in names}
-    for index in range(_WARMUP + repeats):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            lap = _lap(list(runs[name].values()), device)
-            if index >= _WARMUP:
-                laps[name].append(lap)
-    return laps
-
-
-def _lap(steps: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, list[float]]:
-    """Wall time of all steps, and of each; on a GPU a step's share is read from events, with no wait between steps."""
-    kept = []  # keep results until the clock has stopped, so that freeing a prefill's cache is not timed
-    synchronize(device)
-    marks = [_mark(device)]
-    start = time.perf_counter()
-    for step in steps:
-        kept.append(step())
-        marks.append(_mark(device))
-    synchronize(device)
-    total = 1000 * (time.perf_counter() - start)
-    return total, [_between(before, after) for before, after in pairwise(marks)]
-
-
-def _mark(device: torch.device):
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _between(before, after) -> float:
-    return 1000 * (after - before) if isinstance(before, float) else before.elapsed_time(after)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    p90 = statistics.quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
-    return {"median": statistics.median(values), "p90": p90, "all": values}
-
-
-def _median_ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios round by round, so that what slows down a whole round cancels out."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 # --- circumstances --------------------------------------------------------------------------------------------------

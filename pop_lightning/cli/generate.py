@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pop_lightning.cli import importing, run
@@ -159,7 +160,7 @@ def _prompt(arguments: argparse.Namespace) -> int:
     sampling = _sampling(arguments)
     with importing():
         from pop_lightning.core.memory import memory_advice
-        from pop_lightning.generation.batch import check_prompt, stream
+        from pop_lightning.generation.stream import check_prompt, stream
 
     generator = _generator(arguments, lambda: check_prompt(arguments.prompt))
     _seed(arguments)
@@ -196,7 +197,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="the JSON Lines file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     _add_model(parser, required=True)
-    parser.add_argument("--compare", action="store_true", help="run the unpruned model as well")
+    parser.add_argument(
+        "--compare", action="store_true", help="run the unpruned model as well, and write a page of the differences"
+    )
+    parser.add_argument(
+        "--timed_rows", type=_whole(0), default=32, metavar="N", help="rows whose TTFT --compare measures (default: 32)"
+    )
     parser.add_argument("--limit", type=_whole(1), metavar="N", help="generate for the first N usable rows only")
     parser.add_argument(
         "--max_prompt_tokens",
@@ -218,26 +224,28 @@ def _data(arguments: argparse.Namespace) -> int:
         raise InputError("--compare compares greedy answers: leave --temperature, --top_p and --top_k out.")
     with importing():
         from pop_lightning.core.memory import memory_advice
-        from pop_lightning.generation.batch import check_files, generate_file
+        from pop_lightning.core.pages import circumstances
+        from pop_lightning.generation import comparison_page
+        from pop_lightning.generation.batch import check_files, generate_file, page_of
 
+    given = vars(arguments)
     generator = _generator(
-        arguments, lambda: check_files(arguments.data, arguments.output, overwrite=arguments.overwrite)
+        arguments, lambda: check_files(**{name: given[name] for name in ("data", "output", "compare", "overwrite")})
     )
     _seed(arguments)
+    passed = ("data", "output", "max_new_tokens", "batch_size", "compare", "allow_urls", "limit", "seed")
+    passed += ("max_prompt_tokens", "timed_rows", "overwrite")
+    about = {"artifact": arguments.artifact, "data": arguments.data}
     with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
         summary = generate_file(
             generator,
-            arguments.data,
-            arguments.output,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            compare=arguments.compare,
-            allow_urls=arguments.allow_urls,
-            limit=arguments.limit,
-            max_prompt_tokens=arguments.max_prompt_tokens,
+            **{name: given[name] for name in passed},
             sampling=sampling,
+            about=about | circumstances("pop-generate", "generate_file in Python"),
         )
-    print(json.dumps(summary, indent=1))
+    print(json.dumps(summary, indent=1), flush=True)
+    if arguments.compare:
+        print(f"\n{comparison_page.text(summary['compared'])}page: {page_of(Path(arguments.output))}", file=sys.stderr)
     return 0
 
 

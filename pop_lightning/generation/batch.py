@@ -1,166 +1,64 @@
-"""Text in, text out with a loaded artifact: the functions of ``pop-generate``, callable from Python as well."""
+"""A file of rows in, JSON Lines of answers out: ``pop-generate data``, callable from Python as well."""
 
+import hashlib
 import itertools
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TextIteratorStreamer
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import check_writable, write_text
+from pop_lightning.core.journal import Busy, Journal
 from pop_lightning.data.examples import read_examples
-from pop_lightning.data.images import RowImage
 from pop_lightning.data.module import CalibrationData, DataReport, collate
-from pop_lightning.data.rows import Row
-from pop_lightning.data.videos import RowVideo
+from pop_lightning.data.rows import Row, hash63
+from pop_lightning.evaluation.answers import exact_match, rouge_l, token_f1
+from pop_lightning.generation import comparison, comparison_page
+from pop_lightning.generation.base_identity import base_identity
 from pop_lightning.generation.generator import StageAwareGenerator
+from pop_lightning.generation.stream import GREEDY, tokenizer_of
 from pop_lightning.models.loading import context_length, end_tokens
 
-_GREEDY = {"do_sample": False}
+TIMED_ROWS = 32  # rows whose TTFT a comparison measures
+_AGAINST_REFERENCE = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
 
 
-def stream(
-    generator: StageAwareGenerator,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    images: Sequence = (),
-    videos: Sequence = (),
-    allow_urls: bool = False,
-    full: bool = False,
-    sampling: Mapping[str, Any] | None = None,
-) -> Iterator[tuple[str, float]]:
-    """Generate from one prompt; yields pieces of text, each with the TTFT: seconds from call to first token.
-
-    Args:
-        images: shown before the prompt, in a user's turn of the base's chat template: paths, bytes, PIL images or, with
-            ``allow_urls``, URLs. Without images and videos the prompt is used as it is.
-        videos: shown after the images: paths, bytes, lists of frames, or URLs.
-        full: generate with the unpruned model.
-        sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
-
-    Raises:
-        InputError: no tokenizer, an empty prompt where the base has no BOS token, a prompt that is not valid Unicode,
-            an image or a video that cannot be read or that the base cannot read, or a prompt that leaves no room in the
-            model's context.
-    """
-    check_prompt(prompt)
-    tokenizer = _tokenizer(generator)
-    row = _row(generator, tokenizer, prompt, images, videos, allow_urls)
-    _check_length(generator, len(row.prompt_ids), max_new_tokens, "--prompt")
-    inputs = generator.decoder.inputs(collate([row], tokenizer.pad_token_id, generator.vision))
-    streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failure: list[BaseException] = []
-
-    def generate() -> None:
-        try:
-            with generator.full_model() if full else nullcontext():
-                generator.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    **(sampling or _GREEDY),
-                    streamer=streamer,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-        except BaseException as error:
-            failure.append(error)
-            streamer.end()
-
-    start = time.perf_counter()
-    thread = Thread(target=generate, daemon=True)
-    thread.start()
-    try:
-        for piece in streamer:
-            if piece:
-                yield piece, streamer.first_token - start
-    finally:
-        streamer.abandoned = True  # a thread still running when Python exits would abort the process
-        thread.join()
-    if failure:
-        raise failure[0]
-
-
-def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, allow_urls: bool) -> Row:
-    if not images and not videos:
-        ids = tokenizer(prompt)["input_ids"]
-        return Row(tuple(ids or _start(generator, tokenizer)), (), "--prompt")
-    flag = "--video" if videos else "--image"
-    if generator.vision is None:
-        raise InputError(f"{flag} was given, but the base ({generator.decoder.name}) reads only text.")
-    shown = [
-        tuple(of(each, f"{flag} {number}", allow_urls=allow_urls) for number, each in enumerate(given, 1))
-        for of, flag, given in ((RowImage.of, "--image", images), (RowVideo.of, "--video", videos))
-    ]
-    try:
-        generator.vision.check(*shown)
-    except InputError as error:
-        raise InputError((f"{flag} was given, but ", error)) from error
-    return Row(tuple(generator.vision.ask(prompt, *shown, "--prompt")), (), "--prompt", *shown)
-
-
-class _TimedStreamer(TextIteratorStreamer):
-    """Records the time of the first token, which precedes the first whole word, and stops when no longer read."""
-
-    first_token: float | None = None
-    abandoned = False  # nobody reads on
-
-    def put(self, value) -> None:
-        if self.abandoned:
-            raise RuntimeError("the reader of the stream is gone")
-        if self.first_token is None and not self.next_tokens_are_prompt:
-            self.first_token = time.perf_counter()
-        super().put(value)
-
-
-def _start(generator: StageAwareGenerator, tokenizer) -> list[int]:
-    """The tokens that generation starts from without a prompt."""
-    for token in (tokenizer.bos_token_id, generator.generation_config.bos_token_id):
-        if token is not None:
-            return [token]
-    raise InputError("--prompt is empty, and the base has no BOS token to start from: give some text.")
-
-
-def check_prompt(prompt: str) -> None:
-    """Raise :class:`InputError` for a ``--prompt`` that is not text, because no tokenizer reads it."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"--prompt is not valid Unicode at character {error.start + 1} (half of a surrogate pair, such as a cut "
-            "emoji, or bytes that are not UTF-8): remove it."
-        ) from error
-
-
-def check_files(data: str, output: str | Path, *, overwrite: bool = False) -> None:
+def check_files(data: str, output: str | Path, *, compare: bool = False, overwrite: bool = False) -> None:
     """Check ``--data`` and ``--output`` before a model is loaded; creates the folder of ``output``.
 
     Raises:
-        InputError: no row can be read, ``output`` cannot be written, or it already exists.
+        InputError: no row can be read, a file cannot be written, or it already exists.
     """
     read_examples(data)
     output = Path(output).expanduser()
-    with _writing(output):
-        if output.is_dir():
-            raise InputError(f"--output {output} is a folder; name a file.")
-        if output.exists() and not overwrite:
-            raise InputError(f"--output {output} exists already; give --overwrite or another --output.")
-        check_writable(output)
+    if compare and page_of(output) == output:
+        raise InputError(f"--output {output} is the name of the page of --compare; name a file that ends in .jsonl.")
+    for path in [output] + [page_of(output)] * compare:
+        with _writing(path):
+            if path.is_dir():
+                raise InputError(f"--output {path} is a folder; name a file.")
+            if path.exists() and not overwrite:
+                raise InputError(f"--output {path} exists already; give --overwrite or another --output.")
+            check_writable(path)
+
+
+def page_of(output: Path) -> Path:
+    """Where the page of a comparison is written."""
+    return output.with_suffix(".html")
 
 
 @contextmanager
-def _writing(output: Path):
+def _writing(path: Path):
     try:
         yield
     except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error.strerror}); choose another file.") from error
+        raise InputError(f"--output {path} cannot be written ({error.strerror}); choose another file.") from error
 
 
 def generate_file(
@@ -174,51 +72,77 @@ def generate_file(
     allow_urls: bool = False,
     limit: int | None = None,
     sampling: Mapping[str, Any] | None = None,
+    seed: int | None = None,
     max_prompt_tokens: int | None = None,
-) -> dict:
+    timed_rows: int = TIMED_ROWS,
+    overwrite: bool = False,
+    about: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Generate for every row of a file and write them as JSON Lines; the file appears whole or not at all.
+
+    Finished rows are kept in ``OUTPUT.partial`` until then: a call with the same arguments goes on after them.
+    The longest prompts come first, so that memory runs out at once if it does.
 
     Args:
         data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
-        compare: also run the unpruned model and report how often both agree.
+        compare: also run the unpruned model, measure the differences (:mod:`~pop_lightning.generation.comparison`)
+            and write them as a page next to ``output``.
         allow_urls: fetch images and videos that rows name by URL.
         limit: generate for that many usable rows, the first ones.
         sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
+        seed: of the sampling; every batch draws from its own seed.
         max_prompt_tokens: rows with a longer prompt are left out; by default the model's context minus
             ``max_new_tokens``. It may be larger, for models that are used beyond their nominal context.
+        timed_rows: with ``compare``, rows whose TTFT is measured, spread evenly over the prompt lengths.
+        overwrite: begin anew if the finished rows are of other arguments.
+        about: what was run, for the page.
 
     Returns:
         ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
-        ``max_new_tokens`` and is compared up to there) and, over the rows that have them, ``exact_match`` (text equals
-        the reference), with ``compare`` also ``full_exact_match``, ``same_text`` (share of rows where both models wrote
-        the same) and ``agreement`` (share of the full model's tokens that the pruned model wrote too, up to the first
-        difference).
+        ``max_new_tokens`` and is compared up to there); over the rows with a reference the means ``exact_match`` (the
+        same text), ``token_f1`` and ``rouge_l``; with ``compare`` also ``compared``: :func:`comparison.summary`.
+
+    Raises:
+        InputError: no usable row, a file that cannot be written, finished rows of other arguments, or another process
+            at work on the same output.
     """
-    tokenizer = _tokenizer(generator)
+    tokenizer = tokenizer_of(generator)
     rows, report = _read_rows(generator, tokenizer, data, max_new_tokens, allow_urls, max_prompt_tokens)
+    settings = _settings(generator, rows) | {
+        "--max_new_tokens": max_new_tokens,
+        "--max_prompt_tokens": max_prompt_tokens,
+        "--batch_size": batch_size,
+        "--limit": limit,
+        "--compare": compare,
+        "--timed_rows": timed_rows if compare else None,
+        "--seed": seed,
+        **{f"--{name}": value for name, value in (sampling or {}).items()},
+    }
     rows, output = rows[:limit], Path(output).expanduser()
-    results: dict[int, dict] = {}
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
-    for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch"):
-        places = order[start : start + batch_size]
-        asked = [replace(rows[i], response_ids=()) for i in places]
-        batch = collate(asked, tokenizer.pad_token_id, generator.vision)
-        ids = {"pruned": _generate(generator, tokenizer, batch, max_new_tokens, sampling)}
-        if compare:
-            with generator.full_model():
-                ids["full"] = _generate(generator, tokenizer, batch, max_new_tokens, sampling)
-        for line, place in enumerate(places):
-            results[place] = _result(tokenizer, rows[place], {name: each[line] for name, each in ids.items()})
-    records = [results[place] for place in range(len(rows))]
+    partial = output.with_name(f"{output.name}.partial")
     with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    names = ("exact_match", "full_exact_match", "same_text", "agreement")
-    summary: dict = {"rows": len(records), "unusable": report.unusable, "references_cut": report.truncated}
-    for name in names:
-        values = [record[name] for record in records if name in record]
-        if values:
-            summary[name] = sum(values) / len(values)
+    with _journal(partial, settings, overwrite) as journal:
+        answer = _Answers(generator, tokenizer, max_new_tokens, compare, sampling)
+        _answer_all(answer, rows, journal, batch_size, seed, timed_rows if compare else 0)
+        records = sorted(journal.records, key=lambda record: record["row"])
+        summary: dict[str, Any] = {
+            "rows": len(records),
+            "unusable": report.unusable,
+            "references_cut": report.truncated,
+        }
+        for name in _AGAINST_REFERENCE:
+            values = [record[name] for record in records if name in record]
+            if values:
+                summary[name] = sum(values) / len(values)
+        if compare:
+            summary["compared"] = comparison.summary(records)
+        with _writing(output):
+            if compare:
+                page = comparison_page.render_page(summary, records, generator, about or {})
+                write_text(page_of(output), page)
+            write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            partial.unlink()
     return summary
 
 
@@ -243,48 +167,140 @@ def _read_rows(
     return reader.read_rows(keep_duplicates=True), reader.report
 
 
-def _generate(generator, tokenizer, batch: dict, max_new_tokens: int, sampling) -> list[list[int]]:
-    with torch.no_grad():
-        output = generator.generate(
-            **generator.decoder.inputs(batch),
-            max_new_tokens=max_new_tokens,
-            **(sampling or _GREEDY),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    tokens = output[:, batch["prompt_length"] :].tolist()
-    ends = {tokenizer.eos_token_id} | end_tokens(generator.model)
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in tokens]
+# --- what is finished -------------------------------------------------------------------------------------------------
 
 
-def _result(tokenizer, row: Row, ids: dict[str, list[int]]) -> dict:
-    text = {name: tokenizer.decode(each, skip_special_tokens=True).strip() for name, each in ids.items()}
-    record = {"prompt": tokenizer.decode(row.prompt_ids, skip_special_tokens=True), "generated": text["pruned"]}
-    if row.response_ids:
-        record["response"] = tokenizer.decode(row.response_ids, skip_special_tokens=True).strip()
-        record["exact_match"] = record["response"] == text["pruned"]
-    if "full" in text:
-        record["full_generated"] = text["full"]
+def _settings(generator: StageAwareGenerator, rows: Sequence[Row]) -> dict[str, Any]:
+    """What decides about the answers besides the arguments, by the flag that it comes from."""
+    base = base_identity(generator.model, str(generator.name_or_path))
+    return {
+        "--data": hashlib.sha256(repr([row.seed for row in rows]).encode()).hexdigest(),
+        "--artifact": f"{generator.plan.fingerprint} {generator.projections.fingerprint}",
+        "--base": hashlib.sha256(json.dumps(base["fingerprint"], sort_keys=True).encode()).hexdigest(),
+        "--dtype": str(generator.dtype).removeprefix("torch."),
+        "--device": generator.device.type,
+    }
+
+
+@contextmanager
+def _journal(path: Path, settings: dict[str, Any], overwrite: bool):
+    """The finished rows of the same settings; none if nothing was begun."""
+    with _writing(path):
+        journal = Journal(path)
+        try:
+            journal.__enter__()
+        except Busy:
+            raise InputError(
+                f"another process is writing to {path}; wait for it, or choose another --output."
+            ) from None
+    with journal:
+        differ = _differences(journal.settings, settings)
+        if differ and not overwrite:
+            raise InputError(
+                f"{path} was begun with other arguments: {'; '.join(differ)}. Give those to continue it, or "
+                "--overwrite to begin anew."
+            )
+        if differ or journal.settings is None:
+            with _writing(path):
+                journal.begin(settings)
+        yield journal
+
+
+def _differences(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """The settings that differ, each as a piece of a sentence."""
+    if before is None:
+        return []
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = (each.get(name) for each in (before, now))
+        if old == new:
+            continue
+        if name in ("--data", "--artifact", "--base"):
+            found.append(f"{name} held other {'rows' if name == '--data' else 'weights'}")
+        else:
+            found.append(f"{name} was {'not given' if old in (None, False) else old}")
+    return found
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _answer_all(
+    answer: "_Answers", rows: Sequence[Row], journal: Journal, batch_size: int, seed: int | None, timed_rows: int
+) -> None:
+    """Add a record to the journal for every row that has none, a batch of similar lengths at a time."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].prompt_ids))
+    timed = {order[round(at)] for at in torch.linspace(0, len(order) - 1, min(timed_rows, len(order))).tolist()}
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    finished = {record["row"] for record in journal.records}
+    # A batch that was interrupted is answered again as a whole: what a row's answer is may depend on its batch.
+    todo = [(number, places) for number, places in enumerate(batches) if not finished.issuperset(places)]
+    journal.records = [record for record in journal.records if not any(record["row"] in each for _, each in todo)]
+    cost = [len(row.prompt_ids) + answer.max_new_tokens for row in rows]
+    done = sum(cost) - sum(cost[place] for _, places in todo for place in places)
+    # In tokens rather than rows, because long prompts come first and need longest.
+    with tqdm(total=sum(cost), initial=done, unit="token", unit_scale=True, desc="answers", disable=None) as bar:
+        for number, places in todo:
+            bar.set_postfix_str(f"{len(journal.records)}/{len(rows)} rows")
+            if seed is not None:
+                torch.manual_seed(hash63(seed, number))
+            records = answer([rows[place] for place in places], [place in timed for place in places])
+            with _writing(journal.path):
+                journal.add([{"row": place} | record for place, record in zip(places, records, strict=True)])
+            bar.update(sum(cost[place] for place in places))
+
+
+class _Answers:
+    """Answers batches of rows; one record a row."""
+
+    def __init__(self, generator: StageAwareGenerator, tokenizer, max_new_tokens: int, compare: bool, sampling):
+        self.generator, self.tokenizer, self.compare = generator, tokenizer, compare
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling or GREEDY
+        self.ends = {tokenizer.eos_token_id} | end_tokens(generator.model)
+
+    def __call__(self, rows: Sequence[Row], timed: Sequence[bool]) -> list[dict[str, Any]]:
+        pad, vision = self.tokenizer.pad_token_id, self.generator.vision
+        batch = collate([replace(row, response_ids=()) for row in rows], pad, vision)
+        pruned = self.ids(batch)
+        records = [self.record(row, ids) for row, ids in zip(rows, pruned, strict=True)]
+        if not self.compare:
+            return records
+        full = self.ids(batch, full=True)
+        forced = comparison.teacher_forced(self.generator, rows, pad)
+        for at, (row, record) in enumerate(zip(rows, records, strict=True)):
+            text = self.text(full[at])
+            record["full_generated"] = text
+            if row.response_ids:
+                record |= {f"full_{name}": of(text, record["response"]) for name, of in _AGAINST_REFERENCE.items()}
+            record |= comparison.answers(full[at], pruned[at], text, record["generated"]) | forced[at]
+            if timed[at]:
+                record |= comparison.ttft(self.generator, row, pad)
+        return records
+
+    def ids(self, batch: dict, full: bool = False) -> list[list[int]]:
+        """The new tokens of every row, up to its first end token."""
+        with torch.no_grad(), self.generator.full_model() if full else nullcontext():
+            output = self.generator.generate(
+                **self.generator.decoder.inputs(batch),
+                max_new_tokens=self.max_new_tokens,
+                **self.sampling,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        tokens = output[:, batch["prompt_length"] :].tolist()
+        return [list(itertools.takewhile(lambda token: token not in self.ends, row)) for row in tokens]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def record(self, row: Row, ids: Sequence[int]) -> dict[str, Any]:
+        """What is known of one row from the pruned model only."""
+        record: dict[str, Any] = {
+            "origin": row.origin,
+            "prompt": self.tokenizer.decode(row.prompt_ids, skip_special_tokens=True),
+            "prompt_tokens": len(row.prompt_ids),
+            "generated": self.text(ids),
+        }
         if row.response_ids:
-            record["full_exact_match"] = record["response"] == text["full"]
-        record["same_text"] = text["full"] == text["pruned"]
-        same = 0
-        for ours, theirs in zip(ids["pruned"], ids["full"], strict=False):
-            if ours != theirs:
-                break
-            same += 1
-        record["agreement"] = same / max(len(ids["pruned"]), len(ids["full"]), 1) if any(ids.values()) else 1.0
-    return record
-
-
-def _tokenizer(generator: StageAwareGenerator):
-    if generator.tokenizer is None:
-        raise InputError("the base has no tokenizer, which text needs; save one in its folder or give --base with one.")
-    return generator.tokenizer
-
-
-def _check_length(generator: StageAwareGenerator, prompt: int, new: int, flag: str) -> None:
-    context = context_length(generator.model)
-    if context is not None and prompt + new > context:
-        raise InputError(
-            f"{flag} has {prompt} tokens; with --max_new_tokens {new} the model's context of {context} is too short."
-        )
+            record["response"] = self.text(row.response_ids)
+            record |= {name: of(record["generated"], record["response"]) for name, of in _AGAINST_REFERENCE.items()}
+        return record

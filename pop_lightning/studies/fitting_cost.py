@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pop_lightning.benchmark.benchmark import synchronize
+from pop_lightning.core.clock import synchronize
 from pop_lightning.core.memory import peak_bytes
 from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.training import KVProjectionTraining

@@ -10,7 +10,7 @@ from pop_lightning.cli import generate
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.generation.artifact import write_artifact
 from pop_lightning.generation.base_identity import base_identity
-from pop_lightning.generation.batch import stream
+from pop_lightning.generation.stream import stream
 from pop_lightning.models.loading import load_model
 
 from tests.helpers.workbench import save_base, save_rows

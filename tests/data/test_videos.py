@@ -24,7 +24,7 @@ from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.data.videos import RowVideo
 from pop_lightning.generation.artifact import write_artifact
 from pop_lightning.generation.base_identity import base_identity
-from pop_lightning.generation.batch import stream
+from pop_lightning.generation.stream import stream
 from pop_lightning.pruning.passes import student_logits, teacher_pass
 
 from tests.data.test_vision_data import chat, read, reader, write

@@ -25,7 +25,8 @@ from pop_lightning.data import media
 from pop_lightning.data.images import RowImage
 from pop_lightning.data.module import SPLITS, CalibrationData
 from pop_lightning.data.processor import VisionProcessor, load_processor
-from pop_lightning.generation.batch import generate_file, stream
+from pop_lightning.generation.batch import generate_file
+from pop_lightning.generation.stream import stream
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model, load_tokenizer
 
@@ -388,13 +389,15 @@ def test_pop_fit_scores_fits_trains_and_exports_on_rows_with_images(run):
 def test_a_file_of_rows_with_images_is_answered_by_both_models(run):
     family, folder = run
     generator = StageAwareGenerator.from_artifact(folder / "run" / "artifact")
-    summary = generate_file(generator, str(folder / "rows.jsonl"), folder / "out.jsonl", max_new_tokens=4, compare=True)
-    records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    assert summary["rows"] == len(records) == 60
+    output, settings = folder / "out.jsonl", {"max_new_tokens": 4, "limit": 20, "compare": True, "timed_rows": 1}
+    summary = generate_file(generator, str(folder / "rows.jsonl"), output, **settings)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert summary["rows"] == len(records) == 20
+    assert summary["compared"]["kl"]["rows"] == 20
     data = CalibrationData(folder / "rows.jsonl", generator.tokenizer, vision=generator.vision)
     rows = data.read_rows()
     assert {bool(row.videos) for row in rows[:9]} == ({False} if family == "gemma3" else {True, False})
-    for row, record in list(zip(rows, records, strict=True))[:9]:
+    for row, record in list(zip(rows, records, strict=False))[:9]:
         inputs = generator.decoder.inputs(data.batch([replace(row, response_ids=())]))
         with generator.full_model():
             expected = {"full_generated": generator.generate(**inputs, max_new_tokens=4, do_sample=False)}

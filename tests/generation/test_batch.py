@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
-from pop_lightning.generation.batch import generate_file, stream
+from pop_lightning.generation.batch import generate_file
+from pop_lightning.generation.stream import stream
 
 from tests.helpers.workbench import WORDS, save_base
 

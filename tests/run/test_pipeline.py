@@ -90,7 +90,7 @@ def test_a_file_of_the_models_own_answers_matches_exactly(fitted, tmp_path):
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == len(rows)
     assert all(record["exact_match"] for record in records)
-    assert all({"full_generated", "same_text", "agreement"} <= set(record) for record in records)
+    assert all({"full_generated", "same_text", "common_prefix"} <= set(record) for record in records)
 
 
 def test_every_row_of_a_file_is_answered_and_what_is_left_out_is_counted(fitted, tmp_path, capsys):

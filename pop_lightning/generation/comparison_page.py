@@ -1,0 +1,168 @@
+"""The page and the table of a comparison on rows of one's own: measures, times, and the answers that changed."""
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from pop_lightning.core.pages import render
+from pop_lightning.core.plots import Theme, picture
+from pop_lightning.core.tables import Table
+from pop_lightning.evaluation.losses import number, percent
+from pop_lightning.generation.comparison import GROUPS, REPEATS, Measure
+from pop_lightning.generation.generator import StageAwareGenerator
+
+CHANGED, SAME = 100, 3  # rows on the page, at most
+_SHOWN = 600  # characters of a prompt, its end
+
+
+def render_page(
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    generator: StageAwareGenerator,
+    about: Mapping[str, str],
+) -> str:
+    """The page of :func:`~pop_lightning.generation.batch.generate_file`'s result with ``compare``."""
+    compared = summary["compared"]
+    changed = sorted((record for record in records if not record["same_text"]), key=_order)
+    same = [record for record in records if record["same_text"]]
+    plan = generator.plan
+    return render(
+        "pop_lightning.generation",
+        "comparison.html.jinja",
+        title=f"{len(changed)} of {len(records)} answers changed",
+        about={
+            "model": f"{generator.name_or_path} ({generator.decoder.num_layers} layers, "
+            f"{str(generator.dtype).removeprefix('torch.')})",
+            "plan": f"depth {plan.depth}, {plan.kept}; {generator.projections.kind} projections",
+            **about,
+        },
+        headline=headline(compared),
+        groups=[(name, table(compared, measures), measures) for name, measures in _present(compared)],
+        compared=compared,
+        summary=summary,
+        times=times_table(compared) if "ttft" in compared else None,
+        times_plot=_times_plot([record for record in records if "ttft_ms" in record]),
+        repeats=REPEATS,
+        methods=sorted({each["method"] for each in compared.values() if isinstance(each, dict) and "method" in each}),
+        changed=[_shown(record) for record in changed[:CHANGED]],
+        changed_rows=len(changed),
+        same=[_shown(record) for record in same[:SAME]],
+        same_rows=len(same),
+    )
+
+
+def headline(compared: Mapping[str, Any]) -> str:
+    """What pruning changed, in one sentence."""
+    same = compared["same_text"]
+    kept = same["rows"] - same["changed"]
+    parts = [f"Both models wrote the same answer for {kept:,} of {same['rows']:,} rows"]
+    if match := compared.get("exact_match"):
+        parts.append(f"exact match {percent(match['pruned'])} pruned, {percent(match['full'])} in full")
+    if times := compared.get("ttft"):
+        parts.append(f"first token {times['ratio']:.2f}x as fast")
+    return "; ".join(parts) + "."
+
+
+def _present(compared: Mapping[str, Any]) -> list[tuple[str, tuple[Measure, ...]]]:
+    found = ((name, tuple(each for each in group if each.name in compared)) for name, group in GROUPS.items())
+    return [(name, measures) for name, measures in found if measures]
+
+
+def table(compared: Mapping[str, Any], measures: Sequence[Measure]) -> Table:
+    """One line per measure: both values, their difference with its interval, and the rows that changed."""
+    rows = []
+    for measure in measures:
+        entry = compared[measure.name]
+        show = percent if measure.unit == "share" else number
+        rows.append(
+            [
+                measure.label,
+                show(entry["full"]),
+                show(entry["pruned"]),
+                _signed(entry["difference"], measure),
+                _interval(entry, measure),
+                f"{entry['changed']:,}",
+                f"{entry['rows']:,}",
+            ]
+        )
+    return Table(["measure", "full", "pruned", "pruned - full", "95% interval", "changed", "rows"], rows)
+
+
+def text(compared: Mapping[str, Any]) -> str:
+    """All tables for the terminal."""
+    blocks = [f"{name}\n{table(compared, measures).text()}" for name, measures in _present(compared)]
+    if "ttft" in compared:
+        blocks.append(f"Time to first token\n{times_table(compared).text()}")
+    return "\n\n".join([*blocks, headline(compared)]) + "\n"
+
+
+def _signed(value: float, measure: Measure) -> str:
+    if measure.unit == "nats":
+        return f"{'+' if value > 0 else ''}{number(value)}"
+    return f"{100 * value + 0.0:+.2f}"
+
+
+def _interval(entry: Mapping[str, Any], measure: Measure) -> str:
+    return f"[{_signed(entry['low'], measure)}, {_signed(entry['high'], measure)}]" if "low" in entry else ""
+
+
+def times_table(compared: Mapping[str, Any]) -> Table:
+    times = compared["ttft"]
+    interval = f"[{times['low']:.3f}, {times['high']:.3f}]" if "low" in times else ""
+    row = [
+        f"{times['full_ms']:.1f}",
+        f"{times['pruned_ms']:.1f}",
+        f"{times['ratio']:.3f}",
+        interval,
+        str(times["rows"]),
+    ]
+    return Table(["full, ms", "pruned, ms", "full / pruned", "95% interval", "rows"], [row], left=())
+
+
+def _times_plot(timed: Sequence[Mapping[str, Any]]) -> Markup | None:
+    if len(timed) < 2:
+        return None
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        tokens = [record["prompt_tokens"] for record in timed]
+        for color, marker, key, label in zip(
+            theme.series, "os", ("full_ttft_ms", "ttft_ms"), ("full model", "pruned"), strict=False
+        ):
+            values = [record[key] for record in timed]
+            axes.plot(tokens, values, marker, markersize=4, color=color, label=label, alpha=0.8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("prompt tokens")
+        axes.set_ylabel("TTFT (ms)")
+
+    return picture(draw, "Time to first token of both models against the prompt's length")
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    """What the change means, where there is a reference."""
+    pair = record.get("full_exact_match"), record.get("exact_match")
+    return {(1, 0): "lost", (0, 1): "gained"}.get(pair, "changed") if not record["same_text"] else "same"
+
+
+def _order(record: Mapping[str, Any]) -> tuple:
+    return ("lost", "gained", "changed").index(_outcome(record)), record["common_prefix"], record["row"]
+
+
+def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the template reads it; what both answers have in front of their first difference is apart."""
+    full, pruned, prompt = record["full_generated"], record["generated"], record["prompt"]
+    common = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(full, pruned, strict=False)))
+    if full != pruned:
+        common = common[: common.rfind(" ") + 1]  # differences begin with a word
+    return {
+        "origin": record["origin"],
+        "outcome": _outcome(record),
+        "prompt": prompt if len(prompt) <= _SHOWN else f"… {prompt[-_SHOWN:]}",
+        "reference": record.get("response"),
+        "common": common,
+        "full": full[len(common) :],
+        "pruned": pruned[len(common) :],
+        "prefix": record["common_prefix"],
+    }
