@@ -1,19 +1,24 @@
 """Decisions from losses on the search split: what to train next, which tokens run in full, and what to verify.
 
 Works on measured losses only, without a model. The pipeline and the budget callback measure and carry out what is
-proposed here. :func:`within_budget` and :func:`least_loss` are state machines written as generators: they yield
-proposals, are sent the measurements, and return the choices to verify. They depend on nothing else, so the same losses
-give the same run, on every rank and after every interruption.
+proposed here. :func:`within_budget`, :func:`least_loss` and :func:`fastest_plan` are state machines written as
+generators: they yield proposals, are sent the measurements, and return their choice. They depend on nothing else, so
+the same losses give the same run, on every rank and after every interruption.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pop_lightning.core.plan import Choice, Kept
 from pop_lightning.evaluation.losses import BudgetMetric
 
-CLOSE = 2.0  # more steps are worthwhile while the loss is at most this many times the budget
+CLOSE = 2.0  # more steps, or more rows, are worthwhile while the loss is at most this many times the budget
+TOGETHER = 8  # plans that are measured in one pass, the fastest first
+SCREENING = 100  # the fewest rows on which plans are screened
+
+Plan = tuple[int, Kept]  # depth, and the tokens that run in full
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,17 @@ class Measured:
     def of(cls, entry: Mapping[str, Any]) -> "Measured":
         """From an entry of the curve in ``metrics.json``."""
         return cls(Choice.of(entry), entry["loss"], entry["expected_bound"], entry["kl"])
+
+
+class PlansToMeasure(NamedTuple):
+    """A request to the pipeline: measure untrained projections with these plans.
+
+    Attributes:
+        screen: on a part of the search rows only.
+    """
+
+    plans: tuple[Plan, ...]
+    screen: bool = False
 
 
 class Proposal(NamedTuple):
@@ -238,31 +254,62 @@ def least_loss(
     return [best.choice]
 
 
-def kept_within_budget(
-    measured: Mapping[Kept, Sequence[Measured]], speedups: Mapping[tuple[int, Kept], float], budget: Budget
-) -> Kept:
-    """The tokens to run in full: the largest speedup at a depth that the verify split is expected to certify.
-
-    More tokens lose less at a depth and cost more, so they pay off if they make a deeper pruning possible. If nothing
-    keeps the budget at any depth, the first.
+def screening_rows(rows: int, budget: Budget) -> int | None:
+    """The number of search rows to screen plans on: enough for one lost row to decide nothing; None to screen none.
 
     Args:
-        measured: untrained projections, the fewest tokens first: one measurement per depth that may be exported.
-        speedups: the prefill speedup by depth and tokens, from counted operations.
+        rows: in the search split. With fewer than twice as many, screening would save too little.
     """
-    reached = {}
-    for kept, candidates in measured.items():
-        depths = [candidate.choice.depth for candidate in candidates if budget.clears(candidate)]
-        if not depths:
-            budget.say(f"search: {kept} does not keep the budget at any depth without training")
-            continue
-        reached[kept] = max(speedups[depth, kept] for depth in depths)
-        budget.say(
-            f"search: {kept} keeps the budget down to depth {min(depths)}, {reached[kept]:.2f}x fewer operations"
-        )
-    chosen = max(reached, key=reached.__getitem__) if reached else next(iter(measured))
-    budget.say(f"search: {chosen} is chosen, {'the largest speedup' if reached else 'the fewest tokens'}")
-    return chosen
+    needed = max(SCREENING, math.ceil(budget.metric.cap / max(budget.max_drop, 1e-9)))
+    return needed if 2 * needed <= rows else None
+
+
+def fastest_plan(
+    fewest: Sequence[Measured], speedups: Mapping[Plan, float], screened: bool, budget: Budget
+) -> Generator[PlansToMeasure, Mapping[Plan, Measured], Kept]:
+    """The tokens to run in full: those of the fastest plan that the verify split is expected to certify.
+
+    More tokens lose less at a depth and cost more, so they pay off if they make a deeper pruning possible. Yields the
+    plans to measure and is sent their measurements. Only plans that are faster than the best with the fewest tokens are
+    measured: first all of them on a part of the rows, if there are enough rows, where those that lose more than
+    :data:`CLOSE` times the budget are left out; then the others, the fastest first and :data:`TOGETHER` in one pass,
+    until one keeps the budget. If none does at any depth, the fewest tokens.
+
+    Args:
+        fewest: measurements with the fewest tokens, which ``speedups`` lists first.
+        speedups: the prefill speedup of every plan that may be exported, from counted operations.
+        screened: whether there are enough rows.
+    """
+    first = next(kept for _, kept in speedups)
+    measured = {(candidate.choice.depth, first): candidate for candidate in fewest}
+
+    def keeping(plans: Iterable[Plan]) -> list[Plan]:
+        return [plan for plan in plans if budget.clears(measured[plan])]
+
+    chosen = max(keeping(measured), key=speedups.__getitem__, default=None)
+    least = 1.0 if chosen is None else speedups[chosen]
+    waiting = [plan for plan, ratio in speedups.items() if plan[1] != first and ratio > least]
+    if screened and len(waiting) > TOGETHER:
+        some = yield PlansToMeasure(tuple(waiting), screen=True)
+        close = [plan for plan in waiting if some[plan].loss <= CLOSE * budget.max_drop]
+        budget.say(f"search: {len(close)} of {len(waiting)} faster plans lose little on a part of the rows")
+        waiting = close
+    waiting.sort(key=lambda plan: -speedups[plan])
+    while waiting:
+        together, waiting = waiting[:TOGETHER], waiting[TOGETHER:]
+        measured |= yield PlansToMeasure(tuple(together))
+        if kept := keeping(together):
+            chosen = kept[0]  # the fastest
+            break
+    if chosen is None:
+        budget.say(f"search: no plan keeps the budget without training: {first} is chosen, the fewest tokens")
+        return first
+    for kept in dict.fromkeys(kept for _, kept in measured):
+        if plans := keeping(plan for plan in measured if plan[1] == kept):
+            depth, _ = best = max(plans, key=speedups.__getitem__)
+            budget.say(f"search: {kept} keeps the budget at depth {depth}, {speedups[best]:.2f}x fewer operations")
+    budget.say(f"search: {chosen[1]} is chosen, the largest speedup")
+    return chosen[1]
 
 
 def kept_of_least_loss(measured: Mapping[Kept, Sequence[Measured]], budget: Budget) -> Kept:

@@ -4,6 +4,7 @@ Modules and callbacks measure and decide; this file acts on their decisions. Wha
 ``folder.py``, so that a run can be killed anywhere and resumed.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -68,7 +69,8 @@ class Found:
         sequence: what to verify, shallowest pruning first.
         kept: the tokens that run in full.
         decisions: one readable line each.
-        plans: everything that was measured, with all choices of tokens that run in full.
+        plans: everything that was measured, with all choices of tokens that run in full; those that were only screened
+            on fewer rows.
     """
 
     curve: list[dict]
@@ -212,18 +214,16 @@ def search(run: Run, depths: list[int]) -> Found:
     reached = None
     if recipe.budget.speedup is not None:
         reached = candidates.reaching(recipe.budget, run.decoder, ways, run.tokens)
-    fewest, *others = ways
-    every = [(Choice(depth, kind), fewest) for depth in depths for kind in kinds]
-    plans = measure(run, "searching", every, "state/search.json")
-    if others:
-        asked = (
-            _plans_to_measure(run, ways, plans, depths, budget)
-            if reached is None
-            else [(Choice(depth, kind), kept) for kept, depth in reached.items() if kept != fewest for kind in kinds]
-        )
+    every = [(Choice(depth, kind), ways[0]) for depth in depths for kind in kinds]
+    plans, screened = measure(run, "searching", every, "state/search.json"), []
+    if len(ways) == 1:
+        kept = ways[0]
+    elif reached is not None:
+        asked = [(Choice(depth, kind), kept) for kept, depth in reached.items() if kept != ways[0] for kind in kinds]
         plans += measure(run, "searching plans", asked, "state/search-plans.json")
-    kept = choose_kept(run, ways, plans, depths, budget, reached) if others else fewest
-    if others and candidates.condition(recipe) is not None:
+        kept = _kept_of_least_loss(plans, reached, budget)
+    else:
+        kept = _kept_within_budget(run, plans, screened, depths, budget)
         known = {(entry["depth"], entry["projection"]) for entry in plans if Kept.of(entry) == kept}
         rest = [(choice, kept) for choice, _ in every if (choice.depth, choice.projection) not in known]
         if rest:
@@ -241,6 +241,8 @@ def search(run: Run, depths: list[int]) -> Found:
     training = Training(settings.kind, settings.steps, recipe.budget.extensions) if trains(recipe) else None
     measured = [Measured.of(entry) for entry in curve if _may_be_exported(run, entry)]
     sequence = selection.finish(selection.settle(measured, budget, training), train_and_measure)
+    known = {(entry["depth"], Kept.of(entry)) for entry in plans}
+    plans += [entry for entry in screened if (entry["depth"], Kept.of(entry)) not in known]
     return Found(_one_round_each(curve, budget), kept, sequence, decisions, plans)
 
 
@@ -252,59 +254,49 @@ def _may_be_exported(run: Run, entry: dict) -> bool:
     return enough and entry["projection"] == start_kind(run.recipe)
 
 
-def _plans_to_measure(
-    run: Run, ways: list[Kept], plans: list[dict], depths: list[int], budget: selection.Budget
-) -> list[tuple[Choice, Kept]]:
-    """Untrained plans that could still be chosen: more tokens in full than the fewest, and more saved than the best.
-
-    Args:
-        ways: ``Run.kept``.
-        plans: what was measured with the fewest tokens in full.
-    """
-    keeping = [entry for entry in plans if _may_be_exported(run, entry) and budget.clears(Measured.of(entry))]
-    best = max((run.speedup(entry["depth"], ways[0]) for entry in keeping), default=1.0)
-    start, least = start_kind(run.recipe), run.recipe.budget.min_pruned
-    return [
-        (Choice(depth, start), kept)
-        for kept in ways[1:]
-        for depth in depths
-        if run.decoder.num_layers - depth >= least and run.speedup(depth, kept) > best
-    ]
-
-
-def choose_kept(
-    run: Run,
-    ways: list[Kept],
-    plans: list[dict],
-    depths: list[int],
-    budget: selection.Budget,
-    reached: dict[Kept, int] | None,
-) -> Kept:
-    """The tokens that run in full, chosen from measurements of untrained projections.
-
-    Args:
-        ways: ``Run.kept``.
-        reached: the depth at which each reaches the requested speedup, where one is requested.
-    """
-    asked = [(depth, kept) for kept in ways for depth in depths]
-    if reached is not None:
-        asked = [(depth, kept) for kept, depth in reached.items()]
+def _kept_of_least_loss(plans: list[dict], reached: dict[Kept, int], budget: selection.Budget) -> Kept:
     measured: dict[Kept, list[Measured]] = {}
     for entry in plans:
-        kept = Kept.of(entry)
-        if (entry["depth"], kept) in asked and _may_be_exported(run, entry):
-            measured.setdefault(kept, []).append(Measured.of(entry))
-    if not measured:
-        least = run.recipe.budget.min_pruned
-        budget.say(f"search: no depth prunes {least} layers: {ways[0]} is chosen, the fewest tokens")
-        return ways[0]
-    if reached is not None:
-        return selection.kept_of_least_loss(measured, budget)
-    return selection.kept_within_budget(measured, {each: run.speedup(*each) for each in asked}, budget)
+        if reached.get(Kept.of(entry)) == entry["depth"]:
+            measured.setdefault(Kept.of(entry), []).append(Measured.of(entry))
+    return selection.kept_of_least_loss(measured, budget)
 
 
-def measure(run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str | None = None) -> list[dict]:
+def _kept_within_budget(
+    run: Run, plans: list[dict], screened: list[dict], depths: list[int], budget: selection.Budget
+) -> Kept:
+    """Carry out :func:`~pop_lightning.evaluation.search.fastest_plan`.
+
+    Args:
+        plans: what was measured with the fewest tokens in full; further measurements are added.
+        screened: measurements on a part of the rows are added here.
+    """
+    worth = [depth for depth in depths if run.decoder.num_layers - depth >= run.recipe.budget.min_pruned]
+    if not worth:
+        budget.say(f"search: no depth prunes {run.recipe.budget.min_pruned} layers: {run.kept[0]} is chosen")
+        return run.kept[0]
+    fewest = [Measured.of(entry) for entry in plans if _may_be_exported(run, entry)]
+    speedups = {(depth, kept): run.speedup(depth, kept) for kept in run.kept for depth in worth}
+    rows = selection.screening_rows(len(run.data.rows_of("search")), budget)
+    search, measured = selection.fastest_plan(fewest, speedups, rows is not None, budget), None
+    for number in itertools.count(1):
+        try:
+            request = search.send(measured)
+        except StopIteration as end:
+            return end.value
+        asked = [(Choice(depth, start_kind(run.recipe)), kept) for depth, kept in request.plans]
+        what, limit = ("screening plans", rows) if request.screen else ("searching plans", None)
+        entries = measure(run, what, asked, f"state/search-plans{number}.json", limit)
+        (screened if request.screen else plans).extend(entries)
+        measured = {(entry["depth"], Kept.of(entry)): Measured.of(entry) for entry in entries}
+
+
+def measure(
+    run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str | None = None, limit: int | None = None
+) -> list[dict]:
     """Curve entries of choices with what runs in full, on the search split; kept in ``file``.
+
+    ``limit`` is the number of rows to measure on; all unless given.
 
     They are measured anew where the file answers another question: a budget may be changed until the verify split is
     opened, and refits nothing.
@@ -322,7 +314,7 @@ def measure(run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str
                 for kept in ways:
                     variants[f"{choice}, {kept}"] = replace(variant, plan=kept.at(choice.depth))
             depths = ", ".join(dict.fromkeys(str(choice.depth) for choice in group))
-            for entry in evaluate(run, f"{what} at depth {depths}", variants).values():
+            for entry in evaluate(run, f"{what} at depth {depths}", variants, limit).values():
                 for key in kind_named(entry["projection"]).chosen:
                     entry[key] = ridges[str(entry["depth"])][key]
                 curve.append(entry)
@@ -330,17 +322,17 @@ def measure(run: Run, what: str, asked: Sequence[tuple[Choice, Kept]], file: str
 
     if file is None:
         return compute()["curve"]
-    question = {"asked": asked, "prompts": prompts}
+    question = {"asked": asked, "prompts": prompts, "limit": limit}
     question |= {"metric": budget.metric, "cap": budget.loss.cap, "confidence": budget.confidence}
     return run.folder.once(file, compute, question)["curve"]
 
 
-def evaluate(run: Run, what: str, variants: dict[str, Variant]) -> dict[str, dict]:
-    """:meth:`Evaluation.entries` of ``variants`` on the search split."""
+def evaluate(run: Run, what: str, variants: dict[str, Variant], limit: int | None = None) -> dict[str, dict]:
+    """:meth:`Evaluation.entries` of ``variants`` on the search split, or on ``limit`` of its rows."""
     budget = run.recipe.budget
     evaluation = Evaluation(run.decoder, variants)
     with memory_advice(f"lower data.batch_size ({run.recipe.data.batch_size}), {RESUME}"):
-        run.trainers.make(what).validate(evaluation, run.data.loader("search"), verbose=False)
+        run.trainers.make(what).validate(evaluation, run.data.loader("search", limit), verbose=False)
     return evaluation.entries(budget.loss, budget.confidence, run.data.prompts_of("verify"))
 
 

@@ -136,19 +136,56 @@ def test_at_a_requested_speedup_the_smallest_loss_wins(losses, chosen, rounds):
     assert drive(selection.least_loss(fitted, keeper, None), {}) == ([], [Choice(6, "closed_form")])
 
 
+FEW, SOME, MANY = Kept(1), Kept(4), Kept(1, 0.1)
+SPEEDUPS = {(8, FEW): 1.3, (6, FEW): 1.6, (4, FEW): 2.0, (8, SOME): 1.28, (6, SOME): 1.5, (4, SOME): 1.9}
+SPEEDUPS |= {(8, MANY): 1.2, (6, MANY): 1.4, (4, MANY): 1.7}
+
+
+def fastest(losses, speedups, screened=False, keeper=None):
+    """The chosen tokens, and every request for measurements; ``losses`` by tokens and depth."""
+    keeper, requests, answer = keeper or budget()[0], [], None
+    machine = selection.fastest_plan([measured(*each) for each in losses[FEW].items()], speedups, screened, keeper)
+    while True:
+        try:
+            requests.append(machine.send(answer))
+        except StopIteration as end:
+            return end.value, requests
+        answer = {(depth, kept): measured(depth, losses[kept][depth]) for depth, kept in requests[-1].plans}
+
+
 def test_the_tokens_in_full_that_save_most_are_chosen():
+    losses = {FEW: {8: 0.001, 6: 0.02, 4: 0.3}, SOME: {8: 0.0, 6: 0.004, 4: 0.2}, MANY: {8: 0.0, 6: 0.001, 4: 0.15}}
     keeper, lines = budget()
-    few, some, many = Kept(1), Kept(4), Kept(1, 0.1)
-    losses = {few: {8: 0.001, 6: 0.02, 4: 0.3}, some: {8: 0.0, 6: 0.004, 4: 0.2}, many: {8: 0.0, 6: 0.001, 4: 0.15}}
-    plans = {kept: [measured(depth, loss) for depth, loss in each.items()] for kept, each in losses.items()}
-    speedups = {(8, few): 1.3, (6, few): 1.6, (4, few): 2.0, (8, some): 1.28, (6, some): 1.5, (4, some): 1.9}
-    speedups |= {(8, many): 1.2, (6, many): 1.4, (4, many): 1.7}
-    assert selection.kept_within_budget(plans, speedups, keeper) == some  # depth 6 at 1.5x
-    assert len(lines) == 4
-    speedups |= {(6, some): 1.25, (6, many): 1.2}
-    assert selection.kept_within_budget(plans, speedups, keeper) == few  # deeper would be slower
-    nothing = {kept: [measured(8, 0.5)] for kept in (few, some)}
-    assert selection.kept_within_budget(nothing, speedups, keeper) == few
+    chosen, (request,) = fastest(losses, SPEEDUPS, keeper=keeper)
+    assert chosen == SOME  # depth 6 at 1.5x
+    assert request.plans == ((4, SOME), (4, MANY), (6, SOME), (6, MANY))  # the others save less than depth 8 alone
+    assert any("boundary 4 keeps the budget at depth 6, 1.50x" in line for line in lines)
+    slow = SPEEDUPS | {(6, SOME): 1.25, (6, MANY): 1.2}
+    assert fastest(losses, slow)[0] == FEW  # deeper would be slower
+    nothing = {kept: dict.fromkeys((8, 6, 4), 0.5) for kept in (FEW, SOME, MANY)}
+    assert fastest(nothing, SPEEDUPS)[0] == FEW
+
+
+def test_plans_are_screened_and_then_measured_from_the_fastest_until_one_keeps_the_budget():
+    depths, boundaries = range(1, 11), [Kept(k) for k in (4, 8, 16)]
+    speedups = {(depth, FEW): 20 - depth for depth in depths}
+    speedups |= {(depth, kept): 20 - depth - kept.boundary / 100 for kept in boundaries for depth in depths}
+    losses = {FEW: dict.fromkeys(depths, 0.5)}
+    losses |= {
+        kept: {depth: 0.5 if depth < 3 else 0.015 if depth < 7 else 0.001 for depth in depths} for kept in boundaries
+    }
+    chosen, (screen, first, second) = fastest(losses, speedups, screened=True)
+    assert screen.screen
+    assert len(screen.plans) == 30
+    assert [plan[0] for plan in first.plans] == [3, 3, 3, 4, 4, 4, 5, 5]  # at most twice the budget
+    assert second.plans[:4] == ((5, boundaries[2]), *((6, kept) for kept in boundaries))
+    assert chosen == boundaries[0]
+    assert sum(len(request.plans) for request in fastest(losses, speedups)[1]) > 16  # nothing was left out
+
+
+@pytest.mark.parametrize(("rows", "max_drop", "expected"), [(300, 0.01, 100), (199, 0.01, None), (5000, 0.001, 1000)])
+def test_screening_needs_enough_rows_for_one_loss_to_decide_nothing(rows, max_drop, expected):
+    assert selection.screening_rows(rows, budget(max_drop)[0]) == expected
 
 
 def test_the_tokens_in_full_with_the_smallest_loss_are_chosen_at_a_requested_speedup():

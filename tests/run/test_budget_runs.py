@@ -255,7 +255,7 @@ def test_an_automatic_boundary_makes_a_deeper_pruning_possible(run, untrained):
     chosen = metrics["boundary"]
     assert chosen > 1
     assert {entry["boundary"] for entry in metrics["curve"]} == {chosen}
-    assert decided(metrics, "search: boundary 1 keeps the budget at no depth")
+    assert not decided(metrics, "search: boundary 1 keeps the budget")
     assert decided(metrics, f"search: boundary {chosen} is chosen")
     if code == 0:
         assert StageAwareGenerator.from_artifact(output / "artifact").plan == PruningPlan(2, chosen)
@@ -286,11 +286,28 @@ def test_a_plan_with_salient_tokens_is_chosen_verified_and_exported(run, untrain
     counted = {plan.get("salient", 0): plan["speedup"] for plan in same_depth}
     assert metrics["arithmetic"]["ratio"] == counted[metrics["salient"]] < counted[0]
     page = (output / "report.html").read_text()
-    assert f"but for {100 * metrics['salient']:.3g}% of the prompt that are selected" in page
+    assert f"{100 * metrics['salient']:.3g}% of the prompt selected anywhere" in page
     assert "Frontier" in page
     prompt = torch.randint(3, COMMON["vocab_size"], (1, 20))
     generator.generate(input_ids=prompt, max_new_tokens=2)
     assert generator.selected.shape == (1, 20 * metrics["salient"])
+
+
+@pytest.mark.full
+def test_screening_plans_on_a_part_of_the_rows_changes_no_choice(run, untrained, monkeypatch, capsys):
+    limit = 0.8 * untrained[2]["expected_bound"]
+    choices = {"boundary": "auto", "budget__boundaries": [1, 4, 8], "salient": "auto", "budget__salient": [0, 0.5]}
+    _, _, every = run(**choices, budget__max_drop=limit, **TIGHT)
+    assert "screening plans" not in capsys.readouterr().out
+    monkeypatch.setattr("pop_lightning.evaluation.search.SCREENING", 4)
+    monkeypatch.setattr("pop_lightning.evaluation.search.TOGETHER", 2)
+    _, _, metrics = run(**choices, budget__max_drop=limit, **TIGHT)
+    assert "screening plans" in capsys.readouterr().out
+    for key in ("depth", "boundary", "salient", "curve", "verified"):
+        assert metrics.get(key) == every.get(key)
+    assert {(plan["depth"], plan["boundary"], plan.get("salient")) for plan in metrics["plans"]} == {
+        (plan["depth"], plan["boundary"], plan.get("salient")) for plan in every["plans"]
+    }
 
 
 def test_the_budget_may_keep_to_depth_and_boundary(run):
