@@ -82,7 +82,7 @@ def a_third_pruned(layers: int) -> int:
 def run(
     target: StageAwareGenerator | PreTrainedModel,
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     batches: Sequence[int] = BATCHES,
     depths: Sequence[int] | None = None,
     boundary: int | float | None = None,
@@ -97,7 +97,8 @@ def run(
 
     Args:
         target: a generator, whose own plan and projections are measured, or a model, pruned with reused projections.
-        lengths: prompt lengths in tokens; random tokens, no padding.
+        lengths: prompt lengths in tokens; random tokens, no padding. Those of :data:`LENGTHS` that the model's context
+            has room for unless given.
         batches: prompts per batch.
         depths: for a model; a third pruned unless given.
         boundary, salient: for a model, numbers or shares of the prompt; 1 and 0 unless given.
@@ -121,7 +122,11 @@ def run(
     """
     plans = _plans(target, depths, boundary, salient)
     model = target.model if isinstance(target, StageAwareGenerator) else target
-    _check(model, lengths, batches, repeats, decode_tokens)
+    context, steps = context_length(model), decode_tokens + WARMUP if decode_tokens else 0
+    if lengths is None:
+        room = max(1, context - steps) if context is not None else max(LENGTHS)
+        lengths = [each for each in LENGTHS if each <= room] or [room]
+    _check(context, steps, lengths, batches, repeats, decode_tokens)
     result: dict[str, Any] = {
         "format": 1,
         "model": _describe_model(target, name),
@@ -135,7 +140,8 @@ def run(
         },
         "points": [],
     }
-    bar = tqdm(total=len(plans) * len(batches) * len(lengths), desc="benchmark", unit="point", disable=not progress)
+    points, hidden = len(plans) * len(batches) * len(lengths), not progress or None  # None: shown on a terminal only
+    bar = tqdm(total=points, desc="benchmark", unit="point", disable=hidden)
     with bar:
         for plan in plans:
             with memory_advice("choose a smaller model or a narrower --dtype"):
@@ -176,7 +182,7 @@ def _plans(
     return plans
 
 
-def _check(model: PreTrainedModel, lengths, batches, repeats: int, decode_tokens: int) -> None:
+def _check(context: int | None, steps: int, lengths, batches, repeats: int, decode_tokens: int) -> None:
     for flag, values in (("--lengths", lengths), ("--batches", batches)):
         if not values or min(values) < 1:
             found = min(values) if values else "none"
@@ -184,8 +190,6 @@ def _check(model: PreTrainedModel, lengths, batches, repeats: int, decode_tokens
     for flag, value, least in (("--repeats", repeats, 1), ("--decode_tokens", decode_tokens, 0)):
         if value < least:
             raise InputError(f"{flag} must be at least {least}, found {value}.")
-    context = context_length(model)
-    steps = decode_tokens + WARMUP if decode_tokens else 0
     if context is not None and max(lengths) + steps > context:
         raise InputError(
             f"--lengths holds {max(lengths)}; with the {steps} tokens that --decode_tokens {decode_tokens} reads it is "

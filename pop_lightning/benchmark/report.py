@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_json, write_whole
-from pop_lightning.core.tables import text_table
+from pop_lightning.core.tables import millions, text_table
 
 JSON, PLOT = "benchmark.json", "benchmark.png"
 
@@ -23,7 +23,7 @@ def table(result: dict[str, Any]) -> str:
     """The model and machine, then two tables with one line per point: times, and rates and memory."""
     model, machine = result["model"], result["machine"]
     lines = [
-        f"{model['name']}: {model['class']}, {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion "
+        f"{model['name']}: {model['class']}, {model['layers']} layers, {millions(model['parameters'])} "
         f"parameters, {model['dtype']}, {model['attn_implementation']} attention, {model['projection']} projections, "
         f"weights {model['weight_bytes'] / 1e6:.0f} MB",
         f"{machine['device']}, threads: {machine['threads']}; torch {machine['versions']['torch']}, transformers "

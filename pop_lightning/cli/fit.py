@@ -4,6 +4,7 @@ import sys
 
 from pop_lightning.cli import importing, run
 from pop_lightning.core.errors import Key, as_recipe
+from pop_lightning.core.quiet import quiet_bars
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         with importing():
             from pop_lightning.run import pipeline
 
-        return pipeline.fit(invocation.recipe, resume=invocation.resume, overwrite=invocation.overwrite)
+        quiet_bars()
+        return pipeline.fit(
+            invocation.recipe,
+            resume=invocation.resume,
+            overwrite=invocation.overwrite,
+            verbose=invocation.verbose,
+        )
 
     return run("pop-fit", body, spell)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from pop_lightning.cli import importing, run
 from pop_lightning.core.errors import InputError, as_flags
+from pop_lightning.core.quiet import quiet_bars
 
 # The recipe keys that the library names in its errors and that are flags here.
 FLAGS = as_flags(
@@ -120,6 +121,7 @@ def _generator(arguments: argparse.Namespace, check: Callable[[], None]):
         from pop_lightning.core.memory import memory_advice
         from pop_lightning.models.loading import check_dtype, choose_device
 
+    quiet_bars()
     check_dtype(arguments.dtype)
     device = choose_device(arguments.device)
     check()

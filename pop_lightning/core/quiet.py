@@ -1,6 +1,8 @@
-"""Silences messages of Lightning that do not apply to this library."""
+"""Silences messages and progress bars of other libraries that mean nothing to the user here."""
 
 import logging
+import os
+import sys
 import warnings
 
 
@@ -18,3 +20,15 @@ def quiet_lightning() -> None:
         ".*tensorboardX.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def quiet_bars() -> None:
+    """Progress bars of Transformers, the hub and ``datasets`` where standard error is a log: they are one long line."""
+    if sys.stderr.isatty():
+        return
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, which takes long
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()

@@ -203,6 +203,14 @@ def _read_dataset(
         else:
             dataset = datasets.load_dataset(str(path) if path.exists() else source, name, split=wanted)
     except Exception as error:  # every loader of `datasets` raises its own exceptions, all about the source
+        from pop_lightning.models.loading import hub_unreached
+
+        if not path.exists() and hub_unreached(error):
+            raise InputError(
+                f"{source!r} is not a file on this machine, and huggingface.co could not be reached",
+                key=_CALIBRATION,
+                advice="check the connection, or correct the path",
+            ) from error
         raise InputError(
             (
                 f"{source!r} (",

@@ -7,6 +7,7 @@ depth and its verification all get their batches here.
 import hashlib
 import json
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -533,7 +534,8 @@ class CalibrationData(lightning.LightningDataModule):
         todo = sorted(
             (row for row in waiting if str(row.seed) not in responses), key=lambda row: (-row.length, row.seed)
         )
-        hidden = not todo or not distributed.is_first()
+        hidden = not todo or not distributed.is_first() or None  # None: shown on a terminal only
+        written, began = 0, time.perf_counter()
         with tqdm(total=len(todo), desc="responses of the full model", unit="row", disable=hidden) as bar:
             step = self.batch_size * distributed.size()
             for start in range(0, len(todo), step):
@@ -544,6 +546,8 @@ class CalibrationData(lightning.LightningDataModule):
                 for number, ids_of_rank in enumerate(generated):
                     for row, ids in zip(batch[number :: distributed.size()], ids_of_rank, strict=True):
                         responses[str(row.seed)] = [int(token) for token in ids]
+                        written += len(ids)
+                bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
                 if distributed.is_first():
                     _write_cache(cache, {**stamp, "responses": responses})
                 bar.update(len(batch))

@@ -20,6 +20,7 @@ from pop_lightning.core.errors import InputError, Key, first_sentence
 from pop_lightning.data.images import RowImage
 from pop_lightning.data.media import reason
 from pop_lightning.data.videos import RowVideo
+from pop_lightning.models.loading import hub_unreached
 
 _NOT_FEATURES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_metadata")
 
@@ -186,6 +187,12 @@ def load_processor(name: str, *, revision: str | None = None, trust_remote_code:
             resolve_bundled(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if hub_unreached(error):
+            raise InputError(
+                f"{name!r} has no processor on this machine, and huggingface.co could not be reached",
+                key="model.base",
+                advice="check the connection",
+            ) from error
         raise InputError(
             f"{name!r} has no processor that loads, which images and videos need: {first_sentence(error)}",
             key="model.base",

@@ -140,7 +140,7 @@ class PopLM(HFLM):
             prompts.setdefault(self._prompt(context, continuation), []).append(index)
         longest_first = sorted(prompts, key=lambda prompt: (-len(prompt), prompt))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as progress:
+        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Running loglikelihood requests") as progress:
             for start in range(0, len(prompts), size):
                 batch = longest_first[start : start + size]
                 pairs = [(row, index) for row, prompt in enumerate(batch) for index in prompts[prompt]]

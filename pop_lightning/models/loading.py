@@ -8,7 +8,7 @@ from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -129,8 +129,7 @@ def _not_loaded(name: str, path: str, problem: str, expected: str, error: Except
     if any(isinstance(each, GatedRepoError) for each in causes):
         advice = "accept its terms on huggingface.co and log in (hf auth login)"
         return InputError(f"{name!r} is gated on the hub", key="model.base", advice=advice)
-    # Also raised if the hub is never asked (HF_HUB_OFFLINE).
-    if any(isinstance(each, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for each in causes):
+    if hub_unreached(error):
         return InputError(
             f"{name!r} is not on this machine, and huggingface.co could not be reached",
             key="model.base",
@@ -145,6 +144,17 @@ def _not_loaded(name: str, path: str, problem: str, expected: str, error: Except
             advice=("if it was moved, give its new location with ", Key("model.base")),
         )
     return InputError(f"{name!r} {problem} (expected {expected}): {first_sentence(error)}", key="model.base")
+
+
+def hub_unreached(error: BaseException | None) -> bool:
+    """Whether ``error`` comes from a hub that does not answer, or that is not asked (``HF_HUB_OFFLINE``)."""
+    return any(
+        isinstance(each, (LocalEntryNotFoundError, ConnectionError, TimeoutError))
+        # The hub's HTTP client is another package in every other version: its errors are known by their base's name.
+        or any(kind.__name__ == "TransportError" for kind in type(each).__mro__)
+        or (isinstance(each, HfHubHTTPError) and each.response.status_code >= 500)
+        for each in _causes(error)
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -236,8 +246,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        unreached = any(isinstance(each, LocalEntryNotFoundError) for each in _causes(error))
-        if not required and not unreached:
+        if not required and not hub_unreached(error):
             return None
         expected = "tokenizer.json next to its config.json"
         raise _not_loaded(name, path, "has no tokenizer that loads", expected, error) from error

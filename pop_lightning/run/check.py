@@ -24,7 +24,7 @@ from pop_lightning.core.errors import InputError, first_sentence
 from pop_lightning.core.memory import device_bytes, peak_bytes
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
-from pop_lightning.core.tables import text_table
+from pop_lightning.core.tables import millions, text_table
 from pop_lightning.data.examples import check_source, read_examples
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
@@ -470,7 +470,7 @@ def _heading(found: Estimate) -> str:
     kind = "GPU" if machine.gpu else "CPU"
     many = f"{machine.devices} {kind}s, trainer.strategy {machine.strategy}" if machine.devices > 1 else f"one {kind}"
     return (
-        f"base: {base.name}, {base.decoder.num_layers} layers, {base.parameters / 1e9:.3g} billion parameters, "
+        f"base: {base.name}, {base.decoder.num_layers} layers, {millions(base.parameters)} parameters, "
         f"{_gib(base.bytes)} GiB in {str(base.dtype).removeprefix('torch.')} ({where})\n"
         f"rows: {', '.join(f'{name} {count}' for name, count in rows.counts.items())} "
         f"({f'assumed: {rows.assumed}' if rows.assumed else lengths})\n"

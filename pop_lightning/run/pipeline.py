@@ -5,6 +5,7 @@ Modules and callbacks measure and decide; this file acts on their decisions. Wha
 """
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -31,14 +32,23 @@ from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run import depths as candidates
 from pop_lightning.run.folder import RunFolder, file_name
 from pop_lightning.run.inputs import RESUME, Run, load, start_kind, trains, untrained_kinds, versions
+from pop_lightning.run.progress import Progress
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.report import print_table, write_report
 from pop_lightning.run.trainers import Trainers
 
 EXPORTED, NOTHING_QUALIFIES = 0, 3
+LOADING, IMPORTANCE, FITTING, SEARCH, VERIFICATION, REPORT = STAGES = (
+    "loading",
+    "importance",
+    "fitting",
+    "search",
+    "verification",
+    "report",
+)
 
 
-def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int:
+def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, verbose: bool = False) -> int:
     """Run every stage; returns the exit code (0 exported, 3 no depth keeps the budget).
 
     Of a run that starts processes of its own also 2 (bad input, printed by the process that found it) and 1 (a process
@@ -51,13 +61,22 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> int
     quiet_lightning()
     for source in recipe.data.sources:  # before the minutes that a large base may need to load
         check_source(source)
-    trainers = Trainers(recipe)
+    progress = Progress(stages(recipe), verbose)
+    trainers = Trainers(recipe, progress)
     if trainers.starts_processes:
-        return trainers.start(*["--resume"] * resume, *["--overwrite"] * overwrite)
+        return trainers.start(*["--resume"] * resume, *["--overwrite"] * overwrite, *["--verbose"] * verbose)
     with trainers.processes():
         folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
         with folder.at_work():
-            return run_stages(load(recipe, folder, trainers))
+            with progress.stage(LOADING):
+                progress.say("loading the base and the rows")
+                run = load(recipe, folder, trainers)
+            return run_stages(run)
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """Names of the stages of a run, in order."""
+    return [name for name in STAGES if name != FITTING or start_kind(recipe) != "reuse"]
 
 
 @dataclass(frozen=True)
@@ -88,19 +107,29 @@ def run_stages(run: Run) -> int:
     if metrics and importance and (metrics["depth"] is None or _exported(run, metrics)):
         print(f"the run in {folder} had already ended")
     else:
-        importance = folder.once("importance.json", lambda: score(run))
+        at = run.trainers.progress.stage
+        with at(IMPORTANCE):
+            importance = folder.once("importance.json", lambda: score(run))
         depths = candidates.to_measure(recipe, run.decoder, importance["prefill"], run.kept, run.tokens)
-        fit_untrained(run, depths)
-        found = search(run, depths)
-        budget = verify(run, found)
-        metrics = folder.once("metrics.json", lambda: summarize(run, found, budget, importance))
+        if start_kind(recipe) != "reuse":
+            with at(FITTING):
+                fit_untrained(run, depths)
+        with at(SEARCH):
+            found = search(run, depths)
+        with at(VERIFICATION):
+            budget = verify(run, found)
+        with at(REPORT):
+            metrics = folder.once("metrics.json", lambda: summarize(run, found, budget, importance))
     if distributed.is_first() and not (folder / "report.html").is_file():
         write_report(metrics, importance, folder / "report.html")
     print(print_table(metrics))
+    print(f"total time: {run.trainers.progress.total()}")
     print(f"report: {folder / 'report.html'}")
     if metrics["depth"] is None:
         return NOTHING_QUALIFIES
-    print(f"artifact: {folder / 'artifact'}")
+    artifact = folder / "artifact"
+    print(f"artifact: {artifact}")
+    print(f'next: pop-generate prompt "..." --artifact {shlex.quote(str(artifact))}')
     return EXPORTED
 
 
@@ -133,7 +162,7 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
     """The kind that needs no training at every depth, each choice about it made on the tune split."""
     recipe, settings, start = run.recipe, run.recipe.projection, start_kind(run.recipe)
     kept = {depth: run.folder.has_projections(Choice(depth, start)) for depth in depths}
-    if all(kept.values()) and (start == "reuse" or run.folder.read("state/ridge.json")):
+    if all(kept.values()) and run.folder.read("state/ridge.json"):
         return
     ridges = {}
     needed = f"projection.memory_gib ({settings.memory_gib:g}) or data.batch_size ({recipe.data.batch_size})"
@@ -422,6 +451,7 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
         measure(run, "comparing boundaries", [(shown, kept) for kept in in_order(compared)]) if compared else []
     )
     comparison = compare(run, shown, found)
+    run.trainers.progress.say("timing the prefill")
     generator = StageAwareGenerator(run.decoder.model, plan, run.variant(shown, found.kept).projections)
     metrics = {
         "format": 1,

@@ -405,6 +405,7 @@ class Invocation(NamedTuple):
     resume: bool
     overwrite: bool
     check: bool
+    verbose: bool
 
 
 def parse(argv: list[str] | None = None) -> Invocation:
@@ -434,7 +435,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
     if flags.print_config:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
-    return Invocation(recipe, flags.resume, flags.overwrite, flags.check)
+    return Invocation(recipe, flags.resume, flags.overwrite, flags.check, flags.verbose)
 
 
 # Those that are not recipe keys: what follows the flag, where something does, and the help.
@@ -443,6 +444,7 @@ FLAGS = {
     "check": (None, "report the memory, operations and time that the run needs, offline, and exit"),
     "resume": (None, "continue the run in `output`"),
     "overwrite": (None, "replace the run in `output`"),
+    "verbose": (None, "print a line as each stage begins, in logs as well"),
     "print_config": (None, "print all values in use as YAML, and exit"),
     "recipe_out": ("FILE", "write the recipe to FILE, to start one of your own, and exit"),
     "list": (None, "list the bundled recipes, and exit"),

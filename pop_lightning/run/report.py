@@ -60,6 +60,7 @@ def print_table(metrics: dict[str, Any]) -> str:
     if metrics.get("comparison"):
         columns = ("comparison", "depth", "exact match", "agreement", "KL")
         blocks.append(_comparison_table(metrics).only(*columns).text())
+    blocks += filter(None, [speedups(metrics)])
     blocks.append(" ".join(filter(None, [headline(metrics), advice(metrics)])))
     return "\n\n".join(blocks) + "\n"
 
@@ -230,6 +231,20 @@ def headline(metrics: dict[str, Any]) -> str:
         f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
         f"({draws(verified)}{condition}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
     )
+
+
+def speedups(metrics: dict[str, Any]) -> str:
+    """The counted prefill speedup and, where the prefill was timed, the measured one; empty if neither is known."""
+    counted, ttft = metrics.get("arithmetic"), metrics.get("ttft")
+    if not counted:
+        return ""
+    start = f"Prefill of {count(counted['prompt_tokens'], 'prompt token')} at depth {counted['depth']}: "
+    start += f"{ratio(counted['ratio'])} counted in operations"
+    if not ttft:
+        return f"{start}; not timed."
+    times = f"{milliseconds(ttft['full_ms'])} to {milliseconds(ttft['pruned_ms'])}, {ttft['device']}"
+    measured = f"{ratio(ttft['full_ms'] / ttft['pruned_ms'])} measured ({times})"
+    return " ".join(filter(None, [f"{start}, {measured}.", noise(ttft)]))
 
 
 def _has_salient(metrics: dict[str, Any]) -> bool:

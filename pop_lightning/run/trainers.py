@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -24,6 +24,7 @@ from pop_lightning.core.errors import InputError, first_sentence
 from pop_lightning.core.files import restore_folder
 from pop_lightning.models.loading import stored_dtype
 from pop_lightning.run import launch, strategies
+from pop_lightning.run.progress import Progress, StageBar
 from pop_lightning.run.recipe import Recipe
 
 # They would cut the rows or steps of every stage alike.
@@ -61,6 +62,9 @@ def check_placement(recipe: Recipe) -> None:
 class Trainers:
     """A trainer per stage, all from one recipe.
 
+    Args:
+        progress: of the run, which names its stages.
+
     Attributes:
         device: where this process's stages run.
 
@@ -68,8 +72,8 @@ class Trainers:
         InputError: there is no such device or strategy, or a key would cut the rows of a stage.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, progress: Progress | None = None):
+        self.recipe, self.progress = recipe, progress or Progress()
         given = recipe.trainer
         check_keys(given)
         self.strategy = given.get("strategy") or "auto"
@@ -122,7 +126,7 @@ class Trainers:
         return self._sharded is not None
 
     def make(self, what: str, *callbacks: lightning.Callback) -> "Trainer":
-        """A trainer for a pass over rows, for the stage ``what``, which is printed."""
+        """A trainer for a pass over rows; ``what`` names it to the user."""
         # What belongs to optimiser steps alone would be refused or warned about; the precision is training's too: sums
         # and measurements are made in the base's own dtype and float32.
         return self._make(
@@ -172,14 +176,20 @@ class Trainers:
 
     def _make(self, what: str, callbacks, **overrides) -> "Trainer":
         own = [*callbacks, self._sharded] if self._sharded is not None else callbacks
-        trainer = Trainer(self._lightning_trainer(own, **overrides))
-        print(f"{what} ...", flush=True)
-        return trainer
+        trainer = self._lightning_trainer(own, what, **overrides)
+        self.progress.say(what, bar=trainer.progress_bar_callback is not None)
+        return Trainer(trainer)
 
-    def _lightning_trainer(self, own: Sequence[lightning.Callback], **overrides) -> lightning.Trainer:
+    def _lightning_trainer(self, own: Sequence[lightning.Callback], what: str = "", **overrides) -> lightning.Trainer:
         try:
             arguments = self.recipe.trainer_arguments()  # makes what the recipe names by class
-            arguments["callbacks"] = [_SameSigterm(), *own, *(arguments.get("callbacks") or [])]
+            given = arguments.get("callbacks") or []
+            given = given if isinstance(given, list) else [given]  # as Lightning accepts them
+            if not any(isinstance(each, ProgressBar) for each in given):
+                shown = self.progress.interactive and arguments.get("enable_progress_bar") is not False
+                arguments["enable_progress_bar"] = shown
+                own = [*own, StageBar(self.progress.name(what))] if shown else own
+            arguments["callbacks"] = [_SameSigterm(), *own, *given]
             arguments |= {
                 "enable_checkpointing": False,
                 "enable_model_summary": False,

@@ -13,6 +13,7 @@ from pop_lightning.benchmark import report as benchmark_report
 from pop_lightning.benchmark.bound import unavoidable
 from pop_lightning.cli import generate
 from pop_lightning.core.memory import peak_bytes
+from pop_lightning.core.tables import millions
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import prefill_flops
@@ -266,3 +267,20 @@ def test_benchmark_flags_without_benchmark_and_generation_without_an_artifact_ar
 def test_weights_larger_than_the_machine_are_refused_before_they_are_made():
     with pytest.raises(InputError, match=r"--shape llama3_3_70b has 141.1 GB of weights in bfloat16"):
         shapes._check_memory("llama3_3_70b", torch.bfloat16, torch.device("cpu"), there=100 * 10**9)
+
+
+@pytest.mark.parametrize(("context", "expected"), [(600, [128, 512]), (200, [128]), (64, [60])])
+def test_without_lengths_those_are_measured_that_the_context_has_room_for(context, expected):
+    model = build("llama")
+    model.config.max_position_embeddings = context
+    result = benchmark.run(model, repeats=1, decode_tokens=2)
+    assert [point["prompt_tokens"] for point in result["points"]] == expected
+
+
+def test_sizes_have_the_word_that_fits():
+    assert [millions(each) for each in (8_030_261_248, 1_345_678, 1500, 12)] == [
+        "8.03 billion",
+        "1.35 million",
+        "1.5 thousand",
+        "12",
+    ]

@@ -63,7 +63,12 @@ def arguments(base: Path, data: Path, output: Path, **changes) -> list[str]:
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
     } | {key.replace("__", "."): value for key, value in changes.items()}
-    return ["--recipe", str(recipe), *[part for key, value in values.items() for part in (f"--{key}", str(value))]]
+    return [
+        "--recipe",
+        str(recipe),
+        "--verbose",
+        *[part for key, value in values.items() for part in (f"--{key}", str(value))],
+    ]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

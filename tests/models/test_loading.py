@@ -2,19 +2,27 @@
 
 import json
 
+import datasets
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import _http
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.core.errors import as_flags
+from pop_lightning.data import processor
+from pop_lightning.data.examples import read_examples
 from pop_lightning.generation.base_identity import base_identity, check_base
+from pop_lightning.models import loading
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model, load_tokenizer, stored_dtype
 
 from tests.helpers.families import build, ragged
 from tests.helpers.workbench import WORDS, save_base
+
+httpx = next(value for name, value in vars(_http).items() if name.startswith("httpx"))  # whichever version the hub uses
 
 
 def pickled(folder, state):
@@ -99,6 +107,34 @@ def test_a_hub_that_cannot_be_reached_is_named_as_the_reason(monkeypatch, load):
         load("org/base")
     with pytest.raises(InputError, match="could not be reached"):  # not "has none"
         load_tokenizer("org/base", required=False)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_an_error_of_the_hub_is_not_taken_for_a_base_without_a_tokenizer(monkeypatch, status):
+    def answer(*_, **__):
+        request = httpx.Request("GET", "https://huggingface.co/org/base")
+        raise HfHubHTTPError("failed", response=httpx.Response(status, request=request))
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", answer)
+    for required in (True, False):
+        with pytest.raises(InputError, match=r"huggingface\.co could not be reached; check the connection"):
+            load_tokenizer("org/base", required=required)
+
+
+@pytest.mark.parametrize("failure", ["ConnectError", "ReadTimeout", "ProxyError"])
+def test_a_failure_of_the_network_is_named_for_bases_processors_and_data(monkeypatch, failure):
+    def fail(*_, **__):
+        try:
+            raise getattr(httpx, failure)("[Errno -2] Name or service not known")
+        except httpx.TransportError as error:
+            raise OSError("Can't load it") from error
+
+    for module, name in ((loading.AutoConfig, "from_pretrained"), (processor.AutoProcessor, "from_pretrained")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    for load in (load_model, processor.load_processor, read_examples):
+        with pytest.raises(InputError, match=r"on this machine, and huggingface\.co could not be reached"):
+            load("org/base")
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

@@ -124,7 +124,7 @@ def run_in_fork(command, log, after=None, number=signal.SIGKILL):
     return process.exitcode
 
 
-# The first words of the line that a stage prints as it begins.
+# What the line begins with that --verbose prints where a part of a stage begins, after the stage's number.
 STAGES = (
     "scoring",
     "closed form, pass",
@@ -145,7 +145,7 @@ def sigterm_in(stage):
     class Output(io.TextIOBase):
         def write(self, text):
             nonlocal left
-            if text.startswith(stage):
+            if f": {stage}" in text:
                 left = 20
 
     def count(*_):

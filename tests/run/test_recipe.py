@@ -110,10 +110,10 @@ def test_numbers_with_an_exponent_are_numbers(write):
 
 def test_resume_overwrite_and_check_are_read_and_exclude_each_other(write):
     path = write(MINIMAL)
-    assert parse(["--recipe", path])[1:] == (False, False, False)
-    assert parse(["--recipe", path, "--resume"])[1:] == (True, False, False)
-    assert parse(["--overwrite", "--recipe", path])[1:] == (False, True, False)
-    assert parse(["--recipe", path, "--check"])[1:] == (False, False, True)
+    assert parse(["--recipe", path])[1:4] == (False, False, False)
+    assert parse(["--recipe", path, "--resume"])[1:4] == (True, False, False)
+    assert parse(["--overwrite", "--recipe", path])[1:4] == (False, True, False)
+    assert parse(["--recipe", path, "--check"])[1:4] == (False, False, True)
     assert "not allowed with argument" in refusal("--recipe", path, "--overwrite", "--resume")
 
 
@@ -322,7 +322,7 @@ def test_the_pipeline_gets_the_recipe_and_returns_the_exit_code(monkeypatch, cod
     monkeypatch.setattr("pop_lightning.run.pipeline.fit", lambda recipe, **flags: calls.append((recipe, flags)) or code)
     assert main(["--recipe", "tiny", "--seed", "9", "--resume"]) == code
     assert calls[0][0].seed == 9
-    assert calls[0][1] == {"resume": True, "overwrite": False}
+    assert calls[0][1] == {"resume": True, "overwrite": False, "verbose": False}
 
 
 def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):

@@ -95,7 +95,14 @@ METRICS = {
             "kl": 3.02,
         },
     ],
-    "arithmetic": {"prompt_tokens": 1024, "full_flops": 2.9e12, "pruned_flops": 2.0e12, "saved": 0.9e12, "ratio": 1.45},
+    "arithmetic": {
+        "depth": 8,
+        "prompt_tokens": 1024,
+        "full_flops": 2.9e12,
+        "pruned_flops": 2.0e12,
+        "saved": 0.9e12,
+        "ratio": 1.45,
+    },
     "ttft": {
         "prompt_tokens": 1024,
         "batch": 1,
@@ -347,6 +354,15 @@ def test_terminal_table_holds_curve_comparison_and_choice(metrics):
     assert any(line.startswith("layers removed") and "32.10%" in line for line in lines)
     assert lines[-1].startswith("Context tokens run through 8 of 12 layers")
     assert print_table(nothing_qualified(metrics)).splitlines()[-1].startswith("No depth qualified")
+
+
+def test_the_terminal_has_the_measured_speedup_next_to_the_counted_one(metrics):
+    start = "Prefill of 1,024 prompt tokens at depth 8: 1.45x counted in operations"
+    assert f"{start}, 1.42x measured (412 ms to 291 ms, cpu (2 threads)).\n" in print_table(metrics)
+    metrics["ttft"]["pruned_p90_ms"] = 500.0
+    assert "(2 threads)). The times are noisy" in print_table(metrics)
+    metrics["ttft"] = None
+    assert f"{start}; not timed.\n" in print_table(metrics)
 
 
 def test_a_bound_of_clipped_losses_says_so(metrics, tmp_path):
