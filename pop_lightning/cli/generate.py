@@ -79,6 +79,10 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, found {text!r}") from None
 
 
+def _parts(text: str) -> list[int | float]:
+    return [_part(part) for part in text.split(",")]
+
+
 def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--artifact", metavar="DIR", required=required, help="the artifact/ folder that pop-fit wrote")
     parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the base (default: as the artifact says)")
@@ -353,6 +357,53 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- ablate -----------------------------------------------------------------------------------------------------------
+
+_ABLATE = ("depth", "boundary", "salient", "train_steps", "shares", "boundaries", "salients")
+_ABLATE += ("tokens", "batch", "repeats")
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, required=False)
+    parser.add_argument("--data", metavar="FILE", required=True, help="rows to fit on and to measure on")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for the results; its own are replaced")
+    parser.add_argument("--limit", type=_whole(1), metavar="N", help="use that many rows")
+    parser.add_argument("--batch_size", type=_whole(1), default=8, metavar="N", help="rows per batch (default: 8)")
+    parser.add_argument("--max_prompt_tokens", type=_whole(1), default=2048, metavar="N", help="longest prompt")
+    parser.add_argument("--max_new_tokens", type=_whole(1), default=256, metavar="N", help="longest response")
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the split of the rows (default: 0)")
+    add = parser.add_argument_group("what is measured", argument_default=argparse.SUPPRESS).add_argument
+    add("--depth", type=_whole(1), metavar="N", help="of the comparison (default: a third of the layers pruned)")
+    add("--boundary", type=_part, metavar="K", help="last prompt tokens that run in full (default: 1)")
+    add("--salient", type=_part, metavar="K", help="context tokens that run in full, in one row (default: 0.05)")
+    add("--train_steps", type=_whole(0), metavar="N", help="train lora and full for N steps (default: 0, not at all)")
+    add("--shares", type=_numbers, metavar="P,Q", help="percent of the layers to prune (default: 20,25,33,40,50,60)")
+    add("--boundaries", type=_parts, metavar="K,L", help="of the frontier (default: 1,16)")
+    add("--salients", type=_parts, metavar="K,L", help="of the frontier (default: 0,0.05)")
+    add("--tokens", type=_whole(2), metavar="N", help="prompt length of timed prefills (default: the rows' median)")
+    add("--batch", type=_whole(1), metavar="N", help="prompts of a timed prefill (default: 1)")
+    add("--repeats", type=_whole(1), metavar="N", help="timed rounds per plan (default: 9)")
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    if (arguments.artifact is None) == (arguments.base is None):
+        found = "neither" if arguments.base is None else "both"
+        raise InputError(f"expected --base MODEL or --artifact DIR, whose base is measured; found {found}.")
+    with importing():
+        from pop_lightning.ablation import command
+
+    given = vars(arguments)
+    result = command.ablate(
+        settings={name: given[name] for name in _ABLATE if name in given},
+        **{name: given[name] for name in ("artifact", "base", "dtype", "device", "trust_remote_code")},
+        **{name: given[name] for name in ("data", "output", "limit", "batch_size", "seed")},
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        max_response_tokens=arguments.max_new_tokens,
+    )
+    print(result, end="")
+    return 0
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +419,7 @@ COMMANDS = {
     "prompt": Command("generate from a prompt, streaming, and print the TTFT", _add_prompt, _prompt),
     "data": Command("generate for every row of a file, and compare with references", _add_data, _data),
     "eval": Command("run lm-eval's tasks with the full and the pruned model", _add_eval, _eval),
+    "ablate": Command("the paper's tables for any model, and accuracy against measured speed", _add_ablate, _ablate),
     "bench": Command("time plain and pruned prefill side by side", _add_bench, _bench),
 }
 # The flag that chose what to do before there were commands, which scripts still use.

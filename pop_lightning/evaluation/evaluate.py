@@ -16,17 +16,18 @@ from pop_lightning.evaluation.losses import BudgetMetric
 from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, prompt_means, response_metrics, summary
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.module import DecoderModule
-from pop_lightning.pruning.passes import student_logits, teacher_pass
+from pop_lightning.pruning.passes import hidden_without_layers, student_logits, teacher_pass
 from pop_lightning.pruning.projections import KVProjections
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune: a plan with projections, or one of the report's ablations.
+    """One way to prune: a plan with projections, or an ablation (``ablations.py``).
 
     Attributes:
         context_visible: False is "no KV projection": the pruned layers see no context.
-        remove_layers: True drops the pruned layers in both stages, as layer pruning usually does.
+        removed: layers that are left out in both stages, instead of what the plan prunes.
+        skipped: layers that are left out for context tokens, instead of the plan's.
         steps: number of steps that the projections were trained for.
 
     Raises:
@@ -36,13 +37,19 @@ class Variant:
     plan: PruningPlan
     projections: KVProjections
     context_visible: bool = True
-    remove_layers: bool = False
+    removed: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
     steps: int = 0
 
     @property
     def is_ablation(self) -> bool:
         """Whether the variant is measured only for comparison and cannot be exported."""
-        return self.remove_layers or not self.context_visible
+        return bool(self.removed or self.skipped) or not self.context_visible
+
+    @property
+    def first(self) -> int:
+        """The first layer that some token does not run through, from which a pass is rerun."""
+        return min(self.removed + self.skipped, default=self.plan.depth)
 
     def __post_init__(self):
         # At depth L nothing is pruned, so the depth of the projections does not matter.
@@ -109,7 +116,7 @@ class Evaluation(DecoderModule):
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         mask, prompt = batch["attention_mask"], batch["prompt_length"]
-        first = min(variant.plan.depth for variant in self.variants.values())
+        first = min(variant.first for variant in self.variants.values())
         trace, teacher = teacher_pass(self.decoder, batch, first)
         rows = slice(real_rows(batch))
         targets, real = batch["input_ids"][rows, prompt:], mask[rows, prompt:]
@@ -130,8 +137,11 @@ class Evaluation(DecoderModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def _logits(self, variant: Variant, trace, mask: Tensor, prompt: int) -> Tensor:
-        if variant.remove_layers:
-            return self.decoder.logits(trace.hidden[variant.plan.depth][:, prompt - 1 : -1])
+        if variant.removed or variant.skipped:
+            left_out = {"removed": variant.removed, "skipped": variant.skipped}
+            return self.decoder.logits(
+                hidden_without_layers(self.decoder, variant.plan, trace, mask, prompt, **left_out)
+            )
         return student_logits(
             variant.projections, variant.plan, trace, mask, prompt, context_visible=variant.context_visible
         )

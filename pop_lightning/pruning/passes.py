@@ -3,11 +3,12 @@
 Teacher and student share everything below the depth, so training and teacher-forced evaluation rerun only the pruned
 layers on the recorded state of one full pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
@@ -152,14 +153,10 @@ def student_hidden(
             visible = slice(context - decoder.visible(layer, context), context)
             kv = projections(layer, source[:, visible], normed[:, visible])
             cache_context(decoder, layer, kv, kwargs.get("position_embeddings"), context, cache)
-        if (whole := trace.masks.get(layer)) is not None:
-            seen = tail_mask(decoder, layer, whole, hidden, context, cache, following=1)
-        else:
-            seen = layer_mask(decoder, layer, hidden, mask, cache)
         return decoder.run_layer(
             layer,
             hidden,
-            attention_mask=seen,
+            attention_mask=_mask(decoder, layer, trace, hidden, context, mask, cache),
             past_key_values=cache,
             **of_tokens(kwargs, slice(context, tokens)),
         )
@@ -173,6 +170,57 @@ def student_hidden(
     if context == prompt_length:  # boundary 0: the last prompt token stopped at depth d
         return torch.cat([source[:, context - 1 : context], hidden], dim=1)
     return hidden[:, prompt_length - 1 - context :]
+
+
+def hidden_without_layers(
+    decoder: Decoder,
+    plan: PruningPlan,
+    trace: Trace,
+    attention_mask: Tensor,
+    prompt_length: int,
+    *,
+    removed: Collection[int] = (),
+    skipped: Collection[int] = (),
+) -> Tensor:
+    """The input of the final norm if some layers are left out, from rerunning the layers from the first of them on.
+
+    Args:
+        plan: only its boundary is read.
+        trace: a full pass that was recorded from the first of these layers on.
+        removed: layers that no token runs through.
+        skipped: layers that context tokens do not run through; their keys and values are those of the layer's own
+            weights for what would have entered it. Of the last layers this is the pruned model with reused
+            projections.
+
+    Returns:
+        ``[batch, response, hidden]``: column j leads to response token j (positions t = N..T-1).
+    """
+    tokens, first = attention_mask.shape[1] - 1, min((*removed, *skipped))
+    hidden, mask = trace.hidden[first][:, :tokens], attention_mask[:, :tokens]
+    ends = context_ends(plan, prompt_length, _padding(plan, attention_mask, prompt_length))
+    if ends is None:
+        ends = torch.tensor([plan.context_of(prompt_length)], device=hidden.device)
+    context = (torch.arange(tokens, device=hidden.device) < ends[:, None])[..., None]
+    for layer in range(first, decoder.num_layers):
+        if layer in removed:
+            continue
+        cache = decoder.new_cache()
+        output = decoder.run_layer(
+            layer,
+            hidden,
+            attention_mask=_mask(decoder, layer, trace, hidden, 0, mask, cache),
+            past_key_values=cache,
+            **of_tokens(trace.kwargs[layer], slice(tokens)),
+        )
+        hidden = torch.where(context, hidden, output) if layer in skipped else output
+    return hidden[:, prompt_length - 1 :]
+
+
+def _mask(decoder: Decoder, layer: int, trace: Trace, hidden: Tensor, past: int, mask: Tensor, cache: Cache):
+    """A layer's mask for the tokens after the first ``past`` of a recorded pass, but for its last token."""
+    if (whole := trace.masks.get(layer)) is not None:
+        return tail_mask(decoder, layer, whole, hidden, past, cache, following=1)
+    return layer_mask(decoder, layer, hidden, mask, cache)
 
 
 def _padding(plan: PruningPlan, attention_mask: Tensor, prompt_length: int) -> Tensor | None:

@@ -324,7 +324,7 @@ class Costs:
             yield self._evaluation("boundaries", counts["search"], self._plans([deepest], compared))
         plan, kinds = tried[-1].at(deepest), len(self.kinds) + self.trains
         ways = {f"kind {number}": (plan, {}) for number in range(kinds)} | {
-            "layers removed": (plan, {"remove_layers": True}),
+            "layers removed": (plan, {"removed": tuple(plan.pruned(self.layers))}),
             "no boundary handling": (replace(plan, boundary=0, salient=0), {}),
             "no KV projection": (plan, {"context_visible": False}),
             "full model": (PruningPlan(self.layers), {}),
@@ -441,7 +441,7 @@ class Costs:
         measured = list(groups(self.decoder, list(choices), self.recipe.projection.memory_bytes))
         full, rerun = self.linear + self.attention + self.head, self.head * len(ways)
         for plan, flags in ways.values():
-            if plan.depth < self.layers and not flags.get("remove_layers"):
+            if plan.depth < self.layers and not flags.get("removed"):
                 rerun += self._rerun(plan, flags.get("context_visible", True))[0]
         held = max(self._maps([choice.depth for choice in each]) for each in measured)
         needed = self.evaluation_bytes(self.longest, min(plan.depth for plan, _ in ways.values()))

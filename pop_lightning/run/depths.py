@@ -80,11 +80,16 @@ def check_images(
             "read the same number at once: use ddp or deepspeed_stage_2, or rows of text."
         )
     for k in boundaries:
-        if (row := _split_by(decoder, rows, k)) is not None:
-            raise InputError(
-                f"boundary {k} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
-                "boundary that ends before the image or holds all of it."
-            )
+        check_split(decoder, rows, k)
+
+
+def check_split(decoder: Decoder, rows: Iterable[Row], boundary: int | float) -> None:
+    """Raise :class:`InputError` where a boundary begins inside an image of a row, if that cannot be."""
+    if (row := _split_by(decoder, rows, boundary)) is not None:
+        raise InputError(
+            f"boundary {boundary} begins inside an image of {row.origin}, whose tokens attend to one another: choose a "
+            "boundary that ends before the image or holds all of it."
+        )
 
 
 def _split_by(decoder: Decoder, rows: Iterable[Row], boundary: int | float) -> Row | None:

@@ -109,7 +109,7 @@ def load(recipe: Recipe, folder: RunFolder, trainers: Trainers) -> Run:
         made_with = json.dumps([recipe.to_dict()["model"], data.max_response_tokens])
         with memory_advice(f"lower data.batch_size ({data.batch_size}) or data.max_response_tokens, {RESUME}"):
             calibration.fill_responses(
-                lambda rows: respond(run, rows), folder.state / "responses.json", made_with=made_with
+                lambda rows: respond(decoder, calibration, rows), folder.state / "responses.json", made_with=made_with
             )
     print(f"data: {calibration.report}")
     check_rows(run)
@@ -153,16 +153,16 @@ def check_rows(run: Run) -> None:
     candidates.check_target(recipe, decoder, kept, run.tokens, run.certifiable)
 
 
-def respond(run: Run, rows: list[Row]) -> list[tuple[int, ...]]:
+def respond(decoder: Decoder, data: CalibrationData, rows: list[Row]) -> list[tuple[int, ...]]:
     """The full model's own responses."""
-    batch = run.data.batch(rows)
-    output = run.decoder.model.generate(
-        **run.decoder.inputs(batch),
-        max_new_tokens=run.recipe.data.max_response_tokens,
+    batch = data.batch(rows)
+    output = decoder.model.generate(
+        **decoder.inputs(batch),
+        max_new_tokens=data.max_response_tokens,
         do_sample=False,
-        pad_token_id=run.data.pad_token_id,
+        pad_token_id=data.pad_token_id,
     )[:, batch["prompt_length"] :].tolist()
-    return [until_end(tokens, run.data.ends) for tokens in output]
+    return [until_end(tokens, data.ends) for tokens in output]
 
 
 def trains(recipe: Recipe) -> bool:

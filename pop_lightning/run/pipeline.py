@@ -19,6 +19,7 @@ from pop_lightning.core.plan import Choice, Kept, PruningPlan, in_order
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.examples import check_source
 from pop_lightning.evaluation import search as selection
+from pop_lightning.evaluation.ablations import comparison
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.search import Measured, Training
 from pop_lightning.evaluation.verdicts import Verdict
@@ -513,26 +514,10 @@ def compare(run: Run, shown: Choice, found: Found) -> list[dict]:
     """The same depth pruned in every way, on the search split (the verify split is for the one test)."""
     measured = [Choice.of(entry) for entry in found.curve if entry["depth"] == shown.depth]
     fitted = {choice.projection: run.variant(choice, found.kept) for choice in measured}
-    best, reuse = fitted[shown.projection], fitted["reuse"]
-    table = {
-        "full model": ("no pruning", replace(reuse, plan=PruningPlan(run.decoder.num_layers))),
-        **{
-            f"POP, {name}": (f"prefill pruned, {name.replace('_', ' ')} projections", each)
-            for name, each in fitted.items()
-        },
-        "layers removed": (
-            "the same layers removed in both stages, as older pruning does",
-            replace(reuse, remove_layers=True),
-        ),
-        "no boundary handling": (
-            "the last prompt token is pruned like the context",
-            replace(best, plan=replace(best.plan, boundary=0, salient=0)),
-        ),
-        "no KV projection": ("the pruned layers do not see the context", replace(reuse, context_visible=False)),
-    }
-    entries = evaluate(run, "comparing", {name: variant for name, (_, variant) in table.items()})
+    table = comparison(fitted, fitted[shown.projection])
+    entries = evaluate(run, "comparing", {name: each.variant for name, each in table.items()})
     return [
-        {"name": name, "what": what, "depth": variant.plan.depth}
+        {"name": name, "what": each.what, "depth": each.variant.plan.depth}
         | {key: entries[name][key] for key in ("rows", "exact_match", "agreement", "kl")}
-        for name, (what, variant) in table.items()
+        for name, each in table.items()
     ]

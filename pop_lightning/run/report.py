@@ -520,7 +520,7 @@ def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
 
     def draw(axes: Axes, theme: Theme) -> None:
         for color, label, group in zip(theme.series, ("depth only", "all plans"), (by_depth, plans), strict=False):
-            best = _staircase([(plan["speedup"], max(0.0, _plotted(plan["loss"]))) for plan in group])
+            best = staircase([(plan["speedup"], max(0.0, _plotted(plan["loss"]))) for plan in group])
             axes.plot(*zip(*best, strict=True), marker="o", markersize=4, linewidth=1.6, color=color, label=label)
         others = [plan for plan in plans if plan not in by_depth]
         axes.plot(
@@ -536,7 +536,7 @@ def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
     return picture(draw, "Loss against counted speedup: depth only, and all plans")
 
 
-def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points (speedup, loss) that no other one beats in both, by speedup."""
     kept: list[tuple[float, float]] = []
     for speedup, loss in sorted(points, key=lambda point: (-point[0], point[1])):

@@ -21,6 +21,7 @@ ROOMS = (
     "benchmark",
     "callbacks",
     "run",
+    "ablation",
     "cli",
     "studies",
     "checkpoints",

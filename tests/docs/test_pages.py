@@ -16,7 +16,8 @@ from pop_lightning.run.recipe import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = ("make ", "pop-fit --recipe tiny", "pop-generate bench")  # minutes: these run with the long suites
+# Minutes: these run with the long suites.
+SLOW = ("make ", "pop-fit --recipe tiny", "pop-generate bench", "pop-generate ablate")
 
 
 class Block(NamedTuple):

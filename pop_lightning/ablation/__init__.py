@@ -1,0 +1,1 @@
+"""The paper's tables for any model (``pop-generate ablate``), and accuracy against measured speed."""

@@ -1,0 +1,89 @@
+"""What a pruned model is compared with: the full model, parts of the method left out, and other layers left out.
+
+The report of ``pop-fit`` compares :func:`comparison`; ``pop-generate ablate`` adds :func:`other_layers`, which makes it
+Table 3 of arXiv 2602.03295 and a baseline, ShortGPT (arXiv 2403.03853).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from pop_lightning.core.plan import PruningPlan
+from pop_lightning.evaluation.evaluate import Variant
+
+
+class Compared(NamedTuple):
+    """One row of a comparison."""
+
+    what: str
+    variant: Variant
+
+
+def comparison(fitted: Mapping[str, Variant], best: Variant) -> dict[str, Compared]:
+    """One plan with all kinds of projections, and with parts of the method left out.
+
+    Args:
+        fitted: by kind of projections, with ``reuse``.
+        best: one of them.
+    """
+    reuse, layers = fitted["reuse"], best.projections.decoder.num_layers
+    pruned = tuple(best.plan.pruned(layers))
+    return {
+        "full model": Compared("no pruning", replace(reuse, plan=PruningPlan(layers))),
+        **{
+            f"POP, {name}": Compared(f"prefill pruned, {name.replace('_', ' ')} projections", each)
+            for name, each in fitted.items()
+        },
+        "layers removed": Compared(
+            "the same layers removed in both stages, as older pruning does", replace(reuse, removed=pruned)
+        ),
+        "no boundary handling": Compared(
+            "the last prompt token is pruned like the context",
+            replace(best, plan=replace(best.plan, boundary=0, salient=0)),
+        ),
+        "no KV projection": Compared("the pruned layers do not see the context", replace(reuse, context_visible=False)),
+    }
+
+
+def other_layers(reuse: Variant, influence: Sequence[float]) -> dict[str, Compared]:
+    """As many other layers left out as the plan of ``reuse`` prunes.
+
+    In the last two only context tokens skip the layers, whose keys and values for them come from their own weights, as
+    in POP with reused projections; the boundary and the response run in full.
+
+    Args:
+        influence: one value for each layer (:class:`~pop_lightning.fitting.influence.BlockInfluence`).
+    """
+    layers, plan = len(influence), reuse.plan
+    count = len(plan.pruned(layers))
+    least = tuple(sorted(sorted(range(layers), key=lambda layer: influence[layer])[:count]))
+    spaced = evenly_spaced(layers, count)
+    spacing = "every third layer" if layers // 3 == count else "evenly spaced layers"
+    first = "first third" if layers // 3 == count else "first layers"
+    return {
+        "ShortGPT": Compared(
+            f"the layers of least block influence removed in both stages: {listed(least)}",
+            replace(reuse, removed=least),
+        ),
+        first: Compared(
+            f"skipped in prefill instead: {listed(range(count))}", replace(reuse, skipped=tuple(range(count)))
+        ),
+        spacing: Compared(f"skipped in prefill instead: {listed(spaced)}", replace(reuse, skipped=spaced)),
+    }
+
+
+def evenly_spaced(layers: int, count: int) -> tuple[int, ...]:
+    """``count`` of ``layers`` layers at even distances, the last one included: 2, 5, 8 and 11 for 4 of 12."""
+    return tuple((place + 1) * layers // count - 1 for place in range(count))
+
+
+def listed(layers: Sequence[int]) -> str:
+    """``layers 2, 5, 8``, for a sentence; neighbors as in ``8 to 11``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(parts)}"
