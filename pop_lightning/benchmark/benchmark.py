@@ -37,6 +37,7 @@ LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
 def load(
     *,
     artifact: str | None = None,
+    revision: str | None = None,
     base: str | None = None,
     shape: str | None = None,
     dtype: str | None = None,
@@ -46,7 +47,8 @@ def load(
     """What ``--benchmark`` runs on: an artifact's generator, a base model, or a shape with random weights.
 
     Args:
-        artifact: the ``artifact/`` folder of ``pop-fit``; ``base`` then says where its base is.
+        artifact: the ``artifact/`` folder of ``pop-fit``, or a hub id; ``base`` then says where its base is.
+        revision: of an artifact on the hub.
         base: hub id or folder.
         shape: a name in ``shapes.SHAPES``; cannot be combined with the others.
         dtype: one of ``models.DTYPES``; by default as stored; for a shape bfloat16 on a GPU and float32 on a CPU.
@@ -68,7 +70,7 @@ def load(
         load = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
         if artifact is None:
             return load_model(base, **load).to(place)
-        return StageAwareGenerator.from_artifact(artifact, base, **load).to(place)
+        return StageAwareGenerator.from_artifact(artifact, base, revision=revision, **load).to(place)
 
 
 def a_third_pruned(layers: int) -> int:

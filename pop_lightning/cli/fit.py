@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             resume=invocation.resume,
             overwrite=invocation.overwrite,
             verbose=invocation.verbose,
+            push=invocation.push,
         )
 
     return run("pop-fit", body, spell)

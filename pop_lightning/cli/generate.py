@@ -84,7 +84,10 @@ def _parts(text: str) -> list[int | float]:
 
 
 def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--artifact", metavar="DIR", required=required, help="the artifact/ folder that pop-fit wrote")
+    parser.add_argument(
+        "--artifact", metavar="DIR", required=required, help="the artifact/ folder that pop-fit wrote, or a hub id"
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of an artifact on the hub")
     parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the base (default: as the artifact says)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -133,6 +136,7 @@ def _generator(arguments: argparse.Namespace, check: Callable[[], None]):
         generator = StageAwareGenerator.from_artifact(
             arguments.artifact,
             arguments.base,
+            revision=arguments.revision,
             dtype=arguments.dtype or "auto",
             trust_remote_code=arguments.trust_remote_code,
         )
@@ -284,6 +288,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         folder = benchmark_report.make_folder(arguments.output)
     target = benchmark.load(
         artifact=arguments.artifact,
+        revision=arguments.revision,
         base=arguments.base,
         shape=arguments.shape,
         dtype=arguments.dtype,

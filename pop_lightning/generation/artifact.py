@@ -3,7 +3,8 @@
 An ``artifact/`` folder holds ``pop_config.json``, ``kv_projections.safetensors`` and a model card; base weights are
 never copied. The export callback and :meth:`StageAwareGenerator.save_pretrained` write it,
 :meth:`StageAwareGenerator.from_artifact` reads it. Only JSON and safetensors are read, so that an untrusted
-artifact can hold wrong figures but no code.
+artifact can hold wrong figures but no code. The folder's ``custom_generate/generate.py`` is for Transformers, which
+runs it where a call of ``generate`` names the folder and sets ``trust_remote_code``.
 
 Format 2 binds both files to each other: a SHA-256 over the whole content of ``pop_config.json`` (plan, kind, stored
 layers and tensors, base, recipe, measured figures) is in that file and in the metadata of the tensor file, whose own
@@ -36,6 +37,7 @@ from pop_lightning.generation.model_card import model_card
 
 FORMAT = 2
 CONFIG, TENSORS, CARD = "pop_config.json", "kv_projections.safetensors", "README.md"
+CUSTOM_GENERATE = Path("custom_generate", "generate.py")  # where Transformers looks for it
 _BOUND = "pop_config"  # key of the config's digest in the tensor file's metadata
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,6 +131,8 @@ def write_artifact(
         card = model_card(plan, kind, config["base"], config["measured"], config["recipe"])
         (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
         safetensors.torch.save_file(tensors, partial / TENSORS, metadata={"format": "pt", _BOUND: digest})
+        (partial / CUSTOM_GENERATE).parent.mkdir()
+        shutil.copyfile(Path(__file__).with_name("custom_generate.py"), partial / CUSTOM_GENERATE)
         config["projection"]["sha256"] = _digest(partial / TENSORS)
         config["integrity"] = {"sha256": digest}
         (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -142,7 +146,12 @@ def write_artifact(
 
 def _holds_only_own_files(folder: Path) -> bool:
     """Whether ``folder`` is empty or a damaged artifact: nothing in it has another name than an artifact's files."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, TENSORS, CARD}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {
+        CONFIG,
+        TENSORS,
+        CARD,
+        CUSTOM_GENERATE.parts[0],
+    }
 
 
 def _stated(tensor: Tensor) -> dict[str, Any]:

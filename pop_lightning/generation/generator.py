@@ -38,6 +38,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -70,6 +71,9 @@ class StageAwareGenerator:
         projections: key/value projections for the pruned layers; the layers' own (reuse) unless given.
         tokenizer, vision: kept for callers; generation itself works on token ids and image tensors.
 
+    Attributes:
+        artifact_folder: of the artifact that it was loaded from; None where there is none, or the base changed since.
+
     Raises:
         InputError: the plan does not fit the model, or the model is not supported (the message gives the reason).
     """
@@ -91,6 +95,7 @@ class StageAwareGenerator:
         self.model = model
         self.plan = plan
         self.tokenizer, self.vision = tokenizer, vision
+        self.artifact_folder: Path | None = None
         self._use(projections if projections is not None else KVProjections(decoder, plan.depth))
         self._thread = threading.local()
 
@@ -116,16 +121,25 @@ class StageAwareGenerator:
                 "make a new generator with projections that are fitted to the changed base, or restore the base."
             )
         self._use(KVProjections(Decoder(self.model), self.plan.depth))
+        self.artifact_folder = None
 
     @classmethod
     def from_artifact(
-        cls, path: str | Path, base: str | PreTrainedModel | None = None, **load
+        cls,
+        path: str | Path,
+        base: str | PreTrainedModel | None = None,
+        *,
+        revision: str | None = None,
+        base_revision: str | None = None,
+        **load,
     ) -> "StageAwareGenerator":
         """Load what ``pop-fit`` exported.
 
         Args:
-            path: the ``artifact/`` folder.
+            path: the ``artifact/`` folder, or a repository of the hub such as ``user/llama-pop``.
             base: hub id, folder or loaded model; the base that the artifact names unless given.
+            revision: branch, tag or commit of the artifact's repository.
+            base_revision: of the base's repository; the commit that the artifact names unless given.
             load: keyword arguments for ``from_pretrained`` of the base (dtype, device_map, attn_implementation,
                 quantization_config, ...).
 
@@ -134,9 +148,10 @@ class StageAwareGenerator:
         """
         from pop_lightning.data.processor import vision_processor
         from pop_lightning.generation.artifact import read_artifact
+        from pop_lightning.generation.hub import fetch
         from pop_lightning.models.loading import load_model, load_tokenizer
 
-        artifact = read_artifact(path)
+        artifact = read_artifact(fetch(path, revision))
         tokenizer = name = None
         if base is None or isinstance(base, (str, Path)):
             name = artifact.config["base"]["id"] if base is None else str(Path(base).expanduser())
@@ -145,12 +160,12 @@ class StageAwareGenerator:
                     f"the base of the artifact {artifact.folder} is no longer at {name}; give its current "
                     "folder, or its hub id (--base)."
                 )
-            stored = artifact.config["base"].get("revision") if base is None else None
-            revision = load.pop("revision", stored)
+            if base is None and base_revision is None:
+                base_revision = artifact.config["base"].get("revision")
             trusted = load.get("trust_remote_code", False)
-            tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted, required=False)
+            tokenizer = load_tokenizer(name, revision=base_revision, trust_remote_code=trusted, required=False)
             try:
-                loaded = load_model(name, revision=revision, **load)
+                loaded = load_model(name, revision=base_revision, **load)
             except InputError as error:
                 if base is not None:
                     raise
@@ -164,8 +179,10 @@ class StageAwareGenerator:
         projections = KVProjections.from_state(decoder, artifact.plan.depth, artifact.kind, artifact.state)
         vision = None
         if name is not None:
-            vision = vision_processor(decoder.vision_tokens, name, revision=revision, trust_remote_code=trusted)
-        return cls(base, artifact.plan, projections, tokenizer, vision)
+            vision = vision_processor(decoder.vision_tokens, name, revision=base_revision, trust_remote_code=trusted)
+        generator = cls(base, artifact.plan, projections, tokenizer, vision)
+        generator.artifact_folder = artifact.folder
+        return generator
 
     def to(self, *args, **kwargs) -> "StageAwareGenerator":
         """Move or cast the model, as ``model.to`` does, and its projections with it; returns self."""
@@ -202,6 +219,46 @@ class StageAwareGenerator:
             state=self.projections.fitted_state(),
             base=base_identity(self.model, str(name)),
         )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        base: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Publish plan and projections on the hub, with a model card; base weights are not copied.
+
+        A generator that was loaded from an artifact publishes that one, with what was certified; every other one what
+        :meth:`save_pretrained` writes.
+
+        Args:
+            repository: ``user/name``; made unless it exists.
+            base: hub id of the base, where it is not the name under which the model was loaded.
+            revision: branch, made unless it exists.
+            private: of a repository that is made.
+            message: of the commit.
+            token: of the account; the one that is logged in unless given.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: the hub cannot be reached or refuses, or as :meth:`save_pretrained` does.
+        """
+        from pop_lightning.generation.hub import push
+
+        options = {"revision": revision, "private": private, "message": message, "token": token}
+        self._follow_base()
+        if base is None and self.artifact_folder is not None:
+            return push(self.artifact_folder, repository, **options)
+        with TemporaryDirectory(prefix="pop-artifact-") as temporary:
+            folder = Path(temporary) / "artifact"
+            self.save_pretrained(folder, base)
+            return push(folder, repository, **options)
 
     # --- what a Transformers pipeline and lm-eval's HFLM read of a model ------------------------------------------
 

@@ -9,6 +9,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.evaluation.losses import METRICS
 
+PLACE = "path/to/this/folder"  # in the card until it is published; then the repository's id
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _COLUMNS = ("depth", "projection", "kl", "agreement", "nll_increase", "exact_match")
 _PROMISE = ("metric", "value", "bound", "confidence", "rows", "prompts", "max_drop")  # what the template reads
@@ -49,6 +50,7 @@ def model_card(
         columns=[key for key in _COLUMNS if any(key in row for row in curve)],
         figure=_figure,
         clipping=_clipping(verified),
+        place=PLACE,
     )
     return str(card)
 

@@ -8,6 +8,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from pop_lightning.benchmark.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
@@ -27,6 +28,7 @@ from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.kinds import kind as kind_named
 from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.training import KVProjectionTraining
+from pop_lightning.generation import hub
 from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.pruning.flops import prefill_flops
@@ -49,8 +51,16 @@ LOADING, IMPORTANCE, FITTING, SEARCH, VERIFICATION, REPORT = STAGES = (
 )
 
 
-def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, verbose: bool = False) -> int:
+def fit(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, verbose: bool = False, push: str | None = None
+) -> int:
     """Run every stage; returns the exit code (0 exported, 3 no depth keeps the budget).
+
+    Args:
+        resume: continue the run in ``recipe.output``.
+        overwrite: replace it.
+        verbose: print a line when a part of a stage begins, also where that is not a terminal.
+        push: a repository of the hub where artifact and report are published as well.
 
     Of a run that starts processes of its own also 2 (bad input, printed by the process that found it) and 1 (a process
     failed).
@@ -62,17 +72,36 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, verbos
     quiet_lightning()
     for source in recipe.data.sources:  # before the minutes that a large base may need to load
         check_source(source)
+    if push is not None:
+        hub.check_push(push)
     progress = Progress(stages(recipe), verbose)
     trainers = Trainers(recipe, progress)
     if trainers.starts_processes:
-        return trainers.start(*["--resume"] * resume, *["--overwrite"] * overwrite, *["--verbose"] * verbose)
+        flags = {"--resume": resume, "--overwrite": overwrite, "--verbose": verbose}
+        asked = [flag for flag, given in flags.items() if given]
+        return trainers.start(*asked, *(["--push", push] if push is not None else []))
     with trainers.processes():
         folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
         with folder.at_work():
             with progress.stage(LOADING):
                 progress.say("loading the base and the rows")
                 run = load(recipe, folder, trainers)
-            return run_stages(run)
+            code = run_stages(run)
+            if push is not None and code == EXPORTED:
+                publish(run, push)
+            return code
+
+
+def publish(run: Run, repository: str) -> None:
+    """Publish the artifact and the report on the hub."""
+
+    def publish() -> str:
+        return hub.push(run.folder / "artifact", repository, files={"report.html": run.folder / "report.html"})
+
+    with run.trainers.progress.stage(REPORT):
+        print(f"published: {distributed.from_first(publish)}")
+    if Path(run.base["id"]).is_absolute():
+        print(f"note: the card names the base {run.base['id']}, a folder of this machine; others give theirs as base")
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -406,6 +406,7 @@ class Invocation(NamedTuple):
     overwrite: bool
     check: bool
     verbose: bool
+    push: str | None
 
 
 def parse(argv: list[str] | None = None) -> Invocation:
@@ -435,7 +436,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
     if flags.print_config:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
-    return Invocation(recipe, flags.resume, flags.overwrite, flags.check, flags.verbose)
+    return Invocation(recipe, flags.resume, flags.overwrite, flags.check, flags.verbose, flags.push)
 
 
 # Those that are not recipe keys: what follows the flag, where something does, and the help.
@@ -445,6 +446,7 @@ FLAGS = {
     "resume": (None, "continue the run in `output`"),
     "overwrite": (None, "replace the run in `output`"),
     "verbose": (None, "print a line as each stage begins, in logs as well"),
+    "push": ("USER/REPOSITORY", "publish the artifact and the report on the hub as well"),
     "print_config": (None, "print all values in use as YAML, and exit"),
     "recipe_out": ("FILE", "write the recipe to FILE, to start one of your own, and exit"),
     "list": (None, "list the bundled recipes, and exit"),

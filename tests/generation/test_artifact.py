@@ -100,7 +100,12 @@ def test_what_is_written_is_read_back(folder):
     assert artifact.config["format"] == 2
     assert artifact.config["projection"]["layers"] == [2]
     assert artifact.config["measured"] == MEASURED
-    assert sorted(os.listdir(folder)) == ["README.md", "kv_projections.safetensors", "pop_config.json"]
+    assert sorted(os.listdir(folder)) == [
+        "README.md",
+        "custom_generate",
+        "kv_projections.safetensors",
+        "pop_config.json",
+    ]
     artifact.check_base(model())
 
 
@@ -488,7 +493,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, mask):
         folder = write(tmp_path / "artifact")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()} == {0o666 & ~mask}
 
 
 def test_a_recipe_with_a_path_that_is_not_unicode_is_written(tmp_path):
