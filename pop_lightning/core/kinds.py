@@ -4,4 +4,4 @@
 KINDS = ("reuse", "closed_form", "lora", "full")
 
 # Each selector is implemented in the file of that name in pruning/selectors/.
-SELECTORS = ("attention", "recency")
+SELECTORS = ("attention", "recency", "learned")

@@ -34,6 +34,8 @@ from pop_lightning.core.kinds import KINDS
 from pop_lightning.core.plan import Kept, PruningPlan
 from pop_lightning.generation.base_identity import check_base
 from pop_lightning.generation.model_card import model_card
+from pop_lightning.pruning.projections import SELECTOR
+from pop_lightning.pruning.selectors import selector_named
 
 FORMAT = 2
 CONFIG, TENSORS, CARD = "pop_config.json", "kv_projections.safetensors", "README.md"
@@ -90,7 +92,7 @@ def write_artifact(
 
     Args:
         folder: becomes the artifact.
-        state: the fitted tensors (``KVProjections.fitted_state``); empty for reuse.
+        state: the fitted tensors (``KVProjections.fitted_state``); empty for reuse without a fitted selector.
         base: :func:`base_identity` of the model it was fitted on.
         recipe: the resolved recipe, as plain data.
         measured: figures for the config and the card, as plain data.
@@ -106,6 +108,8 @@ def write_artifact(
     if folder.exists() and not (folder / CONFIG).is_file() and not _holds_only_own_files(folder):
         raise InputError(f"{folder} holds something other than an artifact; name another folder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if not _has_selector(plan):
+        tensors.pop(SELECTOR, None)
     for name, tensor in tensors.items():
         if problem := _senseless(tensor):
             raise InputError(f"the projections cannot be exported to {folder}: {name} {problem}.")
@@ -115,7 +119,7 @@ def write_artifact(
         "plan": {"depth": plan.depth} | plan.kept.to_dict(),
         "projection": {
             "kind": kind,
-            "layers": sorted({int(name.split(".")[1]) for name in tensors}),
+            "layers": sorted({int(name.split(".")[1]) for name in tensors if name != SELECTOR}),
             "tensors": {name: _stated(tensor) for name, tensor in tensors.items()},
         },
         "base": base,
@@ -205,12 +209,19 @@ def read_artifact(folder: str | Path) -> Artifact:
     layers = _need(config, "projection.layers", list, path)
     stated = _need(config, "projection.tensors", dict, path)
     expected = {f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    if _has_selector(plan):
+        expected.add(SELECTOR)
     if set(stated) != expected:
         odd = sorted(set(stated) ^ expected)[0]
         raise InputError(f"{path} lists projections of the layers {layers}, and {odd} is missing or unexpected.")
     if layers and kind == "reuse":
         raise InputError(f"{path} has projection.kind 'reuse' and stores the layers {layers}: expected none.")
     return Artifact(plan, kind, _read_tensors(folder / TENSORS, config, stated), config, folder)
+
+
+def _has_selector(plan: PruningPlan) -> bool:
+    """Whether the tensor file holds the weight of a fitted selector."""
+    return bool(plan.salient) and selector_named(plan.selector).fitted
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pop_lightning.pruning.salient import (
     PrunedLayers,
     Selection,
     check_salient,
+    check_selector,
     context_ends,
     depends_on_padding,
     rows_of,
@@ -245,9 +246,39 @@ def _salient_hidden(
     """:func:`student_hidden` of a plan with salient tokens: a probing pass selects them, and they run as well."""
     decoder, tokens, context = projections.decoder, attention_mask.shape[1] - 1, plan.context_of(prompt_length)
     check_salient(decoder, plan, ragged=ends is not None)
+    if scores is None:
+        check_selector(plan, projections.selector)
+    probing = plan.salient and scores is None
+    selection = probe(projections, plan, trace, attention_mask, prompt_length, padding, ends, probing=probing)
+    selected, kept = selection.choose(_selectable(trace, attention_mask, scores, prompt_length), scores)
+    rest = torch.arange(context, tokens, device=selected.device).expand(len(selected), -1)
+    run_layer = _checkpointed(decoder) if checkpoint else None
+    hidden = selection.layers.run(torch.cat([selected, rest], dim=1), kept=kept, run_layer=run_layer)
+    return hidden[:, selected.shape[1] + prompt_length - 1 - context :]
+
+
+def probe(
+    projections: KVProjections,
+    plan: PruningPlan,
+    trace: Trace,
+    attention_mask: Tensor,
+    prompt_length: int,
+    padding: Tensor | None = None,
+    ends: Tensor | None = None,
+    *,
+    probing: bool = True,
+) -> Selection:
+    """The pruned layers of a recorded full pass, ready to run some tokens, and what the probing token attends to.
+
+    Args:
+        padding, ends: of :class:`~pop_lightning.pruning.salient.Selection`.
+        probing: False leaves the probing pass out.
+    """
+    decoder, tokens, context = projections.decoder, attention_mask.shape[1] - 1, plan.context_of(prompt_length)
     source = trace.hidden[plan.depth][:, :tokens]
     layers = PrunedLayers(decoder, source)
-    selection = Selection(layers, plan, context, prompt_length, prompt_length, padding, ends)
+    weight = projections.selector
+    selection = Selection(layers, plan, context, prompt_length, prompt_length, padding, ends, weight)
     probes = selection.probes[:, : min(PROBES, prompt_length)]
     behind = source[:, : prompt_length - probes.shape[1]]
     normed, hidden, masks = decoder.normalize(behind), rows_of(source, probes), {}
@@ -261,18 +292,14 @@ def _salient_hidden(
             mask = masks[kind]
         tables = cut(kwargs.get("position_embeddings"), slice(behind.shape[1]))
         layers.add(layer, kwargs, mask, decoder.to_cache(layer, projections(layer, behind, normed), tables))
-        if not plan.salient or scores is not None:
+        if not probing:
             continue
         with torch.no_grad():
             arguments = layers.arguments(layer, probes, None, prompt_length)
             following = decoder.run_layer(layer, hidden, **arguments)
         selection.watch(layer, hidden, arguments)
         hidden = following
-    selected, kept = selection.choose(_selectable(trace, attention_mask, scores, prompt_length), scores)
-    rest = torch.arange(context, tokens, device=selected.device).expand(len(selected), -1)
-    run_layer = _checkpointed(decoder) if checkpoint else None
-    hidden = layers.run(torch.cat([selected, rest], dim=1), kept=kept, run_layer=run_layer)
-    return hidden[:, selected.shape[1] + prompt_length - 1 - context :]
+    return selection
 
 
 def _selectable(trace: Trace, attention_mask: Tensor, scores: Tensor | None, prompt: int) -> Tensor | None:

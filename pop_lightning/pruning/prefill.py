@@ -20,7 +20,15 @@ from pop_lightning.models.layer_parts import Tables, cut, of_tokens
 from pop_lightning.models.masks import append, tail_mask
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.projections import KVProjections, Stack
-from pop_lightning.pruning.salient import PrunedLayers, Selection, check_salient, context_ends, rows_of, scratch
+from pop_lightning.pruning.salient import (
+    PrunedLayers,
+    Selection,
+    check_salient,
+    check_selector,
+    context_ends,
+    rows_of,
+    scratch,
+)
 
 
 class ContextProjector:
@@ -107,6 +115,7 @@ class StageAwarePrefill:
     def __init__(self, projections: KVProjections, plan: PruningPlan):
         plan.check(projections.decoder.num_layers)
         check_salient(projections.decoder, plan)
+        check_selector(plan, projections.selector)
         self.projections = projections
         self.decoder = projections.decoder
         self.plan = plan
@@ -299,7 +308,8 @@ class _SalientRun(_Run):
             for each in (self.padding, self.ends)
         )
         ends = None if ends is None else ends - past
-        self.selection = Selection(layers, self.plan, tokens - keep, read, self.prompt_length, padding, ends)
+        weight = self.projections.selector
+        self.selection = Selection(layers, self.plan, tokens - keep, read, self.prompt_length, padding, ends, weight)
         # The probing tokens run in full if they are boundary; of a part of the prompt they are context as well.
         ending = keep and self.seen >= self.prompt_length
         projected = hidden[:, : tokens - self.selection.probes.shape[1]] if ending else hidden

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.kinds import KINDS
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.pruning.salient import watched
+from pop_lightning.pruning.selectors.learned import width
 
+SELECTOR = "selector.weight"  # the name of its tensor in a state
 _SAMPLES = 64  # numbers of each fitted map that go into its fingerprint
 
 
@@ -54,6 +57,9 @@ class KVProjections(nn.Module):
         decoder: the base.
         depth: the first pruned layer, 1..L.
 
+    Attributes:
+        selector: the weight of a fitted selector of salient tokens at this depth, ``[features]`` float32, or None.
+
     Raises:
         InputError: a pruned layer has no keys and values of its own to project.
     """
@@ -65,6 +71,7 @@ class KVProjections(nn.Module):
         self.depth = depth
         self.kind = "reuse"
         self.replaced: set[int] = set()
+        self.selector: Tensor | None = None
         self.maps = nn.ModuleDict()
         self._stacks: tuple[Stack, ...] = ()
         for layer in range(depth, decoder.num_layers):
@@ -169,12 +176,14 @@ class KVProjections(nn.Module):
         return self
 
     def fitted_state(self) -> dict[str, Tensor]:
-        """The tensors that an artifact stores: only replaced maps, as layers that reuse their weights need none."""
-        return {
+        """The tensors that an artifact stores: replaced maps, because layers that reuse their weights need none, and
+        the weight of a fitted selector."""
+        state = {
             f"layers.{layer}.{name}": tensor.detach().contiguous()
             for layer in sorted(self.replaced)
             for name, tensor in self.maps[str(layer)].named_parameters()
         }
+        return state if self.selector is None else state | {SELECTOR: self.selector}
 
     @classmethod
     def from_state(cls, decoder: Decoder, depth: int, kind: str, state: Mapping[str, Tensor]) -> "KVProjections":
@@ -188,11 +197,23 @@ class KVProjections(nn.Module):
             raise InputError(f"projection kind must be one of {', '.join(KINDS)}, found {kind!r}.")
         layers = [layer for layer in projections.fitted_layers if f"layers.{layer}.weight" in state]
         expected = {f"layers.{layer}.{name}" for layer in layers for name in ("weight", "bias")}
-        if set(state) != expected:
-            odd = sorted(set(state) ^ expected)[0]
+        if set(state) - {SELECTOR} != expected:
+            odd = sorted((set(state) - {SELECTOR}) ^ expected)[0]
             raise InputError(f"the projections do not fit depth {depth}: {odd} is missing or unexpected.")
         maps = {layer: (state[f"layers.{layer}.weight"], state[f"layers.{layer}.bias"]) for layer in layers}
-        return projections.replace(maps, kind)
+        return projections.replace(maps, kind).use_selector(state.get(SELECTOR))
+
+    def use_selector(self, weight: Tensor | None) -> "KVProjections":
+        """Give the projections a fitted selector's weight, ``[features]``, or none; returns self."""
+        if weight is not None:
+            expected = (width(self.decoder, watched(self.decoder, self.depth)),)
+            if tuple(weight.shape) != expected:
+                raise InputError(
+                    f"the selector's weight at depth {self.depth} must be {expected}, found {tuple(weight.shape)}."
+                )
+            weight = weight.detach().float()
+        self.selector = weight
+        return self
 
     def copy(self, kind: str | None = None) -> "KVProjections":
         """Independent projections with the same maps in the base's dtype, of the same ``kind`` unless given."""

@@ -154,6 +154,7 @@ class Selection:
         prompt: all tokens of the prompt, of which the pass may be a part.
         padding: padding tokens in front of each row, ``[batch]``; none unless given.
         ends: where each row's context ends in the pass, ``[batch]``, if not all rows' at ``context``.
+        weight: of a fitted selector (``KVProjections.selector``).
 
     Attributes:
         probes: the probing tokens and any that follow the prompt, ``[batch, probes]``, counted from the pass's first.
@@ -168,17 +169,18 @@ class Selection:
         prompt: int,
         padding: Tensor | None = None,
         ends: Tensor | None = None,
+        weight: Tensor | None = None,
     ):
         self.layers, self.plan, self.read, self.prompt = layers, plan, read, prompt
+        self.selector, self.weight = selector_named(plan.selector), weight
         self.padding, self.ends, self.end = padding, ends, context
         self.context = context if ends is None else read  # the widest row's
         self.decoder = layers.decoder
-        pruned = plan.pruned(self.decoder.num_layers)
-        whole = [layer for layer in pruned if self.decoder.window(layer) is None]
-        self.watched = frozenset(whole or pruned) if plan.salient else frozenset()
+        self.watched = watched(self.decoder, plan.depth) if plan.salient else frozenset()
         batch, tokens, _ = layers.hidden.shape
         self.probes = torch.arange(max(0, read - PROBES), tokens, device=layers.hidden.device).expand(batch, -1)
         self.attention: Tensor | None = None
+        self.heads: list[Tensor] = []
         self.visible: Tensor | None = None
 
     @torch.no_grad()
@@ -204,7 +206,10 @@ class Selection:
             visible,
         )
         first = self.layers.past - offset
-        weights = weights[..., first : first + self.context].amax((1, 2, 3))
+        heads = weights[..., first : first + self.context].amax(3).flatten(1, 2)
+        if self.selector.fitted:
+            self.heads.append(heads.to(self.layers.hidden.device))
+        weights = heads.amax(1)
         self.attention = weights if self.attention is None else self.attention.maximum(weights.to(self.attention))
         if self.visible is None:
             self.visible = visible[:, -1, first : first + self.read]
@@ -230,8 +235,7 @@ class Selection:
             usable = usable & allowed[:, : self.context].to(usable.device)
         if self.plan.salient:
             if scores is None:
-                known = Seen(self.layers.hidden[:, : self.context], self.attention)
-                scores = selector_named(self.plan.selector).score(known)
+                scores = self.selector.score(self.seen())
             selected = choose(scores, usable, self._count(usable))
         else:
             selected = columns.new_empty(batch, 0)
@@ -241,6 +245,21 @@ class Selection:
         own = own.scatter(1, selected, usable.gather(1, selected))
         return selected, behind.to(own.device) & ~own
 
+    def seen(self) -> Seen:
+        """What the selector is given."""
+        hidden = self.layers.hidden[:, : self.context]
+        if not self.selector.fitted:
+            return Seen(hidden, self.attention)
+        return Seen(
+            hidden,
+            self.attention,
+            torch.cat(self.heads, 1),
+            self.decoder.normalize(hidden),
+            self.read - torch.arange(self.context, device=hidden.device),
+            self.visible.sum(-1).clamp(min=1).to(hidden.device),
+            self.weight,
+        )
+
     def _count(self, usable: Tensor) -> Tensor:
         """How many tokens each row selects; of a prompt that is read in parts, each part selects its share."""
         real = torch.full((len(usable),), self.read, device=usable.device)
@@ -249,6 +268,21 @@ class Selection:
         if self.padding is not None:
             real = (real - (self.padding - self.layers.past).clamp(min=0)).clamp(min=0)
         return count_of(self.plan.salient, real)
+
+
+def watched(decoder: Decoder, depth: int) -> frozenset[int]:
+    """The pruned layers whose attention counts: those that see the whole context, or all if none does."""
+    pruned = range(depth, decoder.num_layers)
+    return frozenset([layer for layer in pruned if decoder.window(layer) is None] or pruned)
+
+
+def check_selector(plan: PruningPlan, weight: Tensor | None) -> None:
+    """Raise :class:`InputError` where a plan needs a fitted selector and there is none."""
+    if plan.salient and weight is None and selector_named(plan.selector).fitted:
+        raise InputError(
+            f"selector {plan.selector!r} has no fitted weight for depth {plan.depth}: fit it "
+            "(pop_lightning.fitting.selectors.SelectorFit; pop-fit does), or choose selector 'attention'."
+        )
 
 
 def depends_on_padding(plan: PruningPlan) -> bool:

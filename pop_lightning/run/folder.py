@@ -34,7 +34,7 @@ from pop_lightning.core.files import (
 )
 from pop_lightning.core.plan import Choice
 from pop_lightning.models.decoder import Decoder
-from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.pruning.projections import SELECTOR, KVProjections
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.resume import refused_changes
 
@@ -274,10 +274,11 @@ class RunFolder:
         return choice.projection == "reuse" or distributed.from_first(lambda: _is_whole(self._projections(choice)))
 
     def write_projections(self, choice: Choice, projections: KVProjections) -> None:
+        self._write_tensors(self._projections(choice), projections.fitted_state())
+
+    def _write_tensors(self, path: Path, state: dict[str, torch.Tensor]) -> None:
         if distributed.is_first():
             self._check_place()
-            state = projections.fitted_state()
-            path = self._projections(choice)
             metadata = {"sha256": _digest(path.name, state)}  # one entry: their order is not fixed
             write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata=metadata))
         distributed.barrier()  # the others may read it next
@@ -288,6 +289,19 @@ class RunFolder:
             return KVProjections(decoder, choice.depth)
         state = safetensors.torch.load_file(self._projections(choice))
         return KVProjections.from_state(decoder, choice.depth, choice.projection, state)
+
+    def has_selector(self, depth: int) -> bool:
+        """Whether the selector that was fitted for a depth is there and whole."""
+        return distributed.from_first(lambda: _is_whole(self._selector(depth)))
+
+    def write_selector(self, depth: int, weight: torch.Tensor) -> None:
+        self._write_tensors(self._selector(depth), {SELECTOR: weight})
+
+    def read_selector(self, depth: int) -> torch.Tensor:
+        return safetensors.torch.load_file(self._selector(depth))[SELECTOR]
+
+    def _selector(self, depth: int) -> Path:
+        return self.state / f"selector-depth{depth}.safetensors"
 
     def _projections(self, choice: Choice) -> Path:
         return self.state / f"{file_name(choice)}.safetensors"

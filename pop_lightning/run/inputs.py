@@ -22,6 +22,7 @@ from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import context_length, end_tokens, load_model, load_tokenizer
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.flops import speedup
+from pop_lightning.pruning.selectors import selector_named
 from pop_lightning.run import depths as candidates
 from pop_lightning.run.folder import RunFolder
 from pop_lightning.run.recipe import Recipe
@@ -72,6 +73,8 @@ class Run:
 
     def variant(self, choice: Choice, kept: Kept) -> Variant:
         projections = self.folder.read_projections(self.decoder, choice)
+        if kept.salient and selector_named(kept.selector).fitted:
+            projections.use_selector(self.folder.read_selector(choice.depth))
         return Variant(kept.at(choice.depth), projections, steps=choice.steps)
 
 

@@ -27,11 +27,13 @@ from pop_lightning.evaluation.verdicts import Verdict
 from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.kinds import kind as kind_named
 from pop_lightning.fitting.kinds import trained_kind
+from pop_lightning.fitting.selectors import SelectorFit
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.generation import hub
 from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.pruning.flops import prefill_flops
+from pop_lightning.pruning.selectors import selector_named
 from pop_lightning.run import depths as candidates
 from pop_lightning.run.folder import RunFolder, file_name
 from pop_lightning.run.inputs import RESUME, Run, load, start_kind, trains, untrained_kinds, versions
@@ -106,7 +108,12 @@ def publish(run: Run, repository: str) -> None:
 
 def stages(recipe: Recipe) -> list[str]:
     """Names of the stages of a run, in order."""
-    return [name for name in STAGES if name != FITTING or start_kind(recipe) != "reuse"]
+    return [name for name in STAGES if name != FITTING or _fits(recipe)]
+
+
+def _fits(recipe: Recipe) -> bool:
+    """Whether something is fitted: projections, or a selector."""
+    return start_kind(recipe) != "reuse" or (recipe.salient != 0 and selector_named(recipe.selector).fitted)
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,10 @@ def run_stages(run: Run) -> int:
         with at(IMPORTANCE):
             importance = folder.once("importance.json", lambda: score(run))
         depths = candidates.to_measure(recipe, run.decoder, importance["prefill"], run.kept, run.tokens)
-        if start_kind(recipe) != "reuse":
+        if _fits(recipe):
             with at(FITTING):
                 fit_untrained(run, depths)
+                fit_selectors(run, depths)
         with at(SEARCH):
             found = search(run, depths)
         with at(VERIFICATION):
@@ -214,13 +222,32 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
         run.folder.write("state/ridge.json", ridges)
 
 
+def fit_selectors(run: Run, depths: list[int]) -> None:
+    """The selector of every depth, where one may be used that is fitted."""
+    if not any(kept.salient and selector_named(kept.selector).fitted for kept in run.kept):
+        return
+    recipe = run.recipe
+    missing = [depth for depth in depths if not run.folder.has_selector(depth)]
+    for group in groups(
+        run.decoder, [Choice(depth, start_kind(recipe)) for depth in missing], recipe.projection.memory_bytes
+    ):
+        projections = {choice.depth: run.folder.read_projections(run.decoder, choice) for choice in group}
+        fit = SelectorFit(projections, recipe.fit_boundary)
+        with memory_advice(f"lower data.batch_size ({recipe.data.batch_size}), {RESUME}"):
+            run.trainers.make(f"fitting selectors at depth {', '.join(map(str, projections))}").validate(
+                fit, run.data.loader("fit"), verbose=False
+            )
+        for depth in projections:
+            run.folder.write_selector(depth, fit.solve(depth).selector)
+
+
 def train(run: Run, choice: Choice, kept: Kept) -> None:
     """Train up to ``choice.steps``, from where the last round or an interrupted run left off."""
     recipe, settings, folder = run.recipe, run.recipe.projection, run.folder
     depth, kind, steps = choice
     if folder.has_projections(choice):
         return
-    start = folder.read_projections(run.decoder, Choice(depth, start_kind(recipe)))
+    start = run.variant(Choice(depth, start_kind(recipe)), kept).projections
     if not start.fitted_layers:  # its projections are exact
         folder.write_projections(choice, start)
         return
@@ -369,7 +396,8 @@ def measure(
             variants = {}
             for choice in group:
                 ways = [kept for each, kept in asked if each == choice]
-                variant = run.variant(choice, ways[0])
+                # With salient tokens if any has them: projections with a fitted selector serve all.
+                variant = run.variant(choice, max(ways, key=lambda kept: bool(kept.salient)))
                 for kept in ways:
                     variants[f"{choice}, {kept}"] = replace(variant, plan=kept.at(choice.depth))
             depths = ", ".join(dict.fromkeys(str(choice.depth) for choice in group))

@@ -17,7 +17,7 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
         ("seed", "model.dtype", "data.splits.", "data.max_response_tokens"),
     ),
     ("importance.json",): ("layers were scored with it", ("importance.", "boundary")),
-    ("state/closed_form-*", "state/ridge.json"): (
+    ("state/closed_form-*", "state/ridge.json", "state/selector-*"): (
         "the closed form was fitted with it",
         ("projection.ridge", "projection.grouping", "projection.queries", "projection.refit", "projection.memory_gib",
          "boundary", "depth", "budget.candidates", "budget.min_pruned", "budget.speedup", "budget.boundaries",

@@ -1,47 +1,65 @@
-"""Compares ways to select salient tokens at equal cost: none, random, recency, attention, and an oracle.
+"""Compares ways to select salient tokens at equal cost: none, random, recency, attention, learned, and two oracles.
 
     python -m pop_lightning.studies.selection --base bundled:facts-gemma3 \\
         --calibration bundled:facts-gemma3/calibration.jsonl --depths '[1,2,3]' --tokens '[5,20,40]'
 
 Projections are the closed form, fitted on the rows' fit split; the figures are means over the verify split of every
-seed, which nothing was fitted or chosen on, with 95% intervals over prompts. The oracle selects what the full model's
-pruned layers read most from the response's positions, which no prefill can know: it shows what a better selector could
-still gain. All ways at one depth and number of tokens cost the same, but for the probing token of `attention`.
+seed, which nothing was fitted or chosen on, with 95% intervals over prompts, also of the difference to `attention` on
+the same prompts. Two selections that no prefill can know show what a better selector could still gain: `oracle` is what
+the full model's pruned layers read most from the response's positions, `gradient` what the pruned model's KL would fall
+by, to first order, if a token's keys and values were true. All ways at one depth and number of tokens cost the same,
+but for the probing token of `attention` and `learned`.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pop_lightning.core.kinds import SELECTORS
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.core.tables import text_table
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
+from pop_lightning.fitting.selectors import SelectorFit, gains
 from pop_lightning.models.attention import attention_weights, seen_from
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.layer_parts import cut, each_table
 from pop_lightning.models.loading import load_model, load_tokenizer
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.flops import speedup
+from pop_lightning.pruning.module import outside_inference, resting
 from pop_lightning.pruning.passes import student_logits
+from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.studies.study import Settings, Split, mean_of_seeds, quiet_trainer, rows_of_study
 
-Scores = Callable[[Decoder, PruningPlan, Trace, Tensor, int], Tensor]
+Scores = Callable[[KVProjections, PruningPlan, Trace, Tensor, int], Tensor]
+WAYS = ("random", "recency", "attention", "learned", "oracle", "gradient")
 
 
-def random_scores(decoder: Decoder, plan: PruningPlan, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
+def random_scores(projections: KVProjections, plan: PruningPlan, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
     """``[batch, context]``, seeded by the batch's hidden states, so that a repeated run gives the same."""
     seed = int(trace.hidden[plan.depth][0, -1].abs().sum().mul(1e6)) % 2**31
     return torch.rand(len(mask), plan.context_of(prompt), generator=torch.Generator().manual_seed(seed))
 
 
-def oracle_scores(decoder: Decoder, plan: PruningPlan, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
+def gradient_scores(projections: KVProjections, plan: PruningPlan, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
+    """:func:`~pop_lightning.fitting.selectors.gains`, from inside inference mode."""
+    with torch.inference_mode(False), resting(projections.decoder.model):
+        copied = {"hidden": trace.hidden, "kwargs": trace.kwargs, "masks": trace.masks, "mask": mask}
+        copied = outside_inference(copied)
+        mask = copied.pop("mask")
+        return gains(projections, plan, replace(trace, **copied), mask, prompt)
+
+
+def oracle_scores(projections: KVProjections, plan: PruningPlan, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
     """The largest attention that the full model's pruned layers pay to each context token from the response."""
+    decoder = projections.decoder
     tokens, context, most = mask.shape[1] - 1, plan.context_of(prompt), None
     asking = torch.arange(prompt - 1, tokens).expand(len(mask), -1)
     real = mask[:, prompt - 1 : tokens].bool()[:, None, None, :, None]
@@ -70,7 +88,7 @@ class Selections(Evaluation):
     def _logits(self, variant: Variant, trace: Trace, mask: Tensor, prompt: int) -> Tensor:
         if (function := self.scores.get(id(variant))) is None:
             return super()._logits(variant, trace, mask, prompt)
-        scores = function(self.decoder, variant.plan, trace, mask, prompt)
+        scores = function(variant.projections, variant.plan, trace, mask, prompt)
         return student_logits(variant.projections, variant.plan, trace, mask, prompt, scores=scores)
 
 
@@ -89,16 +107,20 @@ def run(settings: Settings, tokens: Sequence[int]) -> list[dict[str, Any]]:
     for seed in settings.report_seeds:
         split = Split(settings, decoder, rows, seed)
         variants, scores = {}, {}
-        for fitted in split.closed_form(sorted(settings.depths, reverse=True)):
-            projections, depth = fitted.options[fitted.best()], fitted.depth
+        fitted = {at.depth: at.options[at.best()] for at in split.closed_form(sorted(settings.depths, reverse=True))}
+        fit = SelectorFit(fitted, settings.boundary)
+        split.validate("fitting selectors", fit, split.loader("fit"))
+        for depth, projections in fitted.items():
+            fit.solve(depth)
             variants[depth, 0, "none"] = Variant(PruningPlan(depth, settings.boundary), projections)
             for number in tokens:
-                for way in ("random", "recency", "attention", "oracle"):
-                    selector = way if way in ("recency", "attention") else "attention"
+                for way in WAYS:
+                    selector = way if way in SELECTORS else "attention"
                     plan = PruningPlan(depth, settings.boundary, number, selector)
                     variants[depth, number, way] = Variant(plan, projections)
                 scores[depth, number, "random"] = random_scores
                 scores[depth, number, "oracle"] = oracle_scores
+                scores[depth, number, "gradient"] = gradient_scores
         named = {str(key): variant for key, variant in variants.items()}
         evaluation = Selections(decoder, named, {str(key): function for key, function in scores.items()})
         split.validate(f"measuring {len(named)} variants on verify", evaluation, split.loader("verify"))
@@ -110,6 +132,16 @@ def run(settings: Settings, tokens: Sequence[int]) -> list[dict[str, Any]]:
         | {
             metric: mean_of_seeds([(rows["prompt"], rows[metric]) for rows in each])
             for metric in ("kl", "agreement", "exact_match")
+        }
+        | {
+            f"{metric} - attention": mean_of_seeds(
+                [
+                    (rows["prompt"], rows[metric] - other[metric])
+                    for rows, other in zip(each, measured[depth, number, "attention"], strict=True)
+                ]
+            )
+            for metric in ("kl", "agreement", "exact_match")
+            if way not in ("none", "attention")
         }
         for (depth, number, way), each in measured.items()
     ]
@@ -124,7 +156,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
         )
 
     return text_table(
-        ["depth", "salient", "selector", "counted", "KL", "agreement %", "exact match %"],
+        ["depth", "salient", "selector", "counted", "KL", "agreement %", "exact match %", "KL - attention's"],
         [
             [
                 str(entry["depth"]),
@@ -134,6 +166,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
                 shown(entry["kl"], 1, 4),
                 shown(entry["agreement"], 100, 1),
                 shown(entry["exact_match"], 100, 1),
+                shown(entry["kl - attention"], 1, 4) if "kl - attention" in entry else "",
             ]
             for entry in entries
         ],

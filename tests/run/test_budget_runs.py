@@ -293,6 +293,23 @@ def test_a_plan_with_salient_tokens_is_chosen_verified_and_exported(run, untrain
     assert generator.selected.shape == (1, 20 * metrics["salient"])
 
 
+def test_a_learned_selector_is_fitted_exported_and_kept_by_a_resumed_run(run, capsys):
+    code, output, metrics = run(salient=0.2, selector="learned", projection__kind="reuse")
+    assert code == 0
+    assert metrics["selector"] == "learned"
+    generator = StageAwareGenerator.from_artifact(output / "artifact")
+    assert generator.plan == PruningPlan(metrics["depth"], 1, 0.2, "learned")
+    stored = output / "state" / f"selector-depth{metrics['depth']}.safetensors"
+    before = stored.read_bytes()
+    stored.write_bytes(before[:-1])
+    for name in ("metrics.json", "state/verify.json"):
+        (output / name).unlink()
+    capsys.readouterr()
+    assert run("--resume", output=output, salient=0.2, selector="learned", projection__kind="reuse")[0] == 0
+    assert f"fitting selectors at depth {metrics['depth']} ..." in capsys.readouterr().out  # that one only
+    assert stored.read_bytes() == before
+
+
 @pytest.mark.full
 def test_screening_plans_on_a_part_of_the_rows_changes_no_choice(run, untrained, monkeypatch, capsys):
     limit = 0.8 * untrained[2]["expected_bound"]

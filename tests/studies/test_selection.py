@@ -10,7 +10,8 @@ from pop_lightning.data.module import collate
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.positions import position_ids
 from pop_lightning.pruning.passes import teacher_trace
-from pop_lightning.studies.selection import main, oracle_scores
+from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.studies.selection import WAYS, main, oracle_scores
 
 from tests.fitting.test_projections import rows
 from tests.helpers.families import build
@@ -33,7 +34,9 @@ def test_the_oracle_is_the_most_that_a_global_layer_of_the_full_model_pays(famil
             if layer >= depth and kinds[layer] == "full_attention"
         ]
     ).amax(0)
-    ours = oracle_scores(decoder, PruningPlan(depth), teacher_trace(decoder, batch, depth), mask, prompt)
+    ours = oracle_scores(
+        KVProjections(decoder, depth), PruningPlan(depth), teacher_trace(decoder, batch, depth), mask, prompt
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -43,9 +46,8 @@ def test_every_way_is_measured_and_with_all_tokens_selected_each_is_the_full_mod
     words = f"--base {base} --calibration {data} --depths [1] --tokens [2,900] --output {output}"
     assert main(words.split()) == 0
     entries = {(entry["salient"], entry["selector"]): entry for entry in json.loads(output.read_text())}
-    ways = ("random", "recency", "attention", "oracle")
-    assert set(entries) == {(0, "none"), *((number, way) for number in (2, 900) for way in ways)}
-    for way in ways:
+    assert set(entries) == {(0, "none"), *((number, way) for number in (2, 900) for way in WAYS)}
+    for way in WAYS:
         assert entries[900, way]["kl"]["mean"] < 1e-6 < entries[2, way]["kl"]["mean"]
         assert entries[2, way]["speedup"] > entries[900, way]["speedup"]
     assert "oracle" in capsys.readouterr().out

@@ -12,6 +12,8 @@ class AttentionSelector:
     is better than several, because only the last one has read the whole question.
     """
 
+    fitted = False
+
     def score(self, seen: Seen) -> Tensor:
         return seen.attention
 

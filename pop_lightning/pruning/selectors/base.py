@@ -11,18 +11,36 @@ from torch import Tensor
 class Seen:
     """What is known of the context when salient tokens are chosen.
 
+    The attention is what the probing tokens (the prompt's last ones) pay over projected keys, in the pruned layers that
+    see the whole context.
+
     Attributes:
         hidden: h_d, ``[batch, context, hidden]``.
-        attention: the largest weight that the probing tokens (the prompt's last ones) give each context token in any
-            pruned layer that sees the whole context, over projected keys, ``[batch, context]``.
+        attention: the largest weight that any head gives each context token, ``[batch, context]``.
+        heads: the weight of each head, ``[batch, layers * heads, context]``, for fitted selectors.
+        normed: n(h_d), for fitted selectors.
+        back: how far each token is from the end of the prompt, ``[context]``; 1 is its last token.
+        lengths: tokens of each row, padding left out, ``[batch]``.
+        weight: of a fitted selector, ``[features]``.
     """
 
     hidden: Tensor
     attention: Tensor
+    heads: Tensor | None = None
+    normed: Tensor | None = None
+    back: Tensor | None = None
+    lengths: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class Selector(Protocol):
-    """Scores context tokens; the highest run in full."""
+    """Scores context tokens; the highest run in full.
+
+    Attributes:
+        fitted: whether it has a weight, and reads every field of :class:`Seen`.
+    """
+
+    fitted: bool
 
     def score(self, seen: Seen) -> Tensor:
         """``[batch, context]``, higher for tokens that matter more; what it says of padding is ignored."""

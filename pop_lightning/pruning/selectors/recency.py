@@ -9,6 +9,8 @@ from pop_lightning.pruning.selectors.base import Seen
 class RecencySelector:
     """Later tokens score higher."""
 
+    fitted = False
+
     def score(self, seen: Seen) -> Tensor:
         batch, context = seen.attention.shape
         return torch.arange(context, device=seen.attention.device).expand(batch, -1)
