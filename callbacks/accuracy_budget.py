@@ -49,6 +49,9 @@ class AccuracyBudget(lightning.Callback):
         sequence: names of the variants to verify; None until something was validated.
         verdicts: of the verification so far, in the order of the sequence.
         decisions: one readable line per decision, also printed.
+
+    Raises:
+        InputError: there is no such metric, or ``confidence`` is not between 0 and 1.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class AccuracyBudget(lightning.Callback):
         sequence: Sequence[str] | None = None,
     ):
         self.metric = metric_named(metric)
+        if not 0 < confidence < 1:
+            raise InputError(f"confidence must be between 0 and 1, such as 0.95; found {confidence:g}.")
         self.max_drop, self.confidence, self.min_pruned = max_drop, confidence, min_pruned
         self.verify_prompts = verify_prompts
         self.measured: dict[str, dict[str, Any]] = {}
@@ -200,6 +205,5 @@ class AccuracyBudget(lightning.Callback):
             self._say(f"verify: no depth keeps the budget of {self.metric.amount(self.max_drop)}: nothing is exported")
         elif self.max_drop is None:
             self._say(f"verify: depth {self.depth} is exported, with no limit on its loss")
-
         else:
             self._say(f"verify: depth {self.depth} is the deepest pruning that passed")

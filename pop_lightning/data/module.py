@@ -219,7 +219,9 @@ class _EveryBatch(DistributedSampler):
 
 
 class _Epochs(_EveryBatch):
-    """The steps of one epoch at a time.
+    """As many steps as an epoch has, from those read before.
+
+    Lightning ends an epoch that it resumed, or limits (``limit_train_batches``), at its own count.
 
     Args:
         done: returns how many steps were read before; called when an epoch begins, after a checkpoint is restored.
@@ -231,7 +233,7 @@ class _Epochs(_EveryBatch):
 
     def __iter__(self) -> Iterator[int]:
         first = self.done()
-        yield from range(first, (first // len(self) + 1) * len(self))
+        yield from range(first, first + len(self))
 
 
 class _ResumableLoader(DataLoader):

@@ -109,6 +109,7 @@ class Evaluation(DecoderModule):
             variant.projections.place()
 
     def on_validation_start(self) -> None:
+        self.refuse_repeated_rows()
         for meter in self.meters:
             meter.reset()
 

@@ -63,7 +63,8 @@ def response_metrics(
 
     # Values land in [B, R] and are summed per row: unlike index_add, that sums in the same order on any device.
     names = ("kl", "agreement", "nll", "teacher_nll", "hit", "teacher_hit")
-    positions = {name: torch.zeros(mask.shape, device=logits.device) for name in names}
+    # float32 by name: a Trainer of another precision changes the default.
+    positions = {name: torch.zeros(mask.shape, dtype=torch.float32, device=logits.device) for name in names}
     rows, columns = mask.nonzero(as_tuple=True)
     for row, column in zip(rows.split(chunk_size), columns.split(chunk_size), strict=True):
         student = logits[row, column].float()

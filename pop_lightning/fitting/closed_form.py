@@ -15,6 +15,7 @@ import lightning
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
@@ -110,7 +111,15 @@ def closed_form(
         model: the base: a hub id or folder, a Transformers model, or a decoder.
         trainer: makes the trainers of the passes from Lightning's arguments, such as ``logger``.
         options: of :func:`fit_depths`, such as ``memory`` and ``grouping``.
+
+    Raises:
+        InputError: no depth is given, or the model cannot be pruned at one.
     """
+    decoder = as_decoder(model)
+    if not depths:
+        raise InputError("closed_form needs at least one depth to prune at.")
+    for depth in depths:
+        PruningPlan(depth, boundary).check(decoder.num_layers)
 
     def validate(title: str, module: lightning.LightningModule, rows: DataLoader) -> None:
         trainer(logger=False, enable_checkpointing=False, enable_model_summary=False).validate(
@@ -119,7 +128,7 @@ def closed_form(
 
     data.setup()
     fitted = fit_depths(
-        as_decoder(model),
+        decoder,
         depths,
         boundary=boundary,
         ridges=ridges,

@@ -58,7 +58,7 @@ def probed(decoder: Decoder, rows: int, context: int):
 def gate_gradients(gradients: list[tuple[int, Tensor]], layers: int) -> Tensor:
     """``[batch, L, 2]``, summed from the list of :func:`probed`."""
     rows, device = len(gradients[0][1]), gradients[0][1].device
-    total = torch.zeros(rows, layers, 2, device=device)
+    total = torch.zeros(rows, layers, 2, dtype=torch.float32, device=device)
     for layer, gradient in gradients:
         total[:, layer] += gradient
     return total

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
 from pop_lightning.data.module import real_rows
 from pop_lightning.fitting.gates import gate_gradients, probed
 from pop_lightning.models.decoder import Decoder, Trace
@@ -43,6 +44,9 @@ class ImportanceScoring(DecoderModule):
 
     Attributes:
         rows: number of scored rows.
+
+    Raises:
+        InputError: from :attr:`scores` and :meth:`candidates`, nothing was scored yet.
     """
 
     split = "fit"
@@ -54,6 +58,7 @@ class ImportanceScoring(DecoderModule):
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ):
+        model = str(model) if isinstance(model, Path) else model  # a name, which checkpoints can hold
         super().__init__(model)
         self.save_hyperparameters(ignore=() if isinstance(model, str) else "model")
         self.boundary, self.seed = boundary, seed
@@ -62,7 +67,9 @@ class ImportanceScoring(DecoderModule):
         self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
 
     def on_validation_start(self) -> None:
-        self.sums.zero_()
+        self.refuse_repeated_rows()
+        # Anew, because a Trainer of another precision has cast the buffer.
+        self.sums = torch.zeros_like(self.sums, dtype=torch.float64)
         self.counted.zero_()
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -86,7 +93,9 @@ class ImportanceScoring(DecoderModule):
 
     @property
     def scores(self) -> Tensor:
-        return self.sums.cpu() / max(self.rows, 1)
+        if not self.rows:
+            raise InputError("nothing was scored yet: run trainer.validate(scoring, ...) first.")
+        return self.sums.cpu() / self.rows
 
     def candidates(self, number: int, min_pruned: int = 2) -> list[int]:
         """:func:`candidates` placed by the prefill scores of this model."""

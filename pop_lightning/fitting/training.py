@@ -104,7 +104,7 @@ class KVProjectionTraining(DecoderModule):
 
     def __init__(
         self,
-        start: KVProjections | Decoder | PreTrainedModel | str,
+        start: KVProjections | Decoder | PreTrainedModel | str | Path,
         depth: int | None = None,
         boundary: int | float = 1,
         salient: int | float = 0,
@@ -123,6 +123,7 @@ class KVProjectionTraining(DecoderModule):
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
+        start = str(start) if isinstance(start, Path) else start  # a name, which checkpoints can hold
         projections = start if isinstance(start, KVProjections) else _reuse(start, depth)
         depth = projections.depth if depth is None else depth  # of the checkpoint too
         super().__init__(projections.decoder)

@@ -11,9 +11,11 @@ from pathlib import Path
 import lightning
 import torch
 from torch import nn
+from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
+from pop_lightning.core.errors import InputError
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import as_decoder
 
@@ -54,7 +56,26 @@ class DecoderModule(lightning.LightningModule):
         self._restore = None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        return [_RestoreOnException()]
+        # A trainer keeps the callback of its first run, and warns about a second one.
+        kept = any(isinstance(callback, _RestoreOnException) for callback in self.trainer.callbacks)
+        return [] if kept else [_RestoreOnException()]
+
+    def refuse_repeated_rows(self) -> None:
+        """Raise :class:`InputError` if the loaders of this pass do not read every row once, over all processes.
+
+        The sampler that Lightning gives a loader of the user's own repeats rows until all processes have equally many.
+        """
+        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+            sampler = getattr(loader, "sampler", None)
+            if not isinstance(sampler, DistributedSampler):
+                continue
+            rows, processes = len(sampler.dataset), sampler.num_replicas
+            if len(sampler) * processes != rows:
+                raise InputError(
+                    f"Lightning's sampler divides {rows} rows among {processes} processes by repeating some, which "
+                    "would count twice: pass datamodule=data or data.loader(split)."
+                )
 
 
 class _RestoreOnException(lightning.Callback):

@@ -109,6 +109,12 @@ def test_verifying_without_a_search_or_without_a_candidate_is_refused(evaluation
     assert budget.verdicts == []
 
 
+@pytest.mark.parametrize("confidence", [0, 1, 95])
+def test_a_confidence_that_is_not_a_share_is_refused(confidence):
+    with pytest.raises(InputError, match=f"confidence must be between 0 and 1, such as 0.95; found {confidence}"):
+        AccuracyBudget(confidence=confidence)
+
+
 def test_an_export_without_a_budget_is_refused(evaluation, data, tmp_path):
     with pytest.raises(InputError, match="has no AccuracyBudget"):
         trainer(ExportArtifact(tmp_path / "artifact")).test(

@@ -10,6 +10,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 
 from pop_lightning import (
@@ -20,6 +21,7 @@ from pop_lightning import (
     KVProjections,
     KVProjectionTraining,
     PruningPlan,
+    closed_form,
 )
 from pop_lightning.evaluation.evaluate import Variant
 from pop_lightning.models.decoder import Decoder
@@ -146,7 +148,7 @@ def test_training_where_there_is_nothing_to_train_is_refused():
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_training_is_loaded_from_its_checkpoint(base, data, tmp_path, kind):
-    training = KVProjectionTraining(str(base), 1, kind=kind, learning_rate=1e-2, temperature=3.0)
+    training = KVProjectionTraining(base, 1, kind=kind, learning_rate=1e-2, temperature=3.0)
     fit = trainer(max_steps=3, limit_val_batches=0)
     fit.fit(training, datamodule=data)
     fit.save_checkpoint(tmp_path / "last.ckpt")
@@ -174,7 +176,7 @@ def test_adapters_are_not_loaded_onto_another_start(data, tmp_path):
 
 
 def test_scores_are_loaded_from_a_checkpoint(base, data, tmp_path):
-    scoring, run = ImportanceScoring(str(base), seed=3), trainer()
+    scoring, run = ImportanceScoring(base, seed=3), trainer()
     run.validate(scoring, datamodule=data, verbose=False)
     run.save_checkpoint(tmp_path / "scores.ckpt")
     again = ImportanceScoring.load_from_checkpoint(tmp_path / "scores.ckpt", weights_only=True)
@@ -204,6 +206,68 @@ def test_a_training_that_was_stopped_within_an_epoch_continues_with_the_batches_
     second.fit(KVProjectionTraining(build("llama"), 1), datamodule=data, ckpt_path=kept.best_model_path,
                weights_only=True)  # fmt: skip
     assert read + rest == expected
+
+
+def test_limited_epochs_have_all_their_steps_and_read_every_row(data):
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            read.extend(batch["row_seed"].tolist())
+
+    read = []
+    fit = trainer(max_epochs=3, limit_train_batches=2, limit_val_batches=0, callbacks=[Watch()])
+    fit.fit(KVProjectionTraining(build("llama"), 1), datamodule=data)
+    assert fit.global_step == 6
+    assert set(read[:25]) == {row.seed for row in data.rows_of("fit")}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_figures_do_not_depend_on_the_precision_that_a_trainer_casts_modules_to(data, precision):
+    model, found = build("llama"), []
+    for each in ("32-true", precision):
+        run, scoring = trainer(precision=each), ImportanceScoring(model)
+        evaluation = Evaluation(model, {1: KVProjections(Decoder(model), 1)})
+        run.validate(scoring, datamodule=data, verbose=False)
+        run.validate(evaluation, datamodule=data, verbose=False)
+        assert scoring.scores.dtype == torch.float64
+        found.append((scoring.scores, evaluation.rows("1")["kl"]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_loader_of_ones_own_is_refused_where_its_sampler_repeats_rows(data):
+    def loader(rows):
+        # As Lightning puts into a loader on the first of two processes.
+        sampler = DistributedSampler(rows, num_replicas=2, rank=0)
+        return DataLoader(rows, batch_size=6, sampler=sampler, collate_fn=data.batch)
+
+    model, rows = build("llama"), data.rows_of("fit")
+    evaluation = Evaluation(model, {1: KVProjections(Decoder(model), 1)})
+    with pytest.raises(InputError, match="divides 25 rows among 2 processes by repeating some"):
+        trainer().validate(ImportanceScoring(model), loader(rows), verbose=False)
+    for run in (trainer().validate, trainer().test):
+        with pytest.raises(InputError, match="repeating some"):
+            run(evaluation, loader(rows), verbose=False)
+    scoring = ImportanceScoring(model)
+    trainer().validate(scoring, loader(rows[:24]), verbose=False)
+    assert scoring.rows == 12
+
+
+def test_what_was_not_measured_or_cannot_be_pruned_is_a_sentence(data):
+    model = build("llama")
+    for ask in (lambda scoring: scoring.scores, lambda scoring: scoring.candidates(2)):
+        with pytest.raises(InputError, match="nothing was scored yet"):
+            ask(ImportanceScoring(model))
+    with pytest.raises(InputError, match=f"depth must lie in 1..{LAYERS}"):
+        closed_form(model, [2, LAYERS + 1], data)
+    with pytest.raises(InputError, match="needs at least one depth"):
+        closed_form(model, [], data)
+
+
+def test_a_trainer_that_is_used_again_does_not_warn_about_its_callbacks(data, caplog):
+    run, model = trainer(limit_val_batches=1), build("llama")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            run.validate(ImportanceScoring(model), datamodule=data, verbose=False)
+    assert "will override existing callbacks" not in caplog.text
 
 
 def test_losses_are_logged_with_their_terms(data):
