@@ -209,13 +209,22 @@ def stored_dtype(name: str, dtype: str, revision: str | None = None, trust_remot
     """
     if dtype != "auto":
         return getattr(torch, dtype)
+    config = load_config(name, revision, trust_remote_code)
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a base.
+
+    Raises:
+        InputError: there is none, or it does not load.
+    """
     path = resolve_bundled(name)
     _refuse_adapter(name, path)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded(name, path, "has no config.json that loads", "a model's folder", error) from error
-    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:

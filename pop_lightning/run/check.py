@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 
 from pop_lightning.core.bundled import resolve_bundled
-from pop_lightning.core.errors import InputError, first_sentence
+from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import device_bytes, peak_bytes
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
@@ -33,7 +33,15 @@ from pop_lightning.evaluation.bounds import certifiable, rows_needed
 from pop_lightning.fitting.regressions import GROUPINGS, held_bytes
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
-from pop_lightning.models.loading import load_model, load_tokenizer, local_folder
+from pop_lightning.models.loading import (
+    context_length,
+    end_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    stored_dtype,
+)
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run.costs import Batch, Costs, Stage
 from pop_lightning.run.depths import check_images, condition, listed_boundaries, to_measure
@@ -49,81 +57,51 @@ _GIB = 2**30
 _SLOW_STEP = 2e12  # operations of a step that is too slow to try on a CPU
 
 
-@dataclass(frozen=True)
 class Base:
-    """The base's shape: of its own config where that lies on this machine, of a bundled shape otherwise.
+    """The base's shape: of its own config where that is on this machine, of a bundled shape otherwise.
 
     Attributes:
-        folder: where the base lies on this machine; None where it does not.
+        folder: where the base is on this machine; None where it is not.
         shape: the bundled shape that is used; None where the base's own config was read.
-        left_out: parameters that are loaded with it and take no part (a vision tower).
+        decoder: on the meta device, so without memory.
+        parameters: number of them, with those that are loaded and not used (a vision tower).
+
+    Raises:
+        InputError: neither the config nor a shape is there, or the config does not load.
     """
 
-    name: str
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    attention: str | None
-    folder: Path | None = None
-    shape: str | None = None
-    left_out: int = 0
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Base":
+    def __init__(self, recipe: Recipe):
         model = recipe.model
-        folder = local_folder(model.base, model.revision)
-        dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        # Flash and flex kernels hold what sdpa's fused kernel holds, but for a mask of whole numbers.
-        attention = model.attn_implementation if model.attn_implementation in (None, "eager") else "sdpa"
-        if folder is not None and (folder / "config.json").is_file():
-            try:
-                config = AutoConfig.from_pretrained(
-                    folder, trust_remote_code=model.trust_remote_code, local_files_only=True
-                )
-            except (OSError, ValueError, KeyError) as error:
-                problem = f"{model.base!r} has a config.json that does not load: {first_sentence(error)}"
-                raise InputError(problem, key="model.base") from error
-            stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-            return cls(model.base, config, dtype or stored or torch.float32, attention, folder)
-        if (name := shapes.of_base(model.base)) is None:
+        self.name, self.shape, left_out, dtype = model.base, None, 0, model.dtype
+        self.folder = local_folder(model.base, model.revision)
+        if self.folder is not None and (self.folder / "config.json").is_file():
+            given = {"trust_remote_code": model.trust_remote_code}
+            config, dtype = load_config(str(self.folder), **given), stored_dtype(str(self.folder), dtype, **given)
+        elif (name := shapes.of_base(model.base)) is not None:
+            self.folder, self.shape, shape = None, name, shapes.SHAPES[name]
+            config, left_out = shape.make(), shape.left_out
+            dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        else:
             known = ", ".join(each.base for each in shapes.SHAPES.values() if each.base)
             raise InputError(
                 f"{model.base!r} is not on this machine, and no bundled shape has its dimensions",
                 key="model.base",
                 expected=f"a folder, a base that was downloaded before, or one of {known}",
             )
-        shape = shapes.SHAPES[name]
-        return cls(model.base, shape.make(), dtype or torch.bfloat16, attention, None, name, shape.left_out)
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """On the meta device: shapes without memory."""
-        return Decoder(shapes.from_config(self.config, self.dtype, torch.device("meta"), self.attention))
-
-    @cached_property
-    def parameters(self) -> int:
-        return sum(each.numel() for each in self.decoder.model.parameters()) + self.left_out
-
-    @property
-    def bytes(self) -> int:
-        return self.parameters * self.dtype.itemsize
+        # Flash and flex kernels hold what sdpa's fused kernel holds, except for a mask of whole numbers.
+        attention = model.attn_implementation if model.attn_implementation in (None, "eager") else "sdpa"
+        self.decoder = Decoder(shapes.from_config(config, dtype, torch.device("meta"), attention))
+        if self.folder is not None and (self.folder / "generation_config.json").is_file():
+            self.decoder.model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        self.dtype = self.decoder.model.dtype
+        self.parameters = sum(each.numel() for each in self.decoder.model.parameters()) + left_out
+        self.bytes = self.parameters * self.dtype.itemsize
 
     @cached_property
     def largest_part(self) -> int:
         """Bytes of the largest part that ZeRO-3 gathers at a time: a layer, the embedding or the head."""
         parts = (*self.decoder.layers, self.decoder.head, self.decoder.model.get_input_embeddings())
         return max(sum(each.nbytes for each in part.parameters()) for part in parts)
-
-    @property
-    def context(self) -> int | None:
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def end_tokens(self) -> set[int]:
-        """What ends a response, by the generation config next to the base."""
-        if self.folder is None or not (self.folder / "generation_config.json").is_file():
-            return set()
-        ends = GenerationConfig.from_pretrained(self.folder).eos_token_id
-        return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 @dataclass(frozen=True)
@@ -135,7 +113,7 @@ class Rows:
         prompts: different prompts in the verify split, which is what a bound counts.
         longest: prompt and response tokens of the largest batch: memory is for that one.
         usual: the same of a mean batch, padding included: operations are for that one.
-        median: prompt tokens that a wanted speedup is counted at.
+        median: prompt tokens that a requested speedup is counted at.
         missing: rows that the full model still has to answer; 0 where that is not known.
         assumed: what is not known, as a sentence; None where the rows were read.
         media: rows with images or videos.
@@ -152,48 +130,43 @@ class Rows:
 
     @classmethod
     def of(cls, recipe: Recipe, base: Base) -> "Rows":
-        """Read the rows that lie on this machine; a data set of the hub is not looked up.
+        """Read the rows that are on this machine; a data set of the hub is not looked up.
 
         Raises:
             InputError: the rows are there and do not fit.
         """
-        settings, given, trust = recipe.data, recipe.data.sources, recipe.model.trust_remote_code
-        absent = next((source for source in given if not Path(resolve_bundled(source)).exists()), None)
+        settings, limit, trust = recipe.data, recipe.data.limit, recipe.model.trust_remote_code
+        absent = next((source for source in settings.sources if not Path(resolve_bundled(source)).exists()), None)
         if absent is not None:
-            what, total = f"data.calibration {absent!r} is not on this machine", settings.limit
-            if total is not None:
-                return cls._assumed(recipe, base, total, f"{what}: data.limit of {total} rows is used")
-            budget, needed = recipe.budget, 300
+            needed = 300
             if condition(recipe) is not None:
-                needed = rows_needed(budget.max_drop, budget.loss, budget.confidence)
-            total = math.ceil(needed / settings.splits.verify)
-            return cls._assumed(recipe, base, total, f"{what} and data.limit is not set: {total} rows are used")
-        tokenizer = None
-        if base.folder is not None:
-            tokenizer = load_tokenizer(str(base.folder), trust_remote_code=trust, required=False)
+                needed = rows_needed(recipe.budget.max_drop, recipe.budget.loss, recipe.budget.confidence)
+            total = limit or math.ceil(needed / settings.splits.verify)
+            used = f"data.limit of {limit} rows is used" if limit else f"{total} rows are used"
+            return cls._assumed(recipe, base, total, f"data.calibration {absent!r} is not on this machine: {used}")
+        tokenizer = base.folder and load_tokenizer(str(base.folder), trust_remote_code=trust, required=False)
         if tokenizer is None:
             read = {"name": settings.name, "columns": settings.columns}
-            total = sum(len(read_examples(source, settings.split, **read)) for source in given)
-            total = min(total, settings.limit or total)
+            total = sum(len(read_examples(source, settings.split, **read)) for source in settings.sources)
+            total = min(total, limit or total)
             what = f"the base's tokenizer is not on this machine, so the {total} rows are counted and not measured"
             return cls._assumed(recipe, base, total, what)
         data = CalibrationData(
             settings.calibration,
             tokenizer,
             **recipe.data_arguments(),
-            context=base.context,
-            end_tokens=base.end_tokens,
+            context=context_length(base.decoder.model),
+            end_tokens=end_tokens(base.decoder.model),
             vision=vision_processor(base.decoder.vision_tokens, str(base.folder), trust_remote_code=trust),
         )
         data.setup()
-        rows, size = list(data.rows()), settings.batch_size
-        unknown = settings.max_response_tokens
+        rows, size, unknown = list(data.rows()), settings.batch_size, settings.max_response_tokens
         lengths = [(len(r.prompt_ids), unknown if r.response_ids is None else len(r.response_ids)) for r in rows]
         lengths.sort(key=sum, reverse=True)
         batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
         widths = [(max(p for p, _ in batch), max(r for _, r in batch), len(batch)) for batch in batches]
         return cls(
-            {name: len(data.rows_of(name)) for name in asdict(settings.splits)},
+            {name: len(data.rows_of(name)) for name in ("fit", "tune", "search", "verify")},
             data.prompts_of("verify"),
             tuple(max(width[i] for width in widths) for i in (0, 1)),
             tuple(math.ceil(sum(width[i] * width[2] for width in widths) / len(rows)) for i in (0, 1)),
@@ -206,13 +179,10 @@ class Rows:
     def _assumed(cls, recipe: Recipe, base: Base, total: int, why: str) -> "Rows":
         counts = {name: max(1, round(share * total)) for name, share in asdict(recipe.data.splits).items()}
         response = recipe.data.max_response_tokens
-        prompt = min(recipe.data.max_prompt_tokens, max(1, (base.context or math.inf) - response))
-        why = f"{why}, {prompt} + {response} tokens each, the most that the recipe lets in"
+        room = max(1, (context_length(base.decoder.model) or math.inf) - response)
+        prompt = min(recipe.data.max_prompt_tokens, room)
+        why = f"{why}, {prompt} + {response} tokens each, the most that the recipe allows"
         return cls(counts, counts["verify"], (prompt, response), (prompt, response), prompt, assumed=why)
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
 
 
 @dataclass(frozen=True)
@@ -237,8 +207,7 @@ class Machine:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Machine":
-        given = recipe.trainer
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        given, found = recipe.trainer, torch.cuda.device_count() if torch.cuda.is_available() else 0
         accelerator = str(given.get("accelerator") or "auto")
         gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and found > 0)
         devices = _count(given.get("devices"), found if gpu else 1) * int(given.get("num_nodes") or 1)
@@ -276,16 +245,12 @@ class Machine:
 
 
 def _count(devices: Any, found: int) -> int:
-    """``trainer.devices`` as a number."""
+    """``trainer.devices`` as a number; all of them for auto, -1 or nothing."""
     if isinstance(devices, str) and "," in devices:
         devices = [each for each in devices.split(",") if each.strip()]
     if isinstance(devices, list):
         return len(devices)
-    try:
-        number = int(devices)
-    except (TypeError, ValueError):
-        number = -1  # auto, or not given
-    return number if number > 0 else max(1, found)
+    return (int(devices) if str(devices).isdecimal() else 0) or max(1, found)
 
 
 @dataclass(frozen=True)
@@ -324,8 +289,7 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     check_images(recipe, decoder, rows.media, {each.boundary for each in kept}, machine.shards)
     # Importance is not known yet, so it is assumed to be equal.
     depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, rows.median)
-    batches = Batch(size, *rows.longest), Batch(size, *rows.usual)
-    costs = Costs(decoder, recipe, depths, listed, *batches, eager=base.attention == "eager", gpu=machine.gpu)
+    costs = Costs(decoder, recipe, depths, listed, Batch(size, *rows.longest), Batch(size, *rows.usual), machine.gpu)
     return Estimate(recipe, base, rows, machine, costs, list(costs.stages(rows.counts, rows.missing, machine.devices)))
 
 
@@ -338,15 +302,13 @@ def ways_out(found: Estimate, limit: float) -> Iterator[tuple[str, Estimate]]:
                 *path, name = key.split(".")
                 section = reduce(getattr, path, recipe)
                 section.update({name: value}) if isinstance(section, dict) else setattr(section, name, value)
-            dtype = found.base.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-            base = found.base if dtype == found.base.dtype else replace(found.base, dtype=dtype)
+            base = Base(recipe) if "model.dtype" in change else found.base
             try:
                 changed = estimate(recipe, base, found.rows, Machine.of(recipe))
             except InputError:
                 break  # too far: the closed form's sums, say, no longer fit in what is left to them
             if changed.needs <= limit:
-                text = " with ".join(f"{key} {str(value).lower()}" for key, value in change.items())
-                yield text, changed
+                yield " with ".join(f"{key} {str(value).lower()}" for key, value in change.items()), changed
                 break
 
 
@@ -371,7 +333,7 @@ def changes(found: Estimate) -> Iterator[list[dict[str, Any]]]:
         yield halves("budget.candidates", len(found.costs.depths))
     if found.base.dtype.itemsize > 2:
         yield [{"model.dtype": "bfloat16"}]
-    # Shards go with neither rows of images nor a base that is placed by hand.
+    # Shards cannot be combined with rows of images, or with a base that is placed by hand.
     if found.machine.gpu and not found.base.decoder.vision_tokens and recipe.model.device_map is None:
         used = found.machine.devices // int(recipe.trainer.get("num_nodes") or 1) if found.machine.shards else 1
         strategy = {"trainer.strategy": "deepspeed_stage_3"}
@@ -385,7 +347,7 @@ def card_for(needed: float) -> int | None:
 
 def measure(found: Estimate) -> dict[str, tuple[int, float]] | str:
     """By stage, bytes and seconds of one real step at the longest rows; or why nothing was run."""
-    machine, base, recipe, costs = found.machine, found.base, found.recipe, found.costs
+    machine, base, model, costs = found.machine, found.base, found.recipe.model, found.costs
     if machine.bytes is None:
         return "there is no GPU here: run this check on a machine that has trainer.accelerator"
     if base.folder is None:
@@ -398,22 +360,16 @@ def measure(found: Estimate) -> dict[str, tuple[int, float]] | str:
         return f"trainer.strategy {machine.strategy} keeps the base in shards, and steps run on a whole one"
     if not machine.gpu and max(each.step_flops for each in found.stages) > _SLOW_STEP:
         return "one step is too slow to try on a CPU: set trainer.accelerator to gpu where there is one"
-    model = recipe.model
+    given = {"attn_implementation": model.attn_implementation, "trust_remote_code": model.trust_remote_code}
     try:
-        decoder = Decoder(
-            load_model(
-                str(base.folder),
-                dtype=model.dtype,
-                attn_implementation=model.attn_implementation,
-                trust_remote_code=model.trust_remote_code,
-            ).to(machine.device)
-        )
-        decoder.model.eval().requires_grad_(False)
+        decoder = Decoder(load_model(str(base.folder), dtype=model.dtype, **given).to(machine.device))
     except InputError as error:
         return f"the base does not load here: {error}".rstrip(".")
-    longest = costs.at(costs.longest).stages(found.rows.counts, found.rows.missing)
+    decoder.model.eval().requires_grad_(False)
     measured = {}
-    for stage, whole in zip(found.stages, longest, strict=True):
+    for stage, longest in zip(
+        found.stages, replace(costs, usual=costs.longest).stages(found.rows.counts, found.rows.missing), strict=True
+    ):
         step = stage.build(decoder, replace(costs.longest, rows=stage.size).collated(machine.device))
         step()  # makes the running sums and the optimizer states, which stay
         peak = peak_bytes(step, machine.device)
@@ -421,7 +377,7 @@ def measure(found: Estimate) -> dict[str, tuple[int, float]] | str:
         step()
         if machine.gpu:
             torch.cuda.synchronize(machine.device)
-        measured[stage.name] = peak, (time.perf_counter() - start) * stage.flops / whole.step_flops
+        measured[stage.name] = peak, (time.perf_counter() - start) * stage.flops / longest.step_flops
         del step
     return measured
 
@@ -442,7 +398,7 @@ def check(recipe: Recipe) -> int:
         check_placement(recipe)
     for source in recipe.data.sources:
         check_source(source)
-    base = Base.of(recipe)
+    base = Base(recipe)
     found = estimate(recipe, base, Rows.of(recipe, base), machine)
     too_much = found.needs > machine.limit
     if too_much and not machine.gpu and (recipe.trainer.get("accelerator") or "auto") == "auto":
@@ -453,8 +409,8 @@ def check(recipe: Recipe) -> int:
         Trainers(recipe)  # refuses what does not run on this machine
     measured = "it does not fit" if too_much else measure(found)
     certified, enough = _certifiable(found)
-    notes = (_memory(found), _images(found), _groupings(found), _trainings(found), certified, _time(found, measured))
-    print(_heading(found), _table(found, measured), "\n".join(filter(None, notes)), sep="\n\n")
+    notes = [_memory(found), *_remarks(found), certified, _time(found, measured)]
+    print(_heading(found), _table(found, measured), "\n".join(notes), sep="\n\n")
     return DOES_NOT_FIT if too_much or not enough else FITS
 
 
@@ -498,11 +454,11 @@ def _memory(found: Estimate) -> str:
     text = f"memory: {_gib(found.needs)} GiB per device in its largest stage, {found.largest.name}"
     if machine.bytes is None:
         if (card := card_for(found.needs)) is not None:
-            return f"{text}; no GPU is here to judge it by: it fits a GPU of {card} GB."
+            return f"{text}; there is no GPU here to compare with: it fits a GPU of {card} GB."
         largest = max(CARDS)
         options = _options(found, USABLE * CARDS[largest] * _GIB)
-        return f"{text}; no GPU is here, and none of {largest} GB would hold it: {options}."
-    text += f"; {_gib(machine.bytes)} GiB are there, of which {USABLE:.0%} can be counted on"
+        return f"{text}; there is no GPU here, and one of {largest} GB would not hold it: {options}."
+    text += f"; the device has {_gib(machine.bytes)} GiB, of which {USABLE:.0%} is usable"
     if found.needs > machine.limit:
         return f"{text}: it does not fit: {_options(found, machine.limit)}."
     if machine.found < machine.devices and machine.gpu:
@@ -516,46 +472,35 @@ def _options(found: Estimate, limit: float) -> str:
         return " or ".join(options)
     card = card_for(found.needs)
     where = f"a GPU of {card} GB (trainer.accelerator)" if card else "a smaller model.base"
-    keys = "data.batch_size, data.max_prompt_tokens and budget.candidates"
-    return f"no single key is enough; lower {keys} together, or take {where}"
-
-
-def _images(found: Estimate) -> str | None:
-    if found.base.decoder.vision_tokens:
-        return "images and videos: what the vision tower holds while it reads them is not counted, its weights are."
-    return None
-
-
-def _trainings(found: Estimate) -> str | None:
-    """How often the budget asks for a training is known only once it measures."""
-    if not found.costs.trains:
-        return None
-    budget = found.recipe.budget
-    if budget.speedup is not None:
-        return (
-            "training: counted once, at the deepest of these depths; budget.speedup decides the depth, and up to "
-            f"{budget.extensions} rounds more come where they help."
-        )
     return (
-        f"training: counted once at each of {len(found.costs.depths)} depths; the budget asks for it at the deepest "
-        f"that it can keep, and for up to {budget.extensions} rounds more where they help."
+        "no single key is enough; lower data.batch_size, data.max_prompt_tokens and budget.candidates together, or "
+        f"use {where}"
     )
 
 
-def _groupings(found: Estimate) -> str | None:
-    """Which grouping the closed form gets, what the finer ones need, and its passes against plain ones."""
-    costs, limit = found.costs, found.recipe.projection.memory_gib
-    if not costs.passes:
-        return None
-    passes = f"{len(costs.passes)} passes" if len(costs.passes) > 1 else "one pass"
-    text = f"closed form: grouping {costs.grouping} in {passes} over the fit rows, projection.memory_gib {limit:g}"
-    finer = GROUPINGS[: GROUPINGS.index(costs.grouping)]
-    needed = {name: math.ceil(10 * held_bytes(costs.shape, costs.depths, name) / _GIB) / 10 for name in finer}
-    if needed:
-        text += "; in one pass " + ", ".join(f"{n} needs projection.memory_gib {needed[n]:g}" for n in reversed(finer))
-    plain = prefill_flops(found.base.decoder, PruningPlan(costs.layers), costs.usual.tokens)
-    fit = next(stage.operations for stage in found.stages if stage.name == "closed form: fit")
-    return f"{text}. Its operations are {fit / plain:.2f}x those of one forward pass over the fit rows."
+def _remarks(found: Estimate) -> Iterator[str]:
+    """What the figures leave open: images, the closed form's groupings, how often the budget asks for a training."""
+    costs, budget, limit = found.costs, found.recipe.budget, found.recipe.projection.memory_gib
+    if found.base.decoder.vision_tokens:
+        yield "images and videos: the vision tower's weights are counted, its activations are not."
+    if costs.passes:
+        passes = f"{len(costs.passes)} passes" if len(costs.passes) > 1 else "one pass"
+        text = f"closed form: grouping {costs.grouping} in {passes} over the fit rows, projection.memory_gib {limit:g}"
+        finer = GROUPINGS[: GROUPINGS.index(costs.grouping)]
+        needed = {n: math.ceil(10 * held_bytes(costs.shape, costs.depths, n) / _GIB) / 10 for n in reversed(finer)}
+        if needed:
+            text += "; in one pass " + ", ".join(
+                f"{n} needs projection.memory_gib {gib:g}" for n, gib in needed.items()
+            )
+        plain = prefill_flops(found.base.decoder, PruningPlan(costs.layers), costs.usual.tokens)
+        fit = next(stage.operations for stage in found.stages if stage.name == "closed form: fit")
+        yield f"{text}. Its operations are {fit / plain:.2f}x those of one forward pass over the fit rows."
+    if costs.trains:
+        depths = "the deepest" if budget.speedup is not None else f"each of {len(costs.depths)} depths"
+        yield (
+            f"training: counted once, at {depths}; the budget decides which depths are trained, and for up to "
+            f"{budget.extensions} more rounds."
+        )
 
 
 def _certifiable(found: Estimate) -> tuple[str, bool]:
@@ -563,13 +508,13 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     recipe, rows, budget = found.recipe, found.rows, found.recipe.budget
     if condition(recipe) is None:
         given = f"a speedup of {budget.speedup:g}" if recipe.depth is None else f"depth {recipe.depth}"
-        return f"budget: {given} is wanted, under which the loss is not a condition.", True
+        return f"budget: {given} is requested, so the loss is not limited.", True
     averaged = rows.counts["verify"] > rows.prompts
     shown = certifiable(rows.prompts, budget.loss, budget.max_drop, budget.confidence, averaged=averaged)
     text, needed = f"budget: {shown}{', of assumed rows' if rows.assumed else ''}", shown.needed
     if rows.prompts >= needed:
         return f"{text}.", True
-    share, more = needed / rows.total, math.ceil(needed / recipe.data.splits.verify)
+    share, more = needed / sum(rows.counts.values()), math.ceil(needed / recipe.data.splits.verify)
     keys = [f"data.splits.verify to at least {math.ceil(100 * share) / 100:g}"] if share < 0.9 else []
     keys += [
         f"budget.max_drop to {math.ceil(shown.smallest * 1e4) / 1e4:g}",
@@ -601,7 +546,7 @@ def hardware_table(names: Sequence[str]) -> str:
     lines = ["| command | memory per device | largest stage | operations | hardware |", "|---|---|---|---|---|"]
     for name in names:
         recipe = parse(["--recipe", name]).recipe
-        base, on_cpu = Base.of(recipe), recipe.trainer.get("accelerator") == "cpu"
+        base, on_cpu = Base(recipe), recipe.trainer.get("accelerator") == "cpu"
         machine = replace(Machine.of(recipe), gpu=not on_cpu)
         found = estimate(recipe, base, Rows.of(recipe, base), machine)
         card = card_for(found.needs)

@@ -1,14 +1,15 @@
 """What each stage of a fit needs: bytes by a plain rule, and operations counted from the base's shape.
 
-On top of the weights a stage holds what stays between its batches (projections, running sums, optimizer states) and one
-batch: hidden states of the layers above the smallest depth, activations that a backward pass reads again, logits with
-the copies that the loss makes of them. The check prints it, and runs the steps that are built here on a real base.
+On top of the base's weights a stage holds what stays between its batches (projections, running sums, optimizer states)
+and one batch: hidden states of the layers above the smallest depth, activations that a backward pass reads again, and
+logits with the copies that the loss makes of them. The check prints this, and runs the steps that are built here.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,22 +20,18 @@ from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.metrics import POSITIONS
-from pop_lightning.fitting.importance import RESIDUALS, ImportanceScoring
-from pop_lightning.fitting.kinds import trained_kind
+from pop_lightning.fitting.importance import RESIDUALS
 from pop_lightning.fitting.regressions import ClosedFormFit, Shape, bytes_needed, objectives, passes
-from pop_lightning.fitting.training import CHUNK_LOGITS, KVProjectionTraining
+from pop_lightning.fitting.training import CHUNK_LOGITS
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.positions import position_ids
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.flops import count_prefill
 from pop_lightning.pruning.projections import KVProjections
-from pop_lightning.run.inputs import trains, untrained_kinds
+from pop_lightning.run.inputs import scoring_module, training_module, trains, untrained_kinds
 from pop_lightning.run.recipe import Recipe
 
-# Builds a stage's step over a base and a batch of ``collate``; calling the result runs the step.
-Build = Callable[[Decoder, dict], Callable[[], object]]
-Ways = dict[str, tuple[PruningPlan, dict]]  # by name a plan, and what else a Variant is made with
-_FLOAT = 4
+_FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,15 +58,13 @@ class Stage:
     """One stage. Bytes are those of one device, on top of the weights of the base.
 
     Attributes:
-        name: as the check prints it.
-        rows: that it reads, each time that it reads one counted.
+        rows: number of rows read, each time counted.
         operations: per row, 2 per multiply-add.
         kept: bytes held between its batches.
         batch: bytes of one batch on top of that.
-        build: its step on a real base.
+        build: makes the stage's step from a real base and a batch of ``collate``; calling the result runs the step.
         size: rows of that step.
         step: operations of the step per row, where they are not those of the stage.
-        once: operations that do not depend on rows (the closed form's solutions).
         trained: bytes of the gradients; the optimizer holds twice as many.
     """
 
@@ -78,10 +73,9 @@ class Stage:
     operations: float
     kept: int
     batch: int
-    build: Build
+    build: Callable[[Decoder, dict], Callable[[], object]]
     size: int
     step: float | None = None
-    once: float = 0
     trained: int = 0
 
     @property
@@ -91,7 +85,7 @@ class Stage:
     @property
     def flops(self) -> float:
         """Operations of the stage, all devices together."""
-        return self.operations * self.rows + self.once
+        return self.operations * self.rows
 
     @property
     def step_flops(self) -> float:
@@ -101,13 +95,12 @@ class Stage:
 class Layer:
     """Bytes of one layer's activations, per row; of the widest layer where they differ."""
 
-    def __init__(self, decoder: Decoder, eager: bool):
+    def __init__(self, decoder: Decoder):
         parts = max(decoder.parts.values(), key=lambda each: each.kv_dim)
-        self.itemsize, self.eager = decoder.model.dtype.itemsize, eager
+        self.itemsize = decoder.model.dtype.itemsize
+        self.eager = decoder.config._attn_implementation == "eager"
         self.hidden, self.mlp = decoder.config.hidden_size, mlp_dim(decoder.config)
         self.queries, self.kv, self.heads = parts.queries.count, parts.kv_dim, parts.heads
-        self.masks = len({decoder.window(layer) for layer in decoder.parts})  # one per kind of layer
-        self.normed = _FLOAT * (parts.k_norm is not None)  # such a norm keeps its input in float32
         named = decoder.layers[-1].named_parameters()
         self.norms = sum(name.endswith("norm.weight") and each.shape == (self.hidden,) for name, each in named)
 
@@ -117,21 +110,20 @@ class Layer:
 
     def saved(self, queries: int, keys: int, masked: bool = True) -> int:
         """What a layer keeps for its backward pass, of ``queries`` tokens that run through it and see ``keys``."""
-        own = self.norms * self.hidden * _FLOAT + self.queries * self.normed + self.heads * _FLOAT
-        own += (2 * self.queries + 3 * self.mlp) * self.itemsize
+        own = self.norms * self.hidden * _FLOAT + (2 * self.queries + 3 * self.mlp) * self.itemsize
         # An eager softmax is in float32; a fused kernel reads the mask in the dtype of the queries.
         scores = self.heads * (_FLOAT if self.itemsize == _FLOAT else 6) if self.eager else self.itemsize * masked
-        return queries * (own + keys * scores) + keys * (2 * self.seen(masked) * self.itemsize + self.kv * self.normed)
+        return queries * (own + keys * scores) + keys * 2 * self.seen(masked) * self.itemsize
 
     def passing(self, tokens: int, masked: bool) -> int:
-        """What is alive at one time while a layer runs and nothing is kept."""
-        # The embeddings, the layer's input, the residual and its norm are held around the feed-forward branch.
-        feed_forward = (3 * self.mlp + 4 * self.hidden) * self.itemsize
+        """What is alive at one time while a layer runs and nothing is kept: its attention or its feed-forward part."""
         scores = self.heads * 2 * _FLOAT if self.eager else self.itemsize * masked
-        attention = 3 * self.hidden + 2 * (self.queries + self.kv + self.seen(masked))
-        return tokens * (max(feed_forward, attention * self.itemsize + tokens * scores) + tokens * self.masks * masked)
+        attention = (3 * self.hidden + 2 * (self.queries + self.kv + self.seen(masked))) * self.itemsize
+        feed_forward = (3 * self.mlp + 4 * self.hidden) * self.itemsize
+        return tokens * (max(feed_forward, attention + tokens * scores) + tokens * masked)
 
 
+@dataclass
 class Costs:
     """The stages of a recipe over a base of which only the shapes are known.
 
@@ -141,7 +133,6 @@ class Costs:
         boundaries: those of ``budget.boundaries`` that are measured.
         longest: the batch that memory is for.
         usual: the batch that operations are for.
-        eager: attention writes its scores out.
         gpu: AdamW updates all parameters at once there; a CPU's bfloat16 product copies the head for every row.
 
     Attributes:
@@ -151,34 +142,26 @@ class Costs:
         InputError: the closed form's sums do not fit in ``projection.memory_gib``.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        recipe: Recipe,
-        depths: Sequence[int],
-        boundaries: Sequence[int],
-        longest: Batch,
-        usual: Batch,
-        *,
-        eager: bool = False,
-        gpu: bool = False,
-    ):
-        self.decoder, self.recipe, self.depths, self.boundaries = decoder, recipe, list(depths), list(boundaries)
-        self.longest, self.usual, self.gpu = longest, usual, gpu
-        self.layer, self.shape = Layer(decoder, eager), Shape.of(decoder)
-        self.layers, self.vocabulary = decoder.num_layers, decoder.head.out_features
-        settings = recipe.projection
-        self.trains, self.kinds = trains(recipe), untrained_kinds(recipe)
+    decoder: Decoder
+    recipe: Recipe
+    depths: Sequence[int]
+    boundaries: Sequence[int]
+    longest: Batch
+    usual: Batch
+    gpu: bool = False
+
+    def __post_init__(self):
+        self.layer, self.shape = Layer(self.decoder), Shape.of(self.decoder)
+        self.layers, self.vocabulary = self.decoder.num_layers, self.decoder.head.out_features
+        self.memory = self.recipe.projection.memory_bytes
+        self.trains, self.kinds = trains(self.recipe), untrained_kinds(self.recipe)
         self.grouping, self.passes = "none", []
         if "closed_form" in self.kinds:
-            self.grouping, self.passes = passes(self.shape, self.depths, settings.grouping, settings.memory_bytes)
-        full = count_prefill(decoder, PruningPlan(self.layers), usual.tokens)
-        self.linear, self.attention, self.head = full.linear, full.attention, full.head * usual.response
-
-    def at(self, usual: Batch) -> "Costs":
-        """The same with operations counted at other lengths."""
-        given = self.decoder, self.recipe, self.depths, self.boundaries, self.longest, usual
-        return Costs(*given, eager=self.layer.eager, gpu=self.gpu)
+            self.grouping, self.passes = passes(self.shape, self.depths, self.recipe.projection.grouping, self.memory)
+        self.refits = self.recipe.projection.refit and self.grouping != "none"
+        full = count_prefill(self.decoder, PruningPlan(self.layers), self.usual.tokens)
+        self.linear, self.attention, self.head = full.linear, full.attention, full.head * self.usual.response
+        self.full = self.linear + self.attention
 
     # --- bytes of one batch -------------------------------------------------------------------------------------------
 
@@ -193,12 +176,12 @@ class Costs:
     def _passing(self, batch: Batch) -> int:
         layer = self.layer
         head = 0 if self.gpu or layer.itemsize == _FLOAT else self.vocabulary * layer.hidden * layer.itemsize
-        masked = any(self._masked(batch, index) for index in range(self.layers))
-        return batch.rows * max(layer.passing(batch.tokens, masked), head)
+        return batch.rows * max(layer.passing(batch.tokens, self._masked(batch)), head)
 
-    def _masked(self, batch: Batch, layer: int) -> bool:
-        """Whether attention is given a mask: for padding, and for a window that does not hold all tokens."""
-        return batch.rows > 1 or self.decoder.visible(layer, batch.tokens) < batch.tokens - 1
+    def _masked(self, batch: Batch) -> bool:
+        """Whether attention is given a mask: for padding, and for windows that do not hold all tokens."""
+        seen = min(self.decoder.visible(layer, batch.tokens) for layer in range(self.layers))
+        return batch.rows > 1 or seen < batch.tokens - 1
 
     def _cache(self, batch: Batch) -> int:
         """Keys and values of one layer; one that slides keeps the memory of all tokens as well."""
@@ -208,17 +191,14 @@ class Costs:
         """Every layer's activations and branches; or every layer's input, and one layer's activations."""
         layer, tokens = self.layer, batch.tokens
         branches = 2 * tokens * layer.hidden * layer.itemsize
-        saved = [
-            batch.rows * (layer.saved(tokens, tokens, self._masked(batch, each)) + branches)
-            for each in range(self.layers)
-        ]
+        saved = batch.rows * (layer.saved(tokens, tokens, self._masked(batch)) + branches)
         # Logits, those of the real tokens, residuals and their product; the signs that a chunk of one row's residuals
         # is drawn from are whole numbers of 8 bytes.
         logits = self._logits(batch) * layer.itemsize
         loss = 3 * logits + max(logits, 28 * min(batch.response * self.vocabulary, RESIDUALS))
         if checkpointing:
-            return self._trace(batch, 0) + max(loss, max(saved) + self._passing(batch))
-        return sum(saved) + max(loss, self._passing(batch))
+            return self._trace(batch, 0) + max(loss, saved + self._passing(batch))
+        return self.layers * saved + max(loss, self._passing(batch))
 
     def fit_bytes(self, batch: Batch, depths: Sequence[int]) -> int:
         """Inputs n(h_d) of every depth, of all rows and of the real tokens; one layer's targets and products."""
@@ -252,12 +232,12 @@ class Costs:
         if self.recipe.projection.gradient_checkpointing:
             kept = max(saved) + len(saved) * tail * layer.hidden * layer.itemsize
         kept += context * layer.hidden * layer.itemsize
-        loss = 5 * _FLOAT * min(batch.rows * batch.response * self.vocabulary, max(CHUNK_LOGITS, self.vocabulary))
+        loss = 5 * _FLOAT * min(self._logits(batch), max(CHUNK_LOGITS, self.vocabulary))
         return self._trace(batch, depth) + max(self._passing(batch), batch.rows * kept + loss)
 
     # --- operations of one row ----------------------------------------------------------------------------------------
 
-    def _rerun(self, plan: PruningPlan, visible: bool = True) -> tuple[float, float]:
+    def _rerun(self, plan: PruningPlan) -> tuple[float, float]:
         """The pruned layers on boundary and response tokens forward, and backward to the projections."""
         prompt, tokens = self.usual.prompt, self.usual.tokens - 1
         tail = plan.boundary_of(prompt) + plan.salient_of(prompt) + self.usual.response - 1
@@ -266,32 +246,22 @@ class Costs:
             count_prefill(self.decoder, each, tokens)
             for each in (PruningPlan(plan.depth, tail, some), PruningPlan(plan.depth, 0))
         )
-        linear, attention = run.linear - none.linear, run.attention - none.attention
-        projected = run.projections if visible else 0
-        return linear + attention + projected, linear + 2.5 * attention + projected
+        linear, attention = run.linear - none.linear + run.projections, run.attention - none.attention
+        return linear + attention, linear + 2.5 * attention
 
-    def _regressions(self, depths: Sequence[int], second: bool) -> float:
-        """Gram and cross matrices of one pass over ``depths``, and what the queries read."""
+    def _regressions(self, depths: Sequence[int], second: bool = False) -> float:
+        """One pass over ``depths``: Gram and cross matrices, and what the queries read."""
         layer, boundary, width = self.layer, self.recipe.fit_boundary, self.layer.hidden + 1
         tokens, context = self.usual.tokens, max(0, self.usual.prompt - boundary)
-        asked = layer.heads * min(self.recipe.projection.queries, self.usual.response + boundary - 1)
-        outputs = layer.kv // (self.shape.kv_heads if self.grouping == "head" else 1)
-        values = asked * width * (context + width + outputs)
-        keys, plain = context * width * (width + layer.kv), context * width * 2 * layer.kv
-        targets = tokens * 2 * layer.kv * layer.hidden + 2 * asked * tokens * layer.kv
-        each = values if second else keys + values + plain
+        above = [self.layers - 1 - depth for depth in depths if depth < self.layers - 1]
+        plain, gram = context * width * 2 * layer.kv, context * width**2
         if self.grouping == "none":
-            each, targets = plain, context * 2 * layer.kv * layer.hidden
-        above = [max(0, self.layers - 1 - depth) for depth in depths]
-        grams = 0 if second else sum(count > 0 for count in above) * context * width**2
-        return 2 * (max(above) * targets + sum(above) * each + grams)
-
-    def _solutions(self, second: bool) -> float:
-        """Cholesky factors and solutions of one layer at one strength."""
-        width, values = self.layer.hidden + 1, self.shape.groups(self.grouping)
-        factors = {"plain": 1, "attention": 1 + values}
-        counts = [(values, 1)] if second else [(factors[name], 2) for name in objectives(self.grouping)]
-        return sum(count * width**3 / 3 + 4 * parts * self.layer.kv * width**2 for count, parts in counts)
+            return 2 * ((max(above, default=0) + sum(above)) * plain + len(above) * gram)
+        asked = layer.heads * min(self.recipe.projection.queries, self.usual.response + boundary - 1)
+        values = asked * width * (context + width + layer.kv)
+        first = 0 if second else sum(above) * (plain + gram + context * width * layer.kv) + len(above) * gram
+        targets = max(above, default=0) * 2 * tokens * layer.kv * (layer.hidden + asked)
+        return 2 * (targets + sum(above) * values + first)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -303,9 +273,9 @@ class Costs:
             missing: rows that the full model has to answer first.
             devices: processes that share the rows of a training step.
         """
-        recipe = self.recipe
-        deepest, tried = min(self.depths), recipe.kept(self.boundaries)
-        # A wanted speedup leaves one depth once the boundary is chosen; it is counted as the deepest.
+        recipe, deepest, kinds = self.recipe, min(self.depths), len(self.kinds)
+        tried, search = recipe.kept(self.boundaries), counts["search"]
+        # A requested speedup leaves one depth once the boundary is chosen; it is counted as the deepest.
         decided = self.depths if recipe.budget.speedup is None else [deepest]
         if missing:
             yield from self._responses(missing)
@@ -313,150 +283,104 @@ class Costs:
         if self.passes:
             yield self._closed_form_fit(counts["fit"])
             yield self._closed_form_choice(counts["tune"])
-        yield self._evaluation("search", counts["search"], self._plans(self.depths, tried[:1]), len(self.kinds))
+        yield self._evaluation("search", search, [tried[0].at(depth) for depth in self.depths], kinds)
         if len(tried) > 1:  # at most: plans that cannot win are left out
-            yield self._evaluation("search: plans", counts["search"], self._plans(self.depths, tried[1:]))
+            yield self._evaluation("search: plans", search, [k.at(d) for d in self.depths for k in tried[1:]])
         if self.trains and (trained := [depth for depth in decided if depth < self.layers - 1]):
             yield self._training(trained, devices)
-        yield self._evaluation("verify", counts["verify"], self._plans(decided, [tried[-1]]))
+        yield self._evaluation("verify", counts["verify"], [tried[-1].at(depth) for depth in decided])
         if self.boundaries:
-            compared = list(dict.fromkeys([*map(Kept, self.boundaries), tried[-1]]))
-            yield self._evaluation("boundaries", counts["search"], self._plans([deepest], compared))
-        plan, kinds = tried[-1].at(deepest), len(self.kinds) + self.trains
-        ways = {f"kind {number}": (plan, {}) for number in range(kinds)} | {
-            "layers removed": (plan, {"removed": tuple(plan.pruned(self.layers))}),
-            "no boundary handling": (replace(plan, boundary=0, salient=0), {}),
-            "no KV projection": (plan, {"context_visible": False}),
-            "full model": (PruningPlan(self.layers), {}),
-        }
-        comparison = self._evaluation("comparison", counts["search"], ways)
-        yield replace(comparison, kept=kinds * self._maps([deepest]))
+            compared = dict.fromkeys([*map(Kept, self.boundaries), tried[-1]])
+            yield self._evaluation("boundaries", search, [kept.at(deepest) for kept in compared])
+        # Every kind and the ablations at one depth; all are counted as reruns of the pruned layers.
+        plan, compared = tried[-1].at(deepest), kinds + self.trains
+        unpruned, ablation = PruningPlan(self.layers), replace(plan, boundary=0, salient=0)
+        comparison = self._evaluation("comparison", search, [*[plan] * (compared + 2), ablation, unpruned])
+        yield replace(comparison, kept=compared * self._maps([deepest]))
 
     def _maps(self, depths: Sequence[int]) -> int:
         """Bytes of the projections of ``depths``."""
         return self.shape.map_bytes * sum(self.layers - depth for depth in depths)
 
-    def _plans(self, depths: Sequence[int], tried: Sequence[Kept]) -> Ways:
-        return {f"{depth} {kept}": (kept.at(depth), {}) for depth in depths for kept in tried}
+    def _sums(self, depth: int) -> int:
+        """Bytes of one depth's running sums, and of the maps that they are pulled toward."""
+        return bytes_needed(self.shape, depth, self.grouping) + self._maps([depth])
 
     def _responses(self, rows: int) -> Iterator[Stage]:
         """The full model writes the responses: a prefill, then one token after another."""
         longest, prompts = self.longest, replace(self.longest, response=0)
         prefill = count_prefill(self.decoder, PruningPlan(self.layers), self.usual.prompt).total
-        passing = self._passing(prompts)
-        yield Stage(
-            "responses: prompts", rows, prefill, self.layers * self._cache(prompts), passing, _prefill, longest.rows
-        )
-        decode = self.linear + self.attention + self.head - prefill
-        token = decode / max(1, self.usual.response)
+        kept, passing = self.layers * self._cache(prompts), self._passing(prompts)
+        yield Stage("responses: prompts", rows, prefill, kept, passing, _prefill, longest.rows)
         one = self._cache(longest)
-        held = most = kept = self.layers * one
-        for layer in range(self.layers):
-            # A layer's cache is copied while a token is appended, and one that slides keeps its window only; eager
-            # attention repeats it for every query head.
-            copied = one * min(longest.tokens, self.decoder.visible(layer, longest.tokens) + 1) // longest.tokens
-            repeated = copied * self.layer.eager * self.layer.queries // self.layer.kv
-            most, held = max(most, held + copied + repeated), held + copied - one
-        yield Stage("responses: tokens", rows, decode, kept, most - kept, _decode, longest.rows, token)
+        # A layer's cache is copied while a token is appended; eager attention repeats it for every query head.
+        copied = one + one * self.layer.eager * self.layer.queries // self.layer.kv
+        decode = self.full + self.head - prefill
+        token = decode / max(1, self.usual.response)
+        yield Stage("responses: tokens", rows, decode, self.layers * one, copied, _decode, longest.rows, token)
 
     def _scoring(self, rows: int) -> Stage:
         checkpointing = self.recipe.importance.gradient_checkpointing
         batch = replace(self.longest, rows=self.recipe.importance.rows_at_a_time(self.recipe.data))
-        operations = 2 * (self.linear + self.head) + 3.5 * self.attention
-        operations += (self.linear + self.attention) * checkpointing
+        operations = 2 * (self.linear + self.head) + 3.5 * self.attention + self.full * checkpointing
         needed, build = self.scoring_bytes(batch, checkpointing), partial(_score, recipe=self.recipe)
         return Stage("scoring", rows, operations, 0, needed, build, batch.rows)
 
-    def _sums(self, depth: int) -> int:
-        """Bytes of one depth's running sums, and of the maps that they are pulled toward."""
-        return bytes_needed(self.shape, depth, self.grouping) + self._maps([depth])
-
     def _closed_form_fit(self, rows: int) -> Stage:
         """The passes over the fit rows. The second one's sums are those of the values only, so the first decides."""
-        full, k = self.linear + self.attention, self.recipe.fit_boundary
         largest = max(self.passes, key=lambda group: sum(map(self._sums, group)))
-        operations = sum(full + self._regressions(group, second=False) for group in self.passes)
-        if self._refits:
-            operations += sum(full + self._regressions(group, second=True) for group in self.passes)
-            operations += sum(self._rerun(PruningPlan(d, k))[0] for d in self.depths if d < self.layers - 1)
+        operations = sum(self.full + self._regressions(group) for group in self.passes)
+        if self.refits:
+            operations += sum(self.full + self._regressions(group, second=True) for group in self.passes)
+            plans = [PruningPlan(depth, self.recipe.fit_boundary) for depth in self.depths if depth < self.layers - 1]
+            operations += sum(self._rerun(plan)[0] for plan in plans)
         kept, needed = sum(map(self._sums, largest)), self.fit_bytes(self.longest, largest)
         build = partial(_fit, recipe=self.recipe, depths=largest, grouping=self.grouping)
-        step = full + self._regressions(largest, second=False)
+        step = self.full + self._regressions(largest)
         return Stage("closed form: fit", rows, operations, kept, needed, build, self.longest.rows, step)
 
-    @property
-    def _refits(self) -> bool:
-        return self.recipe.projection.refit and self.grouping != "none"
-
     def _closed_form_choice(self, rows: int) -> Stage:
-        """Reuse at every depth and, where there is something to fit, every objective at every strength."""
-        full, k = self.linear + self.attention + self.head, self.recipe.fit_boundary
-        strengths, tried = len(self.recipe.projection.ridge), len(objectives(self.grouping))
-        above = {depth: self.layers - 1 - depth for depth in self.depths}
-        students = {depth: self._rerun(PruningPlan(depth, k))[0] + self.head for depth in self.depths}
-        first = {depth: 1 + tried * strengths * (above[depth] > 0) for depth in self.depths}
-        second = {depth: strengths * self._refits * (above[depth] > 0) for depth in self.depths}
-        operations = len(self.passes) * (1 + self._refits) * full
-        operations += sum((first[depth] + second[depth]) * students[depth] for depth in self.depths)
-        solved = self._solutions(second=False) + (self._solutions(second=True) if self._refits else 0)
-        made, measured = map(max, zip(*(self._options(group, first) for group in self.passes), strict=True))
-        width = self.layer.hidden + 1
-        made += 8 * width * (3 * width + 6 * self.layer.kv)  # a Gram matrix, its factor and solutions in float64
-        needed = max(made, measured + self.evaluation_bytes(self.longest, min(self.depths)))
-        return Stage(
-            "closed form: choice",
-            rows,
-            operations,
-            measured,
-            needed - measured,
-            partial(_evaluate, ways=self._plans(self.depths, [Kept(k)])),
-            self.longest.rows,
-            full + sum(students.values()),
-            once=sum(above.values()) * strengths * solved,
-        )
+        """Reuse at every depth and, where there is something to fit, every objective at every strength.
 
-    def _options(self, group: Sequence[int], options: dict[int, int]) -> tuple[int, int]:
-        """The most bytes held while options of ``group`` are made, and while they are measured.
-
-        As many wait for a measurement as ``projection.memory_gib`` has room for next to the sums of the depths that are
-        still to be solved; after it the best of each objective and reuse stay.
+        Options wait for a measurement, next to the sums of the depths still to be solved, in ``projection.memory_gib``.
         """
-        limit, stay = self.recipe.projection.memory_bytes, 1 + len(objectives(self.grouping))
-        sums, found, waiting, made, measured = sum(map(self._sums, group)), 0, {}, 0, 0
-        for depth in group:
-            one = self._maps([depth])
-            for _ in range(options[depth]):
-                if waiting and sums + found + sum(waiting.values()) + one > limit:
-                    measured = max(measured, sums + found + sum(waiting.values()))
-                    found += sum(min(held, stay * self._maps([each])) for each, held in waiting.items())
-                    waiting = {}
-                waiting[depth] = waiting.get(depth, 0) + one
-                made = max(made, sums + found + sum(waiting.values()))
-            sums -= self._sums(depth)
-        return made, max(measured, found + sum(waiting.values()))
+        width, full = self.layer.hidden + 1, self.full + self.head
+        tried, strengths = len(objectives(self.grouping)), len(self.recipe.projection.ridge)
+        plans = [PruningPlan(depth, self.recipe.fit_boundary) for depth in self.depths]
+        students = [self._rerun(plan)[0] + self.head for plan in plans]
+        operations = len(self.passes) * (1 + self.refits) * full
+        for depth, student in zip(self.depths, students, strict=True):
+            operations += (1 + strengths * (tried + self.refits) * (depth < self.layers - 1)) * student
+        made = measured = 0
+        for group in self.passes:
+            options = list(accumulate((1 + tried * strengths) * self._maps([depth]) for depth in group))
+            measured = max(measured, min(self.memory, options[-1]))
+            sums = [sum(map(self._sums, group[number:])) for number in range(len(group))]
+            made = max(made, *(min(self.memory, sum(pair)) for pair in zip(sums, options, strict=True)))
+        made += 8 * width * (3 * width + 6 * self.layer.kv)  # a Gram matrix, its factor and solutions in float64
+        batch = max(made - measured, self.evaluation_bytes(self.longest, min(self.depths)))
+        build, step = partial(_evaluate, plans=plans), full + sum(students)
+        return Stage("closed form: choice", rows, operations, measured, batch, build, self.longest.rows, step)
 
-    def _evaluation(self, name: str, rows: int, ways: Ways, kinds: int = 1) -> Stage:
+    def _evaluation(self, name: str, rows: int, plans: list[PruningPlan], kinds: int = 1) -> Stage:
         """A measurement on a split, in as many passes as hold the projections of its variants in memory."""
-        choices = dict.fromkeys(Choice(plan.depth, str(kind)) for plan, _ in ways.values() for kind in range(kinds))
-        measured = list(groups(self.decoder, list(choices), self.recipe.projection.memory_bytes))
-        full, rerun = self.linear + self.attention + self.head, self.head * len(ways)
-        for plan, flags in ways.values():
-            if plan.depth < self.layers and not flags.get("removed"):
-                rerun += self._rerun(plan, flags.get("context_visible", True))[0]
+        choices = dict.fromkeys(Choice(plan.depth, str(kind)) for plan in plans for kind in range(kinds))
+        measured = list(groups(self.decoder, list(choices), self.memory))
+        full, rerun = self.full + self.head, sum(self._rerun(plan)[0] + self.head for plan in plans)
         held = max(self._maps([choice.depth for choice in each]) for each in measured)
-        needed = self.evaluation_bytes(self.longest, min(plan.depth for plan, _ in ways.values()))
-        operations, build = len(measured) * full + kinds * rerun, partial(_evaluate, ways=ways)
+        needed = self.evaluation_bytes(self.longest, min(plan.depth for plan in plans))
+        operations, build = len(measured) * full + kinds * rerun, partial(_evaluate, plans=plans)
         return Stage(name, rows, operations, held, needed, build, self.longest.rows, full + rerun)
 
     def _training(self, depths: Sequence[int], devices: int) -> Stage:
-        settings, depth, k = self.recipe.projection, min(depths), self.recipe.fit_boundary
+        settings, depth = self.recipe.projection, min(depths)
         whole = settings.batch_size or self.recipe.data.batch_size  # of all devices together
         batch = replace(self.longest, rows=math.ceil(whole / devices))
         steps = []
         for each in depths:  # the teacher's pass and logits, the student's forward and backward, logits made again
-            forward, backward = self._rerun(PruningPlan(each, k))
+            forward, backward = self._rerun(PruningPlan(each, self.recipe.fit_boundary))
             again = forward * settings.gradient_checkpointing
-            steps.append(self.linear + self.attention + 4 * self.head + forward + backward + again)
+            steps.append(self.full + 4 * self.head + forward + backward + again)
         layers, width = self.layers - depth - 1, self.layer.hidden + 1
         masters = layers * 2 * self.layer.kv * width * _FLOAT
         adapters = layers * settings.lora.r * (self.layer.hidden + 2 * self.layer.kv) * _FLOAT
@@ -480,17 +404,21 @@ class Costs:
 
 
 @torch.no_grad()
-def _read(decoder: Decoder, ids: Tensor, mask: Tensor, cache: Cache) -> Cache:
+def _read(decoder: Decoder, ids: Tensor, mask: Tensor, cache: Cache) -> None:
     """Run tokens over a cache of those before them; ``mask`` is that of all."""
     places = position_ids(mask)[:, -ids.shape[1] :]
     given = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
     decoder.model(input_ids=ids, logits_to_keep=1, **given)
-    return cache
 
 
 def _prefill(decoder: Decoder, batch: dict) -> Callable[[], object]:
     ids, mask = (batch[name][:, : batch["prompt_length"]] for name in ("input_ids", "attention_mask"))
-    return lambda: _read(decoder, ids, mask, decoder.new_cache())
+
+    def step() -> Cache:
+        _read(decoder, ids, mask, cache := decoder.new_cache())
+        return cache
+
+    return step
 
 
 def _decode(decoder: Decoder, batch: dict) -> Callable[[], object]:
@@ -509,8 +437,7 @@ def _decode(decoder: Decoder, batch: dict) -> Callable[[], object]:
 
 
 def _score(decoder: Decoder, batch: dict, recipe: Recipe) -> Callable[[], object]:
-    checkpointing = recipe.importance.gradient_checkpointing
-    module = ImportanceScoring(decoder, recipe.fit_boundary, gradient_checkpointing=checkpointing)
+    module = scoring_module(recipe, decoder)
     return lambda: module.gradients(batch)
 
 
@@ -520,26 +447,17 @@ def _fit(decoder: Decoder, batch: dict, recipe: Recipe, depths: list[int], group
     return lambda: module.validation_step(batch, 0)
 
 
-def _evaluate(decoder: Decoder, batch: dict, ways: Ways) -> Callable[[], object]:
-    maps = {depth: KVProjections(decoder, depth) for depth in {plan.depth for plan, _ in ways.values()}}
-    variants = {name: Variant(plan, maps[plan.depth], **flags) for name, (plan, flags) in ways.items()}
-    module = Evaluation(decoder, variants)
+def _evaluate(decoder: Decoder, batch: dict, plans: list[PruningPlan]) -> Callable[[], object]:
+    maps = {depth: KVProjections(decoder, depth) for depth in {plan.depth for plan in plans}}
+    # A fitted selector has no weight here; the one that needs none reads the same attention.
+    plans = [replace(plan, selector="attention") for plan in plans]
+    module = Evaluation(decoder, {str(name): Variant(plan, maps[plan.depth]) for name, plan in enumerate(plans)})
     return torch.no_grad()(lambda: module.validation_step(batch, 0))
 
 
 def _train(decoder: Decoder, batch: dict, recipe: Recipe, depth: int) -> Callable[[], object]:
     """A training step with its optimizer's; a learning rate of 0 leaves everything as it is."""
-    settings = recipe.projection
-    module = KVProjectionTraining(
-        KVProjections(decoder, depth),
-        boundary=recipe.fit_boundary,
-        kind=settings.kind,
-        kind_arguments=trained_kind(settings.kind).arguments(settings),
-        temperature=settings.temperature,
-        kv_match=settings.kv_match,
-        hidden_match=settings.hidden_match,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
+    module = training_module(recipe, KVProjections(decoder, depth), Kept(recipe.fit_boundary))
     optimizer = torch.optim.AdamW([module.parameter_group() | {"lr": 0.0}])
 
     def step() -> None:

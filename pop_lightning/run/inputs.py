@@ -16,12 +16,16 @@ from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row, until_end
 from pop_lightning.evaluation.bounds import Certifiable, certifiable
 from pop_lightning.evaluation.evaluate import Variant
+from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.kinds import kind as kind_named
+from pop_lightning.fitting.kinds import trained_kind
+from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.generation.base_identity import base_identity
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import context_length, end_tokens, load_model, load_tokenizer
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.flops import speedup
+from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.pruning.selectors import selector_named
 from pop_lightning.run import depths as candidates
 from pop_lightning.run.folder import RunFolder
@@ -181,6 +185,33 @@ def start_kind(recipe: Recipe) -> str:
 def untrained_kinds(recipe: Recipe) -> list[str]:
     """What is measured at every depth."""
     return list(dict.fromkeys(("reuse", start_kind(recipe))))
+
+
+def scoring_module(recipe: Recipe, decoder: Decoder) -> ImportanceScoring:
+    """The module that scores the layers."""
+    checkpointing = recipe.importance.gradient_checkpointing
+    return ImportanceScoring(decoder, recipe.fit_boundary, recipe.seed, gradient_checkpointing=checkpointing)
+
+
+def training_module(recipe: Recipe, start: KVProjections, kept: Kept) -> KVProjectionTraining:
+    """The module that trains ``start`` as the recipe's kind."""
+    settings = recipe.projection
+    return KVProjectionTraining(
+        start,
+        **kept._asdict(),
+        kind=settings.kind,
+        kind_arguments=trained_kind(settings.kind).arguments(settings),
+        seed=recipe.seed,
+        temperature=settings.temperature,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        round_steps=settings.steps,
+        kv_match=settings.kv_match,
+        hidden_match=settings.hidden_match,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -24,11 +24,8 @@ from pop_lightning.evaluation.ablations import comparison
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.search import Measured, Training
 from pop_lightning.evaluation.verdicts import Verdict
-from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.kinds import kind as kind_named
-from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.selectors import SelectorFit
-from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.generation import hub
 from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.generation.generator import StageAwareGenerator
@@ -36,7 +33,17 @@ from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.pruning.selectors import selector_named
 from pop_lightning.run import depths as candidates
 from pop_lightning.run.folder import RunFolder, file_name
-from pop_lightning.run.inputs import RESUME, Run, load, start_kind, trains, untrained_kinds, versions
+from pop_lightning.run.inputs import (
+    RESUME,
+    Run,
+    load,
+    scoring_module,
+    start_kind,
+    training_module,
+    trains,
+    untrained_kinds,
+    versions,
+)
 from pop_lightning.run.progress import Progress
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.report import print_table, write_report
@@ -177,9 +184,7 @@ def run_stages(run: Run) -> int:
 def score(run: Run) -> dict:
     """Importance of every layer in both stages, as plain data."""
     recipe, settings = run.recipe, run.recipe.importance
-    scoring = ImportanceScoring(
-        run.decoder, recipe.fit_boundary, recipe.seed, gradient_checkpointing=settings.gradient_checkpointing
-    )
+    scoring = scoring_module(recipe, run.decoder)
     rows = settings.rows_at_a_time(recipe.data)
     with memory_advice(f"lower importance.batch_size ({rows}) or set importance.gradient_checkpointing, {RESUME}"):
         run.trainers.make("scoring layers").validate(
@@ -251,22 +256,7 @@ def train(run: Run, choice: Choice, kept: Kept) -> None:
     if not start.fitted_layers:  # its projections are exact
         folder.write_projections(choice, start)
         return
-    training = KVProjectionTraining(
-        start,
-        **kept._asdict(),
-        kind=kind,
-        kind_arguments=trained_kind(kind).arguments(settings),
-        seed=recipe.seed,
-        temperature=settings.temperature,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup,
-        decay=settings.decay,
-        round_steps=settings.steps,
-        kv_match=settings.kv_match,
-        hidden_match=settings.hidden_match,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
+    training = training_module(recipe, start, kept)
     batch = settings.batch_size or recipe.data.batch_size
     smaller = f"projection.batch_size ({batch}), with trainer.accumulate_grad_batches for what it loses"
     with memory_advice(f"set projection.gradient_checkpointing {RESUME}, or --overwrite with a smaller {smaller}"):

@@ -58,16 +58,16 @@ def recipe(**changes):
     return parse(["--recipe", "example", *words]).recipe
 
 
-def stages(base, batch, boundaries=(), devices=1, eager=False, missing=10, **changes):
+def stages(base, batch, boundaries=(), devices=1, missing=10, **changes):
     settings = recipe(**{"data__batch_size": batch.rows} | changes)
-    made = Costs(base, settings, DEPTHS, boundaries, batch, batch, eager=eager)
+    made = Costs(base, settings, DEPTHS, boundaries, batch, batch)
     return {stage.name: stage for stage in made.stages(COUNTS, missing, devices)}
 
 
 def compare(family, dtype, batch, attention="sdpa", **changes):
     """Every stage's step as the pipeline runs it, built and run twice: sums and optimizer states stay."""
     real = decoder(family, dtype, "cpu", attention)
-    expected = stages(decoder(family, dtype, "meta", attention), batch, eager=attention == "eager", **changes)
+    expected = stages(decoder(family, dtype, "meta", attention), batch, **changes)
     for name in expected.keys() & set(STEPS):
         stage = expected[name]
 
@@ -149,6 +149,12 @@ def test_boundaries_are_compared_on_search_rows_at_one_depth():
     assert "boundaries" not in stages(base, batch, projection__kind="reuse")
 
 
+def test_a_step_with_a_selector_that_is_fitted_later_runs():
+    batch, changes = Batch(1, 40, 4), {"salient": 4, "selector": "learned", "projection__kind": "reuse"}
+    stage = stages(decoder("llama"), batch, **changes)["verify"]
+    stage.build(decoder("llama", device="cpu"), batch.collated(torch.device("cpu")))()
+
+
 def test_shards_devices_and_offload_lower_what_a_device_holds():
     stage = Stage("training", 1, 0.0, 4 * 10**9, 5 * 10**9, None, 1, trained=10**9)  # 3 GB of states and gradients
     needs, weights = {}, {}
@@ -156,7 +162,7 @@ def test_shards_devices_and_offload_lower_what_a_device_holds():
         settings = {"trainer.accelerator": "gpu", "trainer.devices": 1 if strategy == "auto" else 8}
         words = [f"--{key}={value}" for key, value in (settings | {"trainer.strategy": strategy}).items()]
         checked = parse(["--recipe", "llama3_1_8b", *words]).recipe
-        machine, base = Machine.of(checked), Base.of(checked)
+        machine, base = Machine.of(checked), Base(checked)
         weights[strategy], needs[strategy] = machine.weights(base), machine.stage(stage)
     assert weights["ddp"] == weights["auto"] == 2 * 8_030_261_248
     head = 2 * 128256 * 4096
@@ -210,7 +216,7 @@ def checked_on_gpus(base, **changes):
     named = {"model.base": base, "data.calibration": "nobody/rows", "data.limit": 1000, "trainer.accelerator": "gpu"}
     named |= {"data.max_prompt_tokens": 60, "data.max_response_tokens": 4, "importance.batch_size": "null"} | changes
     checked = parse(["--recipe", "example", *[f"--{key}={value}" for key, value in named.items()]]).recipe
-    loaded = Base.of(checked)
+    loaded = Base(checked)
     return estimate(checked, loaded, Rows.of(checked, loaded), Machine.of(checked))
 
 
@@ -238,7 +244,7 @@ def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, unmeasured, tm
     words = [*arguments(base, data, tmp_path / "run", data__batch_size=8), "--check"]
     assert fit.main(words) == 0
     checked = parse(words[:-1]).recipe
-    loaded = Base.of(checked)
+    loaded = Base(checked)
     needs = estimate(checked, loaded, Rows.of(checked, loaded), Machine.of(checked)).needs
     monkeypatch.setattr(check, "device_bytes", lambda device: int(0.6 * needs) / check.USABLE)
     capsys.readouterr()
@@ -351,7 +357,7 @@ def test_a_requested_speedup_decides_the_depths_and_the_loss_is_not_limited(base
     words = arguments(base, data, tmp_path / "run", **changes, projection__kind="lora", boundary="auto")
     words += ["--budget.boundaries", "[1, 2, 4, 64]"]
     checked = parse(words).recipe
-    loaded = Base.of(checked)
+    loaded = Base(checked)
     rows = Rows.of(checked, loaded)
     found = estimate(checked, loaded, rows, Machine.of(checked))
     possible = [Kept(1), Kept(2), Kept(4)]  # 64 is above every prompt
@@ -359,7 +365,7 @@ def test_a_requested_speedup_decides_the_depths_and_the_loss_is_not_limited(base
     assert found.costs.depths == sorted(set(expected.values()), reverse=True)
     assert fit.main([*words, "--check"]) == 0
     shown = capsys.readouterr().out
-    assert "under which the loss is not a condition" in shown
+    assert "is requested, so the loss is not limited" in shown
     assert "training: counted once, at the deepest" in shown
     assert fit.main([*words, "--budget.speedup", "1000", "--check"]) == 2
     assert "budget.speedup 1000 is more than any depth reaches" in capsys.readouterr().err
