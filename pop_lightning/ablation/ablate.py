@@ -26,7 +26,7 @@ from pop_lightning.data.module import CalibrationData
 from pop_lightning.evaluation.ablations import Compared, comparison, other_layers
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.evaluation.metrics import prompt_means
-from pop_lightning.evaluation.paired import paired_interval, student_interval
+from pop_lightning.evaluation.paired import paired_interval
 from pop_lightning.fitting.influence import BlockInfluence
 from pop_lightning.fitting.kinds import kind as kind_named
 from pop_lightning.fitting.training import JointTraining, KVProjectionTraining
@@ -374,15 +374,15 @@ def _figures(evaluation: Evaluation, name: str) -> dict[str, dict[str, Any]]:
     values = {key: prompt_means(each, rows["prompt"]).numpy() for key, each in rows.items() if key != "prompt"}
     ones, zeros = torch.ones(len(values["kl"])).numpy(), torch.zeros(len(values["kl"])).numpy()
     pairs = {
-        "exact_match": (values["teacher_exact_match"], values["exact_match"], paired_interval),
-        "agreement": (ones, values["agreement"], paired_interval),
-        "nll": (values["teacher_nll"], values["nll"], student_interval),
-        "kl": (zeros, values["kl"], student_interval),
+        "exact_match": (values["teacher_exact_match"], values["exact_match"], True),
+        "agreement": (ones, values["agreement"], True),
+        "nll": (values["teacher_nll"], values["nll"], False),
+        "kl": (zeros, values["kl"], False),
     }
     return {
         metric: {"full": float(full.mean()), "value": float(pruned.mean())}
-        | interval(full, pruned, CONFIDENCE)._asdict()
-        for metric, (full, pruned, interval) in pairs.items()
+        | paired_interval(full, pruned, CONFIDENCE, rate=rate)._asdict()
+        for metric, (full, pruned, rate) in pairs.items()
     }
 
 

@@ -3,6 +3,7 @@
 Reads the plain data that ``ablate.run`` returns; nothing is measured here.
 """
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from pop_lightning.core.plan import Kept
 from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.losses import number, percent
-from pop_lightning.run.report import milliseconds, ratio, staircase
+from pop_lightning.run.report import ratio, staircase
 
 _INTERVALS = ["exact match", "minus full", "agreement", "NLL increase", "KL"]
+_TIMES = ["counted", "TTFT"]
+_SHORT = ("counted", "TTFT", "exact match", "agreement", "KL")  # the figures of a plan that are shown
 
 
 def text(result: dict[str, Any]) -> str:
@@ -43,9 +46,8 @@ def write(result: dict[str, Any], folder: Path, about: dict[str, str]) -> None:
 
 def compared_table(result: dict[str, Any]) -> Table:
     """Table 3: the same depth pruned in every way."""
-    rows = [[row["name"], *_figures(row), row["what"]] for row in result["table3"]]
-    name = f"depth {result['depth']} of {result['layers']}"
-    return Table([name, *_INTERVALS, "what it is"], rows, (0, 6))
+    rows = [[row["name"], *_figures(row)] for row in result["table3"]]
+    return Table([f"depth {result['depth']} of {result['layers']}", *_INTERVALS], rows)
 
 
 def shares_table(result: dict[str, Any]) -> Table:
@@ -54,8 +56,8 @@ def shares_table(result: dict[str, Any]) -> Table:
     for row in sorted(result["table4"], key=lambda row: (-row["depth"], UNTRAINED.index(row["projection"]))):
         shares = ", ".join(map(str, row["shares"]))
         rows.append([f"{shares}%", str(row["depth"]), row["projection"], *_times(row), *_figures(row)])
-    header = ["pruned", "depth", "projection", "counted", "TTFT", "full, pruned TTFT", *_INTERVALS]
-    return Table(header, rows, (0, 2))
+    names = ["pruned", "depth", "projection"]
+    return Table([*names, *_TIMES, *_INTERVALS], rows, (0, 2)).only(*names, *_SHORT)
 
 
 def frontier_table(result: dict[str, Any]) -> Table:
@@ -67,14 +69,13 @@ def frontier_table(result: dict[str, Any]) -> Table:
     ]
     best = staircase([_place(row) for row in plans])
     chosen = tuple(at for at, row in enumerate(plans) if _place(row) in best)
-    header = ["depth", "boundary", "salient", "counted", "TTFT", "full, pruned TTFT", *_INTERVALS]
-    return Table(header, rows, (), chosen)
+    names = ["depth", "boundary", "salient"]
+    return Table([*names, *_TIMES, *_INTERVALS], rows, (), chosen).only(*names, *_SHORT)
 
 
 def _times(row: dict[str, Any]) -> list[str]:
-    ttft = row["ttft"]
-    times = f"{milliseconds(ttft['full_ms'])}, {milliseconds(ttft['pruned_ms'])}"
-    return [ratio(row["counted"]), ratio(ttft["ratio"]), times]
+    """The cells under :data:`_TIMES`."""
+    return [ratio(row["counted"]), ratio(row["ttft"]["ratio"])]
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
@@ -112,6 +113,7 @@ def _page(result: dict[str, Any], about: dict[str, str]) -> str:
         about=about | {"device": next(iter(result["frontier"]))["ttft"]["device"]} | _versions(result),
         result=result,
         compared=compared_table(result),
+        meanings=Table(["row", "what it is"], [[row["name"], row["what"]] for row in result["table3"]], (0, 1)),
         shares=shares_table(result),
         frontier=frontier_table(result),
         frontier_plot=_frontier_plot(result),
@@ -133,14 +135,14 @@ def _frontier_plot(result: dict[str, Any]) -> Markup:
 
     def draw(axes: Axes, theme: Theme) -> None:
         paper = Kept(result["settings"]["boundary"])
-        for index, kind in enumerate(UNTRAINED):
+        for color, kind in zip(cycle(theme.series), UNTRAINED, strict=False):
             every = _of_kind(result, kind)
             depth_only = [row for row in every if Kept.of(row) == paper]
-            for label, plans, style in ((f"{kind}, depth only", depth_only, "--"), (f"{kind}, all plans", every, "-")):
+            for plans, style, label in ((every, "-", kind), (depth_only, "--", None)):
                 best = staircase([_place(row) for row in plans])
-                color = theme.series[(2 * index + (style == "-")) % len(theme.series)]
                 axes.plot(*zip(*best, strict=True), style, marker="o", markersize=4, color=color, label=label)
-            axes.plot(*zip(*map(_place, every), strict=True), linestyle="", marker=".", color=theme.muted, zorder=1)
+            axes.plot(*zip(*map(_place, every), strict=True), ".", color=theme.muted, zorder=1)
+        axes.plot([], [], "--", color=theme.muted, label="depth only")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("measured speedup of the prefill")

@@ -41,14 +41,7 @@ def paired_interval(
         half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((gained + lost - (gained - lost) ** 2) / (n + 2))
         middle = gained - lost
         return Paired(difference, max(-1.0, middle - half), min(1.0, middle + half), "Bonett-Price")
-    return student_interval(a, b, confidence)
-
-
-def student_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Paired:
-    """Interval of the difference between two means, by Student's t of the differences per document."""
-    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    difference, n = float(differences.mean()), len(differences)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * float(differences.std(ddof=1)) / np.sqrt(n)
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * float((b - a).std(ddof=1)) / np.sqrt(n)
     return Paired(difference, difference - half, difference + half, "Student")
 
 

@@ -11,7 +11,7 @@ from pop_lightning.ablation.ablate import Settings, _figures
 from pop_lightning.cli import generate
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Kept, PruningPlan
-from pop_lightning.evaluation.paired import paired_interval, student_interval
+from pop_lightning.evaluation.paired import paired_interval
 from pop_lightning.generation.artifact import write_artifact
 from pop_lightning.generation.base_identity import base_identity
 from pop_lightning.models.loading import load_model
@@ -155,7 +155,7 @@ def test_intervals_are_over_prompts():
 
     figures = _figures(Rows(), "x")
     assert figures["kl"]["value"] == 3
-    low, high = student_interval([0, 0, 0], [2, 2, 5])[1:3]
+    low, high = paired_interval([0, 0, 0], [2, 2, 5], rate=False)[1:3]
     assert (figures["kl"]["low"], figures["kl"]["high"]) == pytest.approx((low, high))
     assert figures["exact_match"]["method"] == "Bonett-Price"
     assert figures["exact_match"]["low"] == pytest.approx(paired_interval([1, 1, 1], [1, 0, 1]).low)
