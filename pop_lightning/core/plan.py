@@ -128,6 +128,13 @@ def in_order(several: Iterable[Kept]) -> list[Kept]:
     return sorted(several, key=lambda kept: (number_of(kept.salient, USUAL), number_of(kept.boundary, USUAL)))
 
 
+def in_words(value: int | float) -> str:
+    """A number of tokens, or a share of the prompt: `1 prompt token`, `5% of the prompt`."""
+    if isinstance(value, float):
+        return f"{100 * value:.3g}% of the prompt"
+    return f"{value:,} prompt token{'s' * (value != 1)}"
+
+
 def number_of(value: int | float, tokens: int) -> int:
     """``value`` itself, or the share of ``tokens`` that it is, rounded up."""
     return math.ceil(value * tokens - 1e-9) if isinstance(value, float) else value

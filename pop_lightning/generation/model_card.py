@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.plan import PruningPlan, in_words
 from pop_lightning.evaluation.losses import METRICS
 
 PLACE = "path/to/this/folder"  # in the card until it is published; then the repository's id
@@ -41,6 +41,8 @@ def model_card(
         template_path=str(_TEMPLATE),
         title=title,
         plan=plan,
+        boundary=in_words(plan.boundary),
+        salient=in_words(plan.salient) if plan.salient else None,
         kind=kind,
         base=base,
         sources=sources,

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from pop_lightning.core.files import write_text
 from pop_lightning.core.pages import render
-from pop_lightning.core.plan import Kept, in_order
+from pop_lightning.core.plan import Kept, in_order, in_words
 from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.bounds import rows_needed
@@ -214,7 +214,7 @@ def headline(metrics: dict[str, Any]) -> str:
         )
     start = f"Context tokens run through {depth} of {layers} layers"
     if metrics.get("salient"):
-        start += f", except for {tokens(metrics['salient'])} selected among them"
+        start += f", except for {in_words(metrics['salient'])} selected among them"
     if requested := budget.get("speedup"):
         counted = metrics["arithmetic"]
         start = (
@@ -335,11 +335,6 @@ def count(value: int, noun: str) -> str:
     return f"{value:,} {noun}" + ("" if value == 1 else "s")
 
 
-def tokens(value: int | float) -> str:
-    """A number of tokens, or a share of the prompt: `1 prompt token`, `5% of the prompt`."""
-    return f"{100 * value:.3g}% of the prompt" if isinstance(value, float) else count(value, "prompt token")
-
-
 def flops(value: float | None) -> str:
     """Floating-point operations with an SI prefix."""
     if value is None:
@@ -356,7 +351,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | None) -> str:
-    filters = {"amount": amount, "confidence": confidence, "ratio": ratio, "tokens": tokens}
+    filters = {"amount": amount, "confidence": confidence, "ratio": ratio, "tokens": in_words}
     budget, depth = metrics["budget"], metrics["depth"]
     return render(
         "pop_lightning.run",

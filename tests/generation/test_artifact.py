@@ -515,6 +515,21 @@ def test_the_card_is_the_hubs(folder, tmp_path):
     assert "Nothing: these projections were saved without a verification." in edited
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (PruningPlan(1), "the boundary (the last 1 prompt token) runs through all layers."),
+        (PruningPlan(1, 0.05), "(the last 5% of the prompt) runs"),
+        (PruningPlan(1, 16, 0.025), "selected at each prefill (2.5% of the prompt, selector `attention`)."),
+        (PruningPlan(1, 16, 20, "recency"), "selected at each prefill (20 prompt tokens, selector `recency`)."),
+    ],
+)
+def test_the_card_says_which_tokens_run_in_full(plan, words):
+    card = model_card(plan, "reuse", base_identity(model(), "some/base"), {}, {})
+    assert words in card
+    assert ("selected" in card) == bool(plan.salient)
+
+
 def test_the_card_says_what_was_measured_and_how_to_load(folder):
     card = (folder / "README.md").read_text()
     for words in (

@@ -293,7 +293,7 @@ def test_a_plan_with_salient_tokens_is_chosen_verified_and_exported(run, untrain
     assert generator.selected.shape == (1, 20 * metrics["salient"])
 
 
-def test_a_learned_selector_is_fitted_exported_and_kept_by_a_resumed_run(run, capsys):
+def test_a_learned_selector_is_fitted_exported_and_kept_by_a_resumed_run(run):
     code, output, metrics = run(salient=0.2, selector="learned", projection__kind="reuse")
     assert code == 0
     assert metrics["selector"] == "learned"
@@ -301,25 +301,28 @@ def test_a_learned_selector_is_fitted_exported_and_kept_by_a_resumed_run(run, ca
     assert generator.plan == PruningPlan(metrics["depth"], 1, 0.2, "learned")
     stored = output / "state" / f"selector-depth{metrics['depth']}.safetensors"
     before = stored.read_bytes()
-    stored.write_bytes(before[:-1])
+    stored.write_bytes(before[:-1])  # damaged: fitted again
+    others = {path: path.stat().st_mtime_ns for path in output.glob("state/selector-*") if path != stored}
     for name in ("metrics.json", "state/verify.json"):
         (output / name).unlink()
-    capsys.readouterr()
     assert run("--resume", output=output, salient=0.2, selector="learned", projection__kind="reuse")[0] == 0
-    assert f"fitting selectors at depth {metrics['depth']} ..." in capsys.readouterr().out  # that one only
     assert stored.read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in others} == others
 
 
 @pytest.mark.full
-def test_screening_plans_on_a_part_of_the_rows_changes_no_choice(run, untrained, monkeypatch, capsys):
+def test_screening_plans_on_a_part_of_the_rows_changes_no_choice(run, untrained, monkeypatch):
+    def limit_of(output):
+        return json.loads((output / "state" / "search-plans1.json").read_text())["asked"]["limit"]
+
     limit = 0.8 * untrained[2]["expected_bound"]
     choices = {"boundary": "auto", "budget__boundaries": [1, 4, 8], "salient": "auto", "budget__salient": [0, 0.5]}
-    _, _, every = run(**choices, budget__max_drop=limit, **TIGHT)
-    assert "screening plans" not in capsys.readouterr().out
+    _, output, every = run(**choices, budget__max_drop=limit, **TIGHT)
+    assert limit_of(output) is None
     monkeypatch.setattr("pop_lightning.evaluation.search.SCREENING", 4)
     monkeypatch.setattr("pop_lightning.evaluation.search.TOGETHER", 2)
-    _, _, metrics = run(**choices, budget__max_drop=limit, **TIGHT)
-    assert "screening plans" in capsys.readouterr().out
+    _, output, metrics = run(**choices, budget__max_drop=limit, **TIGHT)
+    assert 4 <= limit_of(output) < every["rows"]["search"]
     for key in ("depth", "boundary", "salient", "curve", "verified"):
         assert metrics.get(key) == every.get(key)
     assert {(plan["depth"], plan["boundary"], plan.get("salient")) for plan in metrics["plans"]} == {

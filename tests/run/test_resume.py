@@ -95,10 +95,12 @@ def test_each_refused_key_is_named_with_both_values_and_what_depends_on_it():
         "seed": 0,
         "depth": None,
         "boundary": 1,
+        "salient": 0,
+        "selector": "attention",
         "data": {"batch_size": 8, "splits": {"fit": 0.3}},
         "importance": {"rows": 8, "batch_size": None},
         "projection": {"ridge": [0.1], "batch_size": None, "lora": {"r": 4}, "grouping": "head", "memory_gib": 8.0},
-        "budget": {"candidates": "all", "max_drop": 0.01, "min_pruned": 2, "boundaries": [1]},
+        "budget": {"candidates": "all", "max_drop": 0.01, "min_pruned": 2, "boundaries": [1], "salient": [0, 0.1]},
         "trainer": {},
     }
 
@@ -122,13 +124,26 @@ def test_each_refused_key_is_named_with_both_values_and_what_depends_on_it():
         (("projection.lora.r", 8), "state/lora-*", "projection.lora.r was 4 and is 8"),
         (("trainer.precision", "bf16-mixed"), "state/full-*", "trainer.precision was null and is 'bf16-mixed'"),
         (("budget.max_drop", 0.5), "state/verify.json", "budget.max_drop was 0.01 and is 0.5"),
+        (("boundary", 4), "importance.json", "boundary was 1 and is 4"),
+        (("salient", 0.1), "state/full-*", "salient was 0 and is 0.1"),
+        (("salient", 0.1), "state/verify.json", "salient was 0 and is 0.1"),
+        (("selector", "recency"), "state/full-*", "selector was 'attention' and is 'recency'"),
+        (("selector", "learned"), "state/verify.json", "selector was 'attention' and is 'learned'"),
+        (("projection.ridge", [1.0]), "state/selector-*", "projection.ridge was [0.1] and is [1.0]"),
     ]
     for change, file, expected in cases:
         (sentence,) = refused(change, file)
         assert sentence.startswith(expected), sentence
         assert refused(change) == []
-    for change in (("projection.memory_gib", 1.0), ("importance.batch_size", 1), ("budget.boundaries", [4])):
+    without_effect = [("projection.memory_gib", 1.0), ("importance.batch_size", 1), ("budget.boundaries", [4])]
+    for change in (*without_effect, ("budget.salient", [0])):
         assert refused(change, *everything, "state/verify.json") == [], change
+    recipe |= {"boundary": "auto", "salient": "auto"}
+    for change in (("budget.boundaries", [4]), ("budget.salient", [0])):
+        assert refused(change, "state/verify.json")[0].startswith(change[0])
+    # Until the verify split is opened, other tokens may be chosen among: each plan is measured once.
+    for change in (("selector", "learned"), ("budget.salient", [0]), ("salient", 0.1)):
+        assert refused(change, "state/data.json", "importance.json", "state/search.json") == [], change
 
 
 def test_a_finished_run_is_not_resumed_on_other_rows_or_another_base(copy, base, data, tmp_path, capsys):
