@@ -326,6 +326,7 @@ class CalibrationData(lightning.LightningDataModule):
         )
         self.report: DataReport | None = None
         self.vision = vision
+        self.tokenizer = tokenizer
         self.ends = frozenset({tokenizer.eos_token_id, *end_tokens} - {None})
         self._tokenize = RowTokenizer(
             tokenizer,

@@ -123,7 +123,7 @@ def generate_file(
     with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     with _journal(partial, settings, overwrite) as journal:
-        answer = _Answers(generator, tokenizer, max_new_tokens, compare, sampling)
+        answer = Answers(generator, tokenizer, max_new_tokens, compare=compare, sampling=sampling)
         _answer_all(answer, rows, journal, batch_size, seed, timed_rows if compare else 0)
         records = sorted(journal.records, key=lambda record: record["row"])
         summary: dict[str, Any] = {
@@ -226,7 +226,7 @@ def _differences(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str
 
 
 def _answer_all(
-    answer: "_Answers", rows: Sequence[Row], journal: Journal, batch_size: int, seed: int | None, timed_rows: int
+    answer: "Answers", rows: Sequence[Row], journal: Journal, batch_size: int, seed: int | None, timed_rows: int
 ) -> None:
     """Add a record to the journal for every row that has none, a batch of similar lengths at a time."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].prompt_ids))
@@ -250,15 +250,29 @@ def _answer_all(
             bar.update(sum(cost[place] for place in places))
 
 
-class _Answers:
-    """Answers batches of rows; one record a row."""
+class Answers:
+    """Answers batches of rows: one record a row, as plain data.
 
-    def __init__(self, generator: StageAwareGenerator, tokenizer, max_new_tokens: int, compare: bool, sampling):
+    Args:
+        compare: let the full model answer as well, and measure the differences.
+        sampling: arguments of ``generate``; greedy unless given.
+    """
+
+    def __init__(
+        self,
+        generator: StageAwareGenerator,
+        tokenizer,
+        max_new_tokens: int,
+        *,
+        compare: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+    ):
         self.generator, self.tokenizer, self.compare = generator, tokenizer, compare
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or GREEDY
         self.ends = {tokenizer.eos_token_id} | end_tokens(generator.model)
 
-    def __call__(self, rows: Sequence[Row], timed: Sequence[bool]) -> list[dict[str, Any]]:
+    def __call__(self, rows: Sequence[Row], timed: Sequence[bool] = ()) -> list[dict[str, Any]]:
+        """``timed``: whether the TTFT of a row is measured as well; False unless given."""
         pad, vision = self.tokenizer.pad_token_id, self.generator.vision
         batch = collate([replace(row, response_ids=()) for row in rows], pad, vision)
         pruned = self.ids(batch)
@@ -273,7 +287,7 @@ class _Answers:
             if row.response_ids:
                 record |= {f"full_{name}": of(text, record["response"]) for name, of in _AGAINST_REFERENCE.items()}
             record |= comparison.answers(full[at], pruned[at], text, record["generated"]) | forced[at]
-            if timed[at]:
+            if timed and timed[at]:
                 record |= comparison.ttft(self.generator, row, pad)
         return records
 

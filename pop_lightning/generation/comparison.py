@@ -7,8 +7,9 @@ and *times* to the first token.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.pruning.passes import student_logits, teacher_pass
 
 CONFIDENCE = 0.95
+SHOWN = 600  # characters of a prompt on a page, its end
 REPEATS, WARMUP = 3, 1  # timed rounds of a row's prefill, and untimed ones before them
 
 
@@ -114,6 +116,32 @@ def ttft(generator: StageAwareGenerator, row: Row, pad_token_id: int) -> dict[st
     runs = {"full_ttft_ms": {"prefill": full}, "ttft_ms": {"prefill": lambda: generator.prefill(**inputs)}}
     laps = alternate(runs, generator.device, REPEATS, WARMUP)
     return {name: statistics.median(total for total, _ in each) for name, each in laps.items()}
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """``same`` text, or what the change means: the reference was ``lost`` or ``gained``, or just ``changed``."""
+    if record["same_text"]:
+        return "same"
+    matches = record.get("full_exact_match"), record.get("exact_match")
+    return {(1, 0): "lost", (0, 1): "gained"}.get(matches, "changed")
+
+
+def side_by_side(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as ``answers.html.jinja`` shows it; what both answers have in front of their first difference is apart."""
+    full, pruned, prompt = record["full_generated"], record["generated"], record["prompt"]
+    common = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(full, pruned, strict=False)))
+    if full != pruned:
+        common = common[: common.rfind(" ") + 1]  # differences begin with a word
+    return {
+        "origin": record["origin"],
+        "outcome": outcome(record),
+        "prompt": prompt if len(prompt) <= SHOWN else f"… {prompt[-SHOWN:]}",
+        "reference": record.get("response"),
+        "common": common,
+        "full": full[len(common) :],
+        "pruned": pruned[len(common) :],
+        "prefix": record["common_prefix"],
+    }
 
 
 # --- all rows ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The page and the table of a comparison on rows of one's own: measures, times, and the answers that changed."""
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 from markupsafe import Markup
@@ -11,11 +10,10 @@ from pop_lightning.core.pages import render
 from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.losses import number, percent
-from pop_lightning.generation.comparison import GROUPS, REPEATS, Measure
+from pop_lightning.generation.comparison import GROUPS, REPEATS, Measure, outcome, side_by_side
 from pop_lightning.generation.generator import StageAwareGenerator
 
 CHANGED, SAME = 100, 3  # rows on the page, at most
-_SHOWN = 600  # characters of a prompt, its end
 
 
 def render_page(
@@ -47,9 +45,9 @@ def render_page(
         times_plot=_times_plot([record for record in records if "ttft_ms" in record]),
         repeats=REPEATS,
         methods=sorted({each["method"] for each in compared.values() if isinstance(each, dict) and "method" in each}),
-        changed=[_shown(record) for record in changed[:CHANGED]],
+        changed=[side_by_side(record) for record in changed[:CHANGED]],
         changed_rows=len(changed),
-        same=[_shown(record) for record in same[:SAME]],
+        same=[side_by_side(record) for record in same[:SAME]],
         same_rows=len(same),
     )
 
@@ -140,29 +138,5 @@ def _times_plot(timed: Sequence[Mapping[str, Any]]) -> Markup | None:
     return picture(draw, "Time to first token of both models against the prompt's length")
 
 
-def _outcome(record: Mapping[str, Any]) -> str:
-    """What the change means, where there is a reference."""
-    pair = record.get("full_exact_match"), record.get("exact_match")
-    return {(1, 0): "lost", (0, 1): "gained"}.get(pair, "changed") if not record["same_text"] else "same"
-
-
 def _order(record: Mapping[str, Any]) -> tuple:
-    return ("lost", "gained", "changed").index(_outcome(record)), record["common_prefix"], record["row"]
-
-
-def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as the template reads it; what both answers have in front of their first difference is apart."""
-    full, pruned, prompt = record["full_generated"], record["generated"], record["prompt"]
-    common = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(full, pruned, strict=False)))
-    if full != pruned:
-        common = common[: common.rfind(" ") + 1]  # differences begin with a word
-    return {
-        "origin": record["origin"],
-        "outcome": _outcome(record),
-        "prompt": prompt if len(prompt) <= _SHOWN else f"… {prompt[-_SHOWN:]}",
-        "reference": record.get("response"),
-        "common": common,
-        "full": full[len(common) :],
-        "pruned": pruned[len(common) :],
-        "prefix": record["common_prefix"],
-    }
+    return ("lost", "gained", "changed").index(outcome(record)), record["common_prefix"], record["row"]

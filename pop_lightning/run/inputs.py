@@ -1,6 +1,7 @@
 """What a run of ``pop-fit`` starts from: the base on its device, the rows with their responses, and what they allow."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -10,6 +11,7 @@ import lightning
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
+from pop_lightning.core.pages import circumstances
 from pop_lightning.core.plan import Choice, Kept
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
@@ -212,6 +214,17 @@ def training_module(recipe: Recipe, start: KVProjections, kept: Kept) -> KVProje
         hidden_match=settings.hidden_match,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+
+
+def about(run: Run) -> dict[str, str]:
+    """What the run is of, and how it was started; for the report."""
+    model, rows = run.recipe.model, run.data.report.rows
+    dtype = str(run.decoder.model.dtype).removeprefix("torch.")
+    return {
+        "model": f"{model.base} ({run.base['class']}, {run.decoder.num_layers} layers, {dtype})",
+        "data": f"{run.data.calibration} ({rows:,} usable rows)",
+        **circumstances("pop-fit", shlex.join(["pop-fit", "--recipe", str(run.folder / "recipe.yaml")])),
+    }
 
 
 def versions() -> dict[str, str]:

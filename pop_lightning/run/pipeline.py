@@ -32,10 +32,12 @@ from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.pruning.selectors import selector_named
 from pop_lightning.run import depths as candidates
+from pop_lightning.run.examples import examples
 from pop_lightning.run.folder import RunFolder, file_name
 from pop_lightning.run.inputs import (
     RESUME,
     Run,
+    about,
     load,
     scoring_module,
     start_kind,
@@ -500,7 +502,8 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
     )
     comparison = compare(run, shown, found)
     run.trainers.progress.say("timing the prefill")
-    generator = StageAwareGenerator(run.decoder.model, plan, run.variant(shown, found.kept).projections)
+    projections = run.variant(shown, found.kept).projections
+    generator = StageAwareGenerator(run.decoder.model, plan, projections, run.data.tokenizer, run.data.vision)
     metrics = {
         "format": 1,
         "depth": budget.depth,
@@ -543,6 +546,8 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
         "ttft": None
         if run.trainers.shards_base
         else distributed.from_first(lambda: measure_ttft(generator, tokens)),  # the others would compete
+        "examples": None if run.trainers.shards_base else distributed.from_first(lambda: examples(run, generator)),
+        "about": about(run),
         "versions": versions(),
         "device": str(run.decoder.model.device),
     }

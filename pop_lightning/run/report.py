@@ -380,6 +380,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | N
         comparison=_comparison_table(metrics) if metrics.get("comparison") else None,
         boundaries=_boundary_table(metrics) if metrics.get("boundaries") else None,
         verification=_verification_table(metrics) if metrics.get("verification") else None,
+        examples=metrics.get("examples"),
         decisions=metrics.get("decisions") or [],
         splits=_split_table(metrics),
         curve=_curve_table(metrics) if metrics["curve"] else None,

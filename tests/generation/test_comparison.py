@@ -165,7 +165,7 @@ def test_times_are_medians_of_rounds_in_which_both_models_take_turns(generator, 
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_rows(generator, data, tmp_path, whole, monkeypatch):
-    output, answered, answer = tmp_path / "out.jsonl", [], batch._Answers.__call__
+    output, answered, answer = tmp_path / "out.jsonl", [], batch.Answers.__call__
 
     def counted(self, rows, timed):
         if len(answered) == 4:
@@ -173,7 +173,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_rows(generator
         answered.extend(row.origin for row in rows)
         return answer(self, rows, timed)
 
-    monkeypatch.setattr(batch._Answers, "__call__", counted)
+    monkeypatch.setattr(batch.Answers, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         compared(generator, data, output)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.partial"]
@@ -246,7 +246,7 @@ def test_the_page_shows_both_answers_of_rows_that_changed(whole, tmp_path):
 
 
 def test_the_page_escapes_what_models_and_people_wrote(generator, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch._Answers, "text", lambda self, ids: f"<script> {len(ids)} {sum(ids)}")
+    monkeypatch.setattr(batch.Answers, "text", lambda self, ids: f"<script> {len(ids)} {sum(ids)}")
     compared(generator, data, tmp_path / "out.jsonl", about={"artifact": "<b>", "command": "x" * 200})
     page = (tmp_path / "out.html").read_text()
     assert "<script" not in page

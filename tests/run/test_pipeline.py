@@ -45,6 +45,12 @@ def test_a_run_writes_everything_it_promises(fitted):
     importance = json.loads((fitted / "importance.json").read_text())
     assert len(importance["prefill"]) == LAYERS
     assert importance["prefill"][-1] == 0
+    examples, about = metrics["examples"], metrics["about"]
+    assert (len(examples["most"]), len(examples["least"]), examples["compared"]) == (3, 2, 16)
+    assert about["command"] == f"pop-fit --recipe {fitted / 'recipe.yaml'}"
+    assert {"model", "data", "date"} <= set(about)
+    page = (fitted / "report.html").read_text()
+    assert all(example["origin"] in page for example in examples["most"] + examples["least"])
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,32 @@ def test_page_fits_on_a_phone_and_on_a_laptop(metrics, tmp_path):
     assert_fits(tmp_path / "report.html", tmp_path)
 
 
+def test_page_names_what_was_run_and_shows_answers_side_by_side(metrics, tmp_path):
+    answer = {
+        "origin": "rows.jsonl line 7",
+        "outcome": "lost",
+        "prompt": "Who <b>?",
+        "reference": "Ann Bee",
+        "common": "Ann ",
+        "full": "Bee",
+        "pruned": "Sea",
+        "prefix": 0.5,
+    }
+    same = answer | {"outcome": "same", "common": "Ann Bee", "full": "", "pruned": ""}
+    metrics["examples"] = {"compared": 16, "new_tokens": 32, "most": [answer], "least": [same]}
+    metrics["about"] = {"model": "some/base (Llama, 12 layers)", "command": "pop-fit --recipe x"}
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    page = written(metrics, tmp_path)
+    Outline(page)
+    assert "full model</span>Ann <mark>Bee</mark>" in page
+    assert "pruned</span>Ann <mark>Sea</mark>" in page
+    assert "pruned</span>Ann Bee</p>" in page
+    assert "Who &lt;b&gt;?" in page
+    for name, value in {**metrics["about"], "device": "cpu"}.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "<pre>seed: 0" in page
+
+
 def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
     page = written(metrics, tmp_path)
     for text in (
