@@ -1,9 +1,11 @@
-"""Formats a benchmark: a table for the terminal, and JSON and a plot for the output folder.
+"""Formats a benchmark: tables for the terminal, and JSON, a plot and a page for the output folder.
 
 Reads the plain data that ``benchmark.run`` returns; nothing is measured here.
 """
 
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +15,42 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.files import write_json, write_whole
-from pop_lightning.core.tables import millions, text_table
+from pop_lightning.core.files import write_json, write_text, write_whole
+from pop_lightning.core.pages import render
+from pop_lightning.core.plots import Theme, picture
+from pop_lightning.core.tables import Table, millions
 
-JSON, PLOT = "benchmark.json", "benchmark.png"
+JSON, PLOT, PAGE = "benchmark.json", "benchmark.png", "benchmark.html"
+PAIRS = "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections."
 
 
 def table(result: dict[str, Any]) -> str:
     """The model and machine, then two tables with one line per point: times, and rates and memory."""
+    times, rates = times_table(result), rates_table(result)
+    return "\n".join([*_subject(result), "", times.text(), "", rates.text(), PAIRS]) + "\n"
+
+
+def _subject(result: dict[str, Any]) -> list[str]:
+    """What was measured and on what, a line each."""
     model, machine = result["model"], result["machine"]
-    lines = [
+    return [
         f"{model['name']}: {model['class']}, {model['layers']} layers, {millions(model['parameters'])} "
         f"parameters, {model['dtype']}, {model['attn_implementation']} attention, {model['projection']} projections, "
         f"weights {model['weight_bytes'] / 1e6:.0f} MB",
         f"{machine['device']}, threads: {machine['threads']}; torch {machine['versions']['torch']}, transformers "
         f"{machine['versions']['transformers']}; boundary {result['settings']['boundary']}, salient "
         f"{result['settings'].get('salient', 0)}, medians of {result['settings']['repeats']} rounds",
-        "",
-        text_table(
-            ["batch", "tokens", "depth", "full TTFT (p90) ms", "pruned TTFT (p90) ms", "ratio", "measured bound",
-             "reached", "counted bound"],
-            [_times(point) for point in result["points"]],
-            left=(),
-        ),
-        "",
-        text_table(
-            ["batch", "tokens", "depth", "tokens/s", "TFLOP/s", "peak MB", "projections MB", "decode ms/token"],
-            [_rates(point) for point in result["points"]],
-            left=(),
-        ),
-        "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections.",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    ]
+
+
+def times_table(result: dict[str, Any]) -> Table:
+    header = ["batch", "tokens", "depth", "full TTFT (p90) ms", "pruned TTFT (p90) ms", "ratio", "measured bound"]
+    return Table([*header, "reached", "counted bound"], [_times(point) for point in result["points"]], left=())
+
+
+def rates_table(result: dict[str, Any]) -> Table:
+    header = ["batch", "tokens", "depth", "tokens/s", "TFLOP/s", "peak MB", "projections MB", "decode ms/token"]
+    return Table(header, [_rates(point) for point in result["points"]], left=())
 
 
 def _place(point: dict[str, Any]) -> list[str]:
@@ -102,45 +108,99 @@ def write(result: dict[str, Any], folder: Path) -> None:
     write_whole(folder / PLOT, lambda path: figure(result).savefig(path, dpi=150))
 
 
+def write_page(result: dict[str, Any], folder: Path, about: Mapping[str, str]) -> None:
+    """Write ``benchmark.html``: the tables and the plots for a person.
+
+    Args:
+        about: how it was run.
+    """
+    write_text(folder / PAGE, _page(result, about))
+
+
+def _page(result: dict[str, Any], about: Mapping[str, str]) -> str:
+    best = max(result["points"], key=lambda point: point["ratio"])
+    model, machine = _subject(result)
+    plots = []
+    for name, draw in _panels(result):
+
+        def drawn(axes: Axes, theme: Theme, draw=draw) -> None:
+            draw(axes)
+            for kind in _kinds(theme.muted):
+                axes.add_line(kind)
+            axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
+
+        plots.append((name, picture(drawn, f"Speedup of the prefill with its bounds, {name}")))
+    return render(
+        "pop_lightning.benchmark",
+        "benchmark.html.jinja",
+        title=f"{result['model']['name']}: benchmark",
+        about={"model": model, "machine": machine, **about},
+        best=best,
+        plots=plots,
+        times=times_table(result),
+        rates=rates_table(result),
+        pairs=PAIRS,
+        settings=result["settings"],
+    )
+
+
 def figure(result: dict[str, Any]) -> Figure:
     """Speedup over prompt length with both bounds; one panel per batch size, one color per depth.
 
     With one length and several depths the axis is the number of pruned layers, and a color is a batch size.
     """
-    points = result["points"]
-    by_depth = len({p["prompt_tokens"] for p in points}) == 1 and len({p["depth"] for p in points}) > 1
-    panels = ["prompt_tokens"] if by_depth else ["batch"]
-    values = sorted({point[panels[0]] for point in points})
-    drawing = Figure(figsize=(1.5 + 4.2 * len(values), 4.2), layout="constrained")
+    panels = _panels(result)
+    drawing = Figure(figsize=(1.5 + 4.2 * len(panels), 4.2), layout="constrained")
     drawing.suptitle(
         f"{result['model']['name']}, {result['model']['dtype']}, {result['machine']['device']}",
         fontsize=10,
     )
-    for axes, value in zip(drawing.subplots(1, len(values), squeeze=False, sharey=True)[0], values, strict=True):
-        here = [point for point in points if point[panels[0]] == value]
+    every = drawing.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (name, draw) in zip(every, panels, strict=True):
+        axes.set_title(name, fontsize=10)
+        draw(axes)
+        axes.grid(alpha=0.3)
+    first = drawing.axes[0]
+    first.legend(handles=[*_kinds("0.3"), *first.get_legend_handles_labels()[0]], fontsize=8)
+    first.set_ylim(bottom=min(1.0, first.get_ylim()[0]))  # 1 means no gain: the axis starts there
+    for axes in drawing.axes[1:]:
+        axes.set_ylabel("")
+    return drawing
+
+
+def _kinds(color: str) -> list[Line2D]:
+    """What the styles of the lines mean."""
+    return [
+        Line2D([], [], color=color, marker="o", label="measured"),
+        Line2D([], [], color=color, linestyle="--", marker="_", label="measured bound"),
+        Line2D([], [], color=color, linestyle=":", marker="x", label="counted bound"),
+    ]
+
+
+def _panels(result: dict[str, Any]) -> list[tuple[str, Callable[[Axes], None]]]:
+    """Name and drawing of every panel."""
+    points = result["points"]
+    by_depth = len({p["prompt_tokens"] for p in points}) == 1 and len({p["depth"] for p in points}) > 1
+    key = "prompt_tokens" if by_depth else "batch"
+
+    def draw(axes: Axes, value: int) -> None:
+        here = [point for point in points if point[key] == value]
         if by_depth:
-            axes.set_title(f"{value} tokens", fontsize=10)
             _panel(axes, here, lambda p: p["layers"] - p["depth"], "batch", "batch {}")
             axes.set_xlabel("pruned layers")
         else:
-            axes.set_title(f"batch {value}", fontsize=10)
             _panel(axes, here, lambda p: p["prompt_tokens"], "depth", "depth {}")
             axes.set_xscale("log", base=2)
             axes.set_xlabel("prompt tokens")
+        axes.set_ylabel("plain TTFT / pruned TTFT")
         ticks = sorted({line for each in axes.get_lines() for line in each.get_xdata()})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.3)
-    first = drawing.axes[0]
-    first.set_ylabel("plain TTFT / pruned TTFT")
-    kinds = [
-        Line2D([], [], color="0.3", marker="o", label="measured"),
-        Line2D([], [], color="0.3", linestyle="--", marker="_", label="measured bound"),
-        Line2D([], [], color="0.3", linestyle=":", marker="x", label="counted bound"),
+
+    return [
+        (f"{value} tokens" if by_depth else f"batch {value}", partial(draw, value=value))
+        for value in sorted({point[key] for point in points})
     ]
-    first.legend(handles=[*kinds, *first.get_legend_handles_labels()[0]], fontsize=8)
-    first.set_ylim(bottom=min(1.0, first.get_ylim()[0]))  # 1 means no gain: the axis starts there
-    return drawing
 
 
 def _panel(axes: Axes, points: list[dict[str, Any]], x, series: str, label: str) -> None:

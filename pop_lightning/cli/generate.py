@@ -282,6 +282,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     with importing():
         from pop_lightning.benchmark import benchmark
         from pop_lightning.benchmark import report as benchmark_report
+        from pop_lightning.core.pages import circumstances
 
     given, folder = vars(arguments), None
     if arguments.output is not None:
@@ -304,6 +305,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
     print(benchmark_report.table(result), end="")
     if folder is not None:
+        benchmark_report.write_page(result, folder, circumstances("pop-generate", "benchmark.run in Python"))
         print(f"benchmark: {folder}")
     return 0
 
@@ -341,6 +343,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise InputError("--tasks names no task: expected names with commas between them.")
     with importing():
         from pop_lightning.core.memory import memory_advice
+        from pop_lightning.core.pages import circumstances
 
         try:
             from pop_lightning.harness import compare, needle
@@ -353,10 +356,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     generator = _generator(arguments, lambda: compare.check_output(arguments.output))
     with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
-        found, results = compare.compare(generator, tasks, **{name: given[name] for name in passed})
+        found, results = compare.compare(
+            generator,
+            tasks,
+            **{name: given[name] for name in passed},
+            about={"artifact": arguments.artifact} | circumstances("pop-generate", "harness.compare in Python"),
+        )
     print(compare.table(found), end="")
     if cells := needle.cells(results):
-        print(needle.grid_table(cells), end="")
+        print(f"{needle.grid_table(cells).text()}\n{needle.NOTE}")
     if arguments.output is not None:
         print(f"results: {arguments.output}")
     return 0

@@ -27,18 +27,21 @@ LIGHT = Theme("#1b2026", "#5b6570", "#dde2e7", "#f0f3f6", "#c8322b", ("#2563b8",
 DARK = Theme("#e7ebef", "#a0abb6", "#333b43", "#1e242a", "#ff7a70", ("#7db2f5", "#f0a85a", "#5cc98d", "#c99aec"))
 
 
-def picture(draw: Callable[[Axes, Theme], None], description: str) -> Markup:
+SIZE = (6.2, 3.3)  # inches
+
+
+def picture(draw: Callable[[Axes, Theme], None], description: str, size: tuple[float, float] = SIZE) -> Markup:
     """What ``draw`` draws, as an HTML ``picture`` that follows the reader's color scheme.
 
     Each scheme has its own SVG in a data URI, which keeps its ids and styles separate from those of the page.
     """
-    light, dark = (_svg(draw, theme) for theme in (LIGHT, DARK))
+    light, dark = (_svg(draw, theme, size) for theme in (LIGHT, DARK))
     return Markup(
         '<picture><source media="(prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}"></picture>'
     ).format(dark, light, description)
 
 
-def _svg(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
+def _svg(draw: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, float]) -> str:
     settings = {
         "svg.hashsalt": "pop",  # ids, and therefore the bytes of the page, depend only on the figures
         "svg.fonttype": "none",  # text stays text, so a reader can search for it
@@ -56,7 +59,7 @@ def _svg(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
         "legend.frameon": False,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.2, 3.3), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y", color=theme.line, linewidth=0.6)
         axes.set_axisbelow(True)

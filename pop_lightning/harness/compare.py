@@ -6,7 +6,7 @@ Both run on one loaded base, over the same task objects, so that documents, few-
 import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -20,8 +20,9 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core.errors import InputError, first_sentence
-from pop_lightning.core.files import check_writable, write_json
-from pop_lightning.core.tables import text_table
+from pop_lightning.core.files import check_writable, write_json, write_text
+from pop_lightning.core.pages import render
+from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.paired import Paired, bootstrap_interval, paired_interval
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.harness import needle
@@ -140,13 +141,16 @@ def compare(
     confirm_run_unsafe_code: bool = False,
     output: str | Path | None = None,
     log_samples: bool = False,
+    about: Mapping[str, str] | None = None,
 ) -> tuple[list[Difference], dict[str, dict]]:
     """Run tasks with the full and the pruned model.
 
     Args:
         seed: of everything random; lm-eval's own seeds unless given.
         output: a folder for ``full/results_*.json`` and ``pruned/results_*.json`` as lm-eval writes them,
-            ``samples_*.jsonl`` next to them with ``log_samples``, and ``comparison.json``.
+            ``samples_*.jsonl`` next to them with ``log_samples``, ``comparison.json``, and a page of
+            the differences, ``comparison.html``.
+        about: how it was run, for the page.
         The others are those of ``lm_eval.simple_evaluate`` and of :class:`~pop_lightning.harness.model.PopLM`.
 
     Returns:
@@ -190,6 +194,7 @@ def compare(
     found = differences(tasks, results)
     if output is not None:
         write_json(Path(output) / "comparison.json", summary(found, results))
+        write_text(Path(output) / "comparison.html", page(found, results, about or {}))
         if cells := needle.cells(results):
             needle.write_heat_map(cells, Path(output) / "needle.png")
     return found, results
@@ -273,6 +278,11 @@ def summary(found: Sequence[Difference], results: dict[str, dict]) -> dict[str, 
 
 def table(found: Sequence[Difference]) -> str:
     """The differences for a terminal."""
+    return f"{difference_table(found).text()}\n{note(found)}\n"
+
+
+def difference_table(found: Sequence[Difference]) -> Table:
+    """One line per task and metric."""
     header = ["task", "metric", "docs", "full", "pruned", "pruned - full", f"{100 * CONFIDENCE:g}% interval", "changed"]
     rows = []
     for each in found:
@@ -289,9 +299,43 @@ def table(found: Sequence[Difference]) -> str:
                 "" if each.changed is None else str(each.changed),
             ]
         )
+    return Table(header, rows, (0, 1))
+
+
+def note(found: Sequence[Difference]) -> str:
+    """How the values and intervals of :func:`difference_table` were computed."""
     methods = sorted({each.paired.method for each in found if each.paired is not None})
-    note = "Values with lm-eval's standard error; changed: documents with another value"
-    return f"{text_table(header, rows, left=(0, 1))}\n{note}; intervals paired by document: {', '.join(methods)}.\n"
+    values = "Values with lm-eval's standard error; changed: documents with another value"
+    return f"{values}; intervals paired by document: {', '.join(methods)}."
+
+
+def page(found: Sequence[Difference], results: dict[str, dict], about: Mapping[str, str]) -> str:
+    """The page of a comparison: the table and, where ``needle`` ran, its heat maps."""
+    config, cells = results["pruned"]["config"], needle.cells(results)
+    changed = [each for each in found if each.paired is not None and not each.paired.low <= 0 <= each.paired.high]
+    tasks = list(dict.fromkeys(each.task for each in found))
+    seeds = {name.removesuffix("_seed"): value for name, value in config.items() if name.endswith("_seed")}
+    return render(
+        "pop_lightning.harness",
+        "comparison.html.jinja",
+        title=", ".join(tasks),
+        about={
+            "model": str(config["model_args"].get("pretrained", config["model"])),
+            "plan": ", ".join(f"{name} {value}" for name, value in config["pop"].items()),
+            **about,
+            "seeds": ", ".join(f"{name} {value}" for name, value in seeds.items()),
+            "versions": f"lm-eval {results['pruned']['lm_eval_version']}",
+        },
+        tasks=tasks,
+        measured=sum(each.paired is not None for each in found),
+        differences=difference_table(found),
+        note=note(found),
+        changed=changed,
+        confidence=CONFIDENCE,
+        heat_maps=needle.pictures(cells) if cells else [],
+        grid=needle.grid_table(cells) if cells else None,
+        grid_note=needle.NOTE,
+    )
 
 
 def _with_error(value: float, stderr: float | None) -> str:

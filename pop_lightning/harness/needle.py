@@ -19,12 +19,15 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_whole
-from pop_lightning.core.tables import text_table
+from pop_lightning.core.plots import picture
+from pop_lightning.core.tables import Table
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
@@ -47,6 +50,7 @@ NOUNS = ("apple", "bridge", "camera", "desert", "engine", "forest", "guitar", "h
 ANSWER = {"needle_single": 32, "needle_several": 96, "needle_hops": 64}
 TASKS = tuple(ANSWER)
 POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NOTE = "Share of the requested answers, full then pruned, by prompt length in tokens."
 PER_CELL = 10  # documents at each length, and for needle_single at each position
 SEVERAL, HOPS = 4, 4
 SEED = 42
@@ -194,15 +198,14 @@ def _grid(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[int], dict[s
     return labels, lengths, values
 
 
-def grid_table(found: Sequence[dict[str, Any]]) -> str:
+def grid_table(found: Sequence[dict[str, Any]]) -> Table:
     """One line per task and position, one column per length: full, then pruned."""
     labels, lengths, values = _grid(found)
     rows = [
         [label, *(f"{full:.2f} {pruned:.2f}" for full, pruned in zip(*pair, strict=True))]
         for label, *pair in zip(labels, values["full"], values["pruned"], strict=True)
     ]
-    note = "Share of what was asked for, full then pruned, by prompt length in tokens.\n"
-    return f"{text_table(['needle', *map(str, lengths)], rows, left=(0,))}\n{note}"
+    return Table(["needle", *map(str, lengths)], rows)
 
 
 def write_heat_map(found: Sequence[dict[str, Any]], path: Path) -> None:
@@ -210,11 +213,26 @@ def write_heat_map(found: Sequence[dict[str, Any]], path: Path) -> None:
     labels, lengths, values = _grid(found)
     drawing = Figure(figsize=(3.4 + 1.3 * len(lengths), 1.4 + 0.4 * len(labels)), layout="constrained")
     for axes, (variant, grid) in zip(drawing.subplots(1, 2, sharey=True), values.items(), strict=True):
-        axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for (row, column), value in np.ndenumerate(grid):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+        _draw(axes, grid, labels, lengths)
         axes.set_title(variant)
-        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlabel("tokens")
     write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150))
+
+
+def pictures(found: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """The heat maps for a page: which model, and its picture."""
+    labels, lengths, values = _grid(found)
+    size = (2.6 + 0.8 * len(lengths), 1.0 + 0.4 * len(labels))
+    return [
+        (variant, picture(lambda axes, _, grid=grid: _draw(axes, grid, labels, lengths), f"Scores, {variant}", size))
+        for variant, grid in values.items()
+    ]
+
+
+def _draw(axes: Axes, grid: np.ndarray, labels: list[str], lengths: list[int]) -> None:
+    axes.grid(False)
+    axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("tokens")

@@ -18,6 +18,7 @@ from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import prefill_flops
 
+from tests.helpers.browser import assert_fits
 from tests.helpers.families import COMMON, EVERY, WINDOW, build, ragged, relative, two_pass
 from tests.helpers.workbench import arguments, save_base, save_rows
 
@@ -58,7 +59,7 @@ def test_a_grid_on_a_base_model_has_every_point_and_every_file(base, tmp_path, c
     output = tmp_path / "out" / "bench"
     argv = ["--benchmark", "--base", str(base), "--lengths", "5,24", "--batches", "1,2", "--depths", "1,3"]
     assert generate.main([*argv, "--output", str(output), *FLAGS]) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["benchmark.json", "benchmark.png"]
+    assert sorted(path.name for path in output.iterdir()) == ["benchmark.html", "benchmark.json", "benchmark.png"]
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((output / "benchmark.json").read_text())
     places = [(p["depth"], p["batch"], p["prompt_tokens"]) for p in result["points"]]
@@ -72,6 +73,11 @@ def test_a_grid_on_a_base_model_has_every_point_and_every_file(base, tmp_path, c
     assert result["machine"]["threads"] == torch.get_num_threads()
     assert result["machine"]["versions"]["torch"] == torch.__version__
     assert result["model"]["parameters"] == sum(p.numel() for p in decoder.model.parameters())
+    page = (output / "benchmark.html").read_text()
+    assert page.count("<picture>") == 2, "one plot per batch size"
+    assert "<dt>command</dt>" in page
+    assert f">{result['points'][0]['ratio']:.3f}</td>" in page
+    assert_fits(output / "benchmark.html", tmp_path)
     printed = capsys.readouterr().out
     assert "measured bound" in printed
     assert printed.count("3/4") == 2 * 4  # two tables

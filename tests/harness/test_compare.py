@@ -142,6 +142,10 @@ def test_the_command_prints_a_table_and_writes_what_lm_eval_writes(artifact, fol
     assert entry["documents"] == 5
     assert entry["low"] <= entry["difference"] <= entry["high"]
     assert entry["difference"] == pytest.approx(entry["pruned"] - entry["full"])
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert f"[{entry['low']:+.4f}, {entry['high']:+.4f}]" in page
+    assert f"<dt>artifact</dt><dd>{artifact}</dd>" in page
+    assert "<picture>" not in page
 
 
 def test_without_the_extra_the_command_says_what_to_install(artifact, monkeypatch, capsys):

@@ -11,6 +11,8 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.harness import needle
 from pop_lightning.models.loading import load_model, load_tokenizer
 
+from tests.helpers.browser import assert_fits
+
 BASE = resolve_bundled("bundled:facts-gemma3")
 
 
@@ -82,6 +84,8 @@ def test_the_sweep_draws_both_models_side_by_side(tmp_path, capsys):
     assert len(found) == 2 * (len(needle.POSITIONS) + 2)
     assert {cell["documents"] for cell in found if cell["task"] == "needle_single"} == {1}
     assert (tmp_path / "out" / "needle.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "comparison.html").read_text().count("<picture>") == 2
+    assert_fits(tmp_path / "out" / "comparison.html", tmp_path)
 
 
 def test_every_cell_holds_the_mean_of_its_documents():
@@ -95,4 +99,4 @@ def test_every_cell_holds_the_mean_of_its_documents():
         (0.5, 2, 0.5, 0.0),
         (1.0, 1, 1.0, 1.0),
     ]
-    assert "needle_single at 50%    0.50 0.00" in needle.grid_table(found)
+    assert "needle_single at 50%    0.50 0.00" in needle.grid_table(found).text()
