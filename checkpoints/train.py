@@ -25,6 +25,7 @@ from pop_lightning.checkpoints import facts
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 WINDOW = 32
+HEAD_DIM = 32  # the smallest that the CPU attention of serving engines accepts
 FULL_LAYERS = (2, 4, 6, 8, 10)
 EVALUATION_SEED = 1_000_003
 CALIBRATION_ROWS, CALIBRATION_SEED = 1500, 7
@@ -60,9 +61,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:
         intermediate_size=192,
         num_hidden_layers=12,
         num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=24,
-        query_pre_attn_scalar=24,
+        num_key_value_heads=2,
+        head_dim=HEAD_DIM,
+        query_pre_attn_scalar=HEAD_DIM,
         layer_types=["full_attention" if layer in FULL_LAYERS else "sliding_attention" for layer in range(12)],
         sliding_window=WINDOW,
         max_position_embeddings=1024,
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copy-steps", type=int, default=900, help="at most; ends at 99%% right")
     parser.add_argument("--stage-steps", type=int, default=1500, help="at most, per document size; ends at 95%% right")
-    parser.add_argument("--final-steps", type=int, default=400, help="on full-length documents, learning rate to zero")
+    parser.add_argument("--final-steps", type=int, default=800, help="on full-length documents, learning rate to zero")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--documents", type=int, default=480, help="fresh documents for the final evaluation")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more can be slower on a busy machine")
