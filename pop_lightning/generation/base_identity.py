@@ -4,13 +4,13 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
@@ -48,7 +48,7 @@ def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | Non
     adapter = find_adapter(model)
     if adapter is not None:
         raise InputError(f"the base {name_or_path} has an adapter on {adapter} that is not merged{_MERGE}.")
-    config = _stable_config(model)
+    config = _stable_config(model.config)
     return {
         "id": str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
         "revision": getattr(model.config, "_commit_hash", None) or revision,
@@ -90,38 +90,94 @@ def check_base(base: Mapping[str, Any], model: PreTrainedModel, folder: Path) ->
     Raises:
         InputError: class, config or sampled weights differ, or an adapter is not merged; names the first difference.
     """
-    given = _stable_config(model)
     name = getattr(model, "name_or_path", "") or "the loaded model"
-    intro = (
-        f"the artifact {folder} was made for {base.get('id')} ({base.get('class')}, {base.get('layers')} "
-        f"layers), the given base {name} ({_class(model)}, {given.get('num_hidden_layers')} layers) "
-    )
-    advice = "; give the base it was made for (--base)."
     adapter = find_adapter(model)
     if adapter is not None:
-        raise InputError(f"{intro}has an adapter on {adapter} that is not merged{_MERGE}.")
-    if _class(model) != base.get("class"):
-        raise InputError(f"{intro}is of another class{advice}")
-    if _hash(given) != base.get("config_hash"):
-        stored = base.get("config")
-        difference = _difference(stored, given) if isinstance(stored, dict) else "their hashes differ"
-        # Keys on one side only come and go with Transformers versions; what both know has to agree.
-        if difference:
-            raise InputError(f"{intro}has another config: {difference}{advice}")
-    stored = base.get("fingerprint")
-    samples = stored.get("samples") if isinstance(stored, dict) else None
-    if not isinstance(samples, dict) or not samples:
+        raise InputError(f"{_intro(base, folder, name)}has an adapter on {adapter} that is not merged{_MERGE}.")
+    check_config(base, model.config, _class(model), folder, name)
+    samples = _samples(base)
+    if not samples:
         return
     names = {name for name, _ in _tensors(model)}
     missing = [name for name in samples if name not in names]
     # A quantization may store a weight under other names (packed values, scales).
     if missing and getattr(model.config, "quantization_config", None) is None:
-        raise InputError(f"{intro}names its weights differently: {missing[0]} was expected{advice}")
+        raise InputError(f"{_intro(base, folder, name)}names its weights differently: {missing[0]} was expected{_GIVE}")
     mine = _fingerprint(model, samples)["samples"]
     for tensor, there in samples.items():
         here = mine.get(tensor)
         if here is not None and not _same(there, here):
-            raise InputError(f"{intro}has other weights in {tensor}, as after a merged fine-tune{advice}")
+            raise InputError(f"{_intro(base, folder, name)}has other weights in {tensor}{_TUNED}{_GIVE}")
+
+
+_GIVE = "; give the base it was made for (--base)."
+_TUNED = ", as after a merged fine-tune"
+
+
+def _intro(base: Mapping[str, Any], folder: Path, name: str) -> str:
+    return (
+        f"the artifact {folder} was made for {base.get('id')} ({base.get('class')}, {base.get('layers')} layers), the "
+        f"given base {name} "
+    )
+
+
+def check_config(base: Mapping[str, Any], config: PreTrainedConfig, kind: str, folder: Path, name: str) -> None:
+    """Reject a base whose class ``kind`` or config is not the one that an artifact was made for.
+
+    Raises:
+        InputError: naming the first difference.
+    """
+    given = _stable_config(config)
+    if kind != base.get("class"):
+        layers = given.get("num_hidden_layers")
+        raise InputError(f"{_intro(base, folder, name)}is of another class ({kind}, {layers} layers){_GIVE}")
+    if _hash(given) != base.get("config_hash"):
+        stored = base.get("config")
+        difference = _difference(stored, given) if isinstance(stored, dict) else "their hashes differ"
+        # Keys on one side only come and go with Transformers versions; what both know has to agree.
+        if difference:
+            raise InputError(f"{_intro(base, folder, name)}has another config: {difference}{_GIVE}")
+
+
+class CheckpointCheck:
+    """Compares the tensors of a checkpoint, as an engine reads them, with those that an artifact was made for.
+
+    Args:
+        base: the artifact's :func:`base_identity`.
+        folder: of the artifact, and ``name`` of the given base, for the error message.
+    """
+
+    def __init__(self, base: Mapping[str, Any], folder: Path, name: str):
+        self.samples, self.intro = _samples(base), _intro(base, folder, name)
+        self.missing = set(self.samples)
+
+    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass on names and tensors.
+
+        Raises:
+            InputError: at the first tensor whose sampled elements differ.
+        """
+        for name, tensor in tensors:
+            if name in self.missing:
+                self.missing.discard(name)
+                if _is_readable(tensor) and not _same(self.samples[name], _sample(name, tensor)):
+                    raise InputError(f"{self.intro}has other weights in {name}{_TUNED}{_GIVE}")
+            yield name, tensor
+
+    def finish(self, *, quantized: bool) -> None:
+        """Raise :class:`InputError` where an expected tensor was not in the checkpoint.
+
+        Experts have other names on disk than in a loaded model, and so may the tensors of a quantized base.
+        """
+        missing = sorted(name for name in self.missing if "expert" not in name)
+        if missing and not quantized:
+            raise InputError(f"{self.intro}names its weights differently: {missing[0]} was expected{_GIVE}")
+
+
+def _samples(base: Mapping[str, Any]) -> dict[str, Any]:
+    stored = base.get("fingerprint")
+    samples = stored.get("samples") if isinstance(stored, dict) else None
+    return samples if isinstance(samples, dict) else {}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -138,9 +194,8 @@ def _class(model: nn.Module) -> str:
     return type(getattr(model, "_orig_mod", model)).__name__
 
 
-def _stable_config(model: PreTrainedModel) -> dict[str, Any]:
-    config = model.config.get_text_config().to_dict()
-    plain = json.loads(json.dumps(config, default=str, sort_keys=True))
+def _stable_config(config: PreTrainedConfig) -> dict[str, Any]:
+    plain = json.loads(json.dumps(config.get_text_config().to_dict(), default=str, sort_keys=True))
     return {key: value for key, value in plain.items() if not _VOLATILE.fullmatch(key)}
 
 
@@ -165,17 +220,21 @@ def _fingerprint(model: PreTrainedModel, wanted: Mapping[str, Any] | None = None
     samples = {}
     for name in _chosen(readable) if wanted is None else [name for name in wanted if name in readable]:
         with distributed.gathered([readable[name]]):
-            tensor = readable[name].detach()
-            count = SAMPLES if tensor.dim() > 1 else VECTOR_SAMPLES
-            places = [_place(name, index, tensor.numel()) for index in range(count)]
-            where = torch.unravel_index(torch.tensor(places, device=tensor.device), tensor.shape)
-            values = tensor[where].float().tolist()
-        samples[name] = {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "values": [float(f"{value:.9g}") for value in values],  # 9 digits: all of float32
-        }
+            samples[name] = _sample(name, readable[name])
     return {"samples": samples}
+
+
+def _sample(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Some elements of a tensor, at positions drawn from a hash of its name."""
+    tensor = tensor.detach()
+    count = SAMPLES if tensor.dim() > 1 else VECTOR_SAMPLES
+    places = [_place(name, index, tensor.numel()) for index in range(count)]
+    where = torch.unravel_index(torch.tensor(places, device=tensor.device), tensor.shape)
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "values": [float(f"{value:.9g}") for value in tensor[where].float().tolist()],  # 9 digits: all of float32
+    }
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -136,7 +136,16 @@ MATRIX = [(family, attention) for family in FAMILIES for attention in ATTENTIONS
 def build(family, attention=None, dtype=torch.float32, seed=0):
     """A random model whose norms and biases are not at their neutral start, so that a forgotten one shows."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]()
+    model = randomize(FAMILIES[family](), family)
+    model.generation_config.pad_token_id = 0
+    model.set_attn_implementation(attention or ATTENTIONS[family][0])
+    if family in ("qwen3_moe", "gemma4_moe", "gpt_oss", "olmoe") and (attention == "eager" or dtype == torch.float64):
+        model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def randomize(model, family):
+    """Draw all weights of a model of ``family`` from torch's generator, norms and biases too; returns it."""
     neutral = 0.0 if family in ("gemma2", "gemma3", "nemotron") else 1.0  # these add one to a norm's weight
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
@@ -148,11 +157,7 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.8)
-    model.generation_config.pad_token_id = 0
-    model.set_attn_implementation(attention or ATTENTIONS[family][0])
-    if family in ("qwen3_moe", "gemma4_moe", "gpt_oss", "olmoe") and (attention == "eager" or dtype == torch.float64):
-        model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def take_all_experts(model):
