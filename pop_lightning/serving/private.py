@@ -65,6 +65,13 @@ NAMES_SERVER = {
     "serve": "vllm.entrypoints.cli.serve:ServeSubcommand.cmd",
 }
 
+# What the benchmark runs.
+NAMES_BENCHMARK = {
+    "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
+    "SamplingParams": "vllm.sampling_params:SamplingParams",
+    "OutputKind": "vllm.sampling_params:RequestOutputKind",
+}
+
 # The newer runner needs Triton to be imported, so its names are looked up only where it runs.
 NAMES_V2 = {
     "RunnerV2": "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
@@ -76,7 +83,7 @@ NAMES_V2 = {
 
 
 def __getattr__(name: str) -> Any:
-    for names in (NAMES, NAMES_SERVER, NAMES_V2):
+    for names in (NAMES, NAMES_SERVER, NAMES_BENCHMARK, NAMES_V2):
         if name in names:
             return look_up(names[name])
     raise AttributeError(f"module {__name__} has no attribute {name}")

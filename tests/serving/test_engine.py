@@ -21,7 +21,12 @@ PLANS = [PruningPlan(3, 1), PruningPlan(1, 3), PruningPlan(5, 0.1)]
 # Every family once with a plan of its own, and everything for two of them; the rest of the matrix is long.
 QUICK = {(family, PLANS[number % 3]) for number, family in enumerate(served.FAMILIES)} | {("gemma3", PLANS[0])}
 CELLS = [
-    pytest.param(family, plan, id=f"{family}-{plan}", marks=() if (family, plan) in QUICK else pytest.mark.full)
+    pytest.param(
+        family,
+        plan,
+        id=f"{family}-{plan.depth}-{plan.boundary}",
+        marks=() if (family, plan) in QUICK else pytest.mark.full,
+    )
     for family in served.FAMILIES
     for plan in PLANS
 ]
