@@ -128,15 +128,15 @@ def check_config(base: Mapping[str, Any], config: PreTrainedConfig, kind: str, f
         InputError: naming the first difference.
     """
     given = _stable_config(config)
+    intro = _intro(base, folder, f"{name} ({kind}, {given.get('num_hidden_layers')} layers)")
     if kind != base.get("class"):
-        layers = given.get("num_hidden_layers")
-        raise InputError(f"{_intro(base, folder, name)}is of another class ({kind}, {layers} layers){_GIVE}")
+        raise InputError(f"{intro}is of another class{_GIVE}")
     if _hash(given) != base.get("config_hash"):
         stored = base.get("config")
         difference = _difference(stored, given) if isinstance(stored, dict) else "their hashes differ"
         # Keys on one side only come and go with Transformers versions; what both know has to agree.
         if difference:
-            raise InputError(f"{_intro(base, folder, name)}has another config: {difference}{_GIVE}")
+            raise InputError(f"{intro}has another config: {difference}{_GIVE}")
 
 
 class CheckpointCheck:

@@ -73,7 +73,7 @@ def test_another_base_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="num_hidden_layers is 5 there and 6 in the artifact"):
         engine_args(folder / "artifact", tmp_path)
     served.FAMILIES["qwen3"]().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"of another class \(Qwen3ForCausalLM"):
+    with pytest.raises(InputError, match=r"\(Qwen3ForCausalLM, 6 layers\) is of another class"):
         engine_args(folder / "artifact", tmp_path)
     with pytest.raises(InputError, match=r"no configuration of the base .*nothing"):
         engine_args(folder / "artifact", tmp_path / "nothing")
