@@ -17,7 +17,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pop-serve {version('pop-lightning')}")
-    parser.add_argument("artifact", metavar="ARTIFACT", help="the artifact/ folder that pop-fit wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="the artifact/ folder that pop-fit wrote, or its hub id")
+    parser.add_argument("--artifact-revision", metavar="NAME", help="branch, tag or commit of an artifact on the hub")
     parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the base (default: as the artifact says)")
     return parser
 
@@ -34,7 +35,11 @@ def _words(own: argparse.Namespace, others: list[str]) -> list[str]:
     if any(word.partition("=")[0] == "--model" for word in others):
         raise InputError("--model has no effect: the artifact names its base; --base gives another place of it.")
     arguments = engine_args(
-        own.artifact, own.base, hf_overrides=given, trust_remote_code="--trust-remote-code" in others
+        own.artifact,
+        own.base,
+        artifact_revision=own.artifact_revision,
+        hf_overrides=given,
+        trust_remote_code="--trust-remote-code" in others,
     )
     words = [arguments["model"], "--hf-overrides", json.dumps(arguments["hf_overrides"]), *others]
     if "revision" in arguments and not any(word.partition("=")[0] == "--revision" for word in others):

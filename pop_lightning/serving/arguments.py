@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.generation.artifact import Artifact, read_artifact
+from pop_lightning.generation.hub import fetch
 
 PREFIX = "Pop"  # of a pruned model's architecture: PopLlamaForCausalLM
 # Speculation that proposes tokens without a model of its own, so that nothing needs hidden states of the context.
@@ -19,20 +20,26 @@ DRAFTS = ("ngram", "ngram_gpu", "suffix")
 
 
 def engine_args(
-    artifact: str | Path, base: str | None = None, *, hf_overrides: dict[str, Any] | None = None, **options
+    artifact: str | Path,
+    base: str | None = None,
+    *,
+    artifact_revision: str | None = None,
+    hf_overrides: dict[str, Any] | None = None,
+    **options,
 ) -> dict[str, Any]:
     """The arguments with which vLLM serves an artifact: ``vllm.LLM(**engine_args("runs/llama/artifact"))``.
 
     Args:
-        artifact: folder that ``pop-fit`` wrote.
+        artifact: folder that ``pop-fit`` wrote, or a repository of the hub such as ``user/llama-pop``.
         base: hub id or folder of the base model; as the artifact says unless given.
+        artifact_revision: branch, tag or commit of the artifact's repository; ``revision`` is the base's.
         hf_overrides: further overrides of the model's configuration.
         options: any other argument of vLLM.
 
     Raises:
         InputError: the artifact is damaged, its plan cannot be served, or the base is not the one it was made for.
     """
-    found = read_artifact(artifact)
+    found = read_artifact(fetch(artifact, artifact_revision))
     identity = found.config["base"]
     revision = options.pop("revision", None) or (identity.get("revision") if base is None else None)
     base = identity["id"] if base is None else str(base)

@@ -26,7 +26,7 @@ ROOMS = (
     "studies",
     "checkpoints",
 )
-SERVING_READS = ("pop_lightning.core", "pop_lightning.generation.artifact")
+SERVING_READS = ("pop_lightning.core", "pop_lightning.generation.artifact", "pop_lightning.generation.hub")
 
 
 def modules() -> dict[str, Path]:

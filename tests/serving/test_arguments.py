@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,8 +81,7 @@ def test_another_base_is_refused(folder, tmp_path):
 
 
 def test_a_damaged_artifact_is_refused(folder, tmp_path):
-    for path in (folder / "artifact").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder / "artifact", tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "pop_config.json").read_text())
     config["plan"]["depth"] = 2
     (tmp_path / "pop_config.json").write_text(json.dumps(config))
