@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Choice, PruningPlan
-from pop_lightning.data.module import real_rows
+from pop_lightning.data.batches import real_rows
 from pop_lightning.evaluation.losses import BudgetMetric
-from pop_lightning.evaluation.metrics import ROW_METRICS, RowMetrics, prompt_means, response_metrics, summary
+from pop_lightning.evaluation.metrics import ROW_METRICS, SHOWN, RowMetrics, prompt_means, response_metrics, summary
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.module import DecoderModule
 from pop_lightning.pruning.passes import hidden_without_layers, student_logits, teacher_pass
@@ -131,7 +131,7 @@ class Evaluation(DecoderModule):
     def on_validation_epoch_end(self) -> None:
         for name in self._names:
             rows = self.rows(name)  # gathered now, while the tensors are on a device that the process group can use
-            for metric in ("kl", "agreement", "nll_increase", "exact_match"):
+            for metric in SHOWN:
                 mean = prompt_means(rows[metric], rows["prompt"]).mean().float()
                 self.log(f"{metric}/{name}", mean, sync_dist=True)
 

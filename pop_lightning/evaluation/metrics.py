@@ -21,6 +21,7 @@ from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 POSITIONS = 1024  # positions of a batch that are converted to float32 at a time
 LOST_NATS = 100.0  # KL and NLL of a position where the pruned model's logits are not finite, and the cap of both
 ROW_METRICS = ("kl", "agreement", "nll", "teacher_nll", "nll_increase", "exact_match", "teacher_exact_match")
+SHOWN = ("kl", "agreement", "nll_increase", "exact_match")  # those whose means are logged and reported
 
 
 def response_metrics(
@@ -158,10 +159,7 @@ def summary(
         `expected_bound`, the one that a verify split of `prompts` prompts would give with the same losses.
     """
     losses = prompt_losses(rows, metric)
-    means = {
-        name: prompt_means(rows[name], rows["prompt"]).mean().item()
-        for name in ("kl", "agreement", "nll_increase", "exact_match")
-    }
+    means = {name: prompt_means(rows[name], rows["prompt"]).mean().item() for name in SHOWN}
     return {
         "rows": losses.rows,
         "prompts": len(losses.values),

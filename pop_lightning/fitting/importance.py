@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
-from pop_lightning.data.module import real_rows
+from pop_lightning.data.batches import real_rows
 from pop_lightning.fitting.gates import gate_gradients, probed
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.pruning.module import DecoderModule, outside_inference, resting

@@ -14,7 +14,7 @@ from torch import Tensor
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
-from pop_lightning.data.module import real_rows
+from pop_lightning.data.batches import real_rows
 from pop_lightning.fitting.training import chunked_kl
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.pruning.module import DecoderModule, outside_inference, resting

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from pop_lightning.core.clock import alternate
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.answers import common_prefix, rouge_l, token_f1
 from pop_lightning.evaluation.metrics import response_metrics

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TextIteratorStreamer
 
 from pop_lightning.core.errors import InputError
+from pop_lightning.data.batches import collate
 from pop_lightning.data.images import RowImage
-from pop_lightning.data.module import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.data.videos import RowVideo
 from pop_lightning.generation.generator import StageAwareGenerator

@@ -23,8 +23,9 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_json, write_text, write_whole
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
+from pop_lightning.data.batches import collate
 from pop_lightning.data.examples import read_examples
-from pop_lightning.data.module import CalibrationData, collate, split_rows
+from pop_lightning.data.module import CalibrationData, split_rows
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant

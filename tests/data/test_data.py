@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError
+from pop_lightning.data.batches import collate
 from pop_lightning.data.examples import read_examples
-from pop_lightning.data.module import SPLITS, CalibrationData, collate, split_rows
+from pop_lightning.data.module import SPLITS, CalibrationData, split_rows
 from pop_lightning.data.rows import MIN_TEXT_TOKENS, Row, RowTokenizer
 
 WORDS = [f"w{number}" for number in range(200)]

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from pop_lightning import StageAwareGenerator
 from pop_lightning.core.plan import PruningPlan
-from pop_lightning.data.module import CalibrationData, collate
+from pop_lightning.data.batches import collate
+from pop_lightning.data.module import CalibrationData
 from pop_lightning.evaluation.ablations import comparison, evenly_spaced, listed, other_layers
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.fitting.influence import BlockInfluence

@@ -248,9 +248,7 @@ def test_a_forecast_for_the_same_number_of_prompts_is_the_bound(metric):
 
 
 def test_a_metric_is_one_object_in_the_registry(monkeypatch):
-    first = BudgetMetric(
-        "first_token", "fraction", "first tokens lost", "loss", lambda rows: rows["first"], binary=True
-    )
+    first = BudgetMetric("first_token", "first tokens lost", "loss", lambda rows: rows["first"], binary=True)
     monkeypatch.setitem(METRICS, "first_token", first)
     rows = measured([1, 2, 3], [0.0, 0.0, 0.0]) | {"first": torch.tensor([0.0, 1.0, 0.0])}
     assert summary(rows, "first_token", 0.95, 3)["loss"] == pytest.approx(1 / 3)

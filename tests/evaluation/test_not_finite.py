@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation
 from pop_lightning.evaluation.metrics import LOST_NATS, prompt_losses

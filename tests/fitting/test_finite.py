@@ -7,7 +7,7 @@ import torch
 
 from pop_lightning import InputError
 from pop_lightning.cli import fit
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.fitting.regressions import ClosedFormFit
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.models.decoder import Decoder

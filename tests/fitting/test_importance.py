@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pop_lightning import PruningPlan
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.fitting.importance import ImportanceScoring, candidates, draw_residuals
 from pop_lightning.models.decoder import Decoder

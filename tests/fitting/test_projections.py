@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.fitting import training as projection_training
 from pop_lightning.fitting.closed_form import fit_depths

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.fitting.selectors import RIDGE, SelectorFit, gains
 from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.models.decoder import Decoder

@@ -16,7 +16,7 @@ import torch
 
 from pop_lightning.cli import fit
 from pop_lightning.core.errors import LAUNCHED_BY
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model

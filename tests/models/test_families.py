@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.fitting.regressions import ClosedFormFit, ValueRefit
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.models.decoder import Decoder

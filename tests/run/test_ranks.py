@@ -16,7 +16,7 @@ from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import fit
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import replace_folder, restore_folder
-from pop_lightning.data.module import collate, real_rows
+from pop_lightning.data.batches import collate, real_rows
 from pop_lightning.data.rows import Row
 from pop_lightning.run import pipeline, strategies
 from pop_lightning.run.recipe import parse

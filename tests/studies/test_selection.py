@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pop_lightning.core.plan import PruningPlan
-from pop_lightning.data.module import collate
+from pop_lightning.data.batches import collate
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.positions import position_ids
 from pop_lightning.pruning.passes import teacher_trace
