@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         with importing():
-            from pop_lightning.run.recipe import parse
+            from pop_lightning.run.invocation import parse
         invocation = parse(words)
         if invocation.check:
             with importing():

@@ -25,7 +25,7 @@ from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.loading import as_decoder
 from pop_lightning.pruning.module import DecoderModule
-from pop_lightning.pruning.passes import _at_loss_positions, student_hidden, teacher_trace
+from pop_lightning.pruning.passes import at_loss_positions, student_hidden, teacher_trace
 from pop_lightning.pruning.projections import KVProjections, fingerprint
 
 # What to do about a training that diverged; a resumed run would continue from the diverged values.
@@ -223,7 +223,7 @@ class KVProjectionTraining(DecoderModule):
                 self.projections, self.plan, trace, mask, prompt, checkpoint=self.gradient_checkpointing
             )
         real = mask[:, prompt:].bool()
-        teacher = _at_loss_positions(decoder, trace, prompt)
+        teacher = at_loss_positions(decoder, trace, prompt)
         terms = {"kl": chunked_kl(decoder, student[real], teacher[real], self.temperature)}
         if self.kv_match:
             terms["kv"] = self.kv_match * self._kv_error(trace, mask, prompt)

@@ -52,7 +52,7 @@ def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False
 def teacher_pass(decoder: Decoder, batch: dict, first: int) -> tuple[Trace, Tensor]:
     """:func:`teacher_trace`, and the logits at the loss positions ``[batch, response, vocabulary]``."""
     trace = teacher_trace(decoder, batch, first)
-    logits = decoder.logits(_at_loss_positions(decoder, trace, batch["prompt_length"]))
+    logits = decoder.logits(at_loss_positions(decoder, trace, batch["prompt_length"]))
     real = batch["attention_mask"][:, batch["prompt_length"] :].bool()
     finite = (logits.amax(-1).isfinite() | ~real).all(1)
     refuse_broken(finite, batch, "logits", logits.dtype)
@@ -83,7 +83,8 @@ def refuse_broken(finite: Tensor, batch: dict, what: str, dtype: torch.dtype) ->
     )
 
 
-def _at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
+def at_loss_positions(decoder: Decoder, trace: Trace, prompt: int) -> Tensor:
+    """The last layer's outputs that predict the response, ``[batch, response, hidden]``, of prompts ``prompt`` wide."""
     return trace.hidden[decoder.num_layers][:, prompt - 1 : -1]
 
 

@@ -45,7 +45,8 @@ from pop_lightning.models.loading import (
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run.costs import Batch, Costs, Stage
 from pop_lightning.run.depths import check_images, condition, listed_boundaries, to_measure
-from pop_lightning.run.recipe import Recipe, bundled_recipes, parse
+from pop_lightning.run.invocation import bundled_recipes, parse
+from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.strategies import DEEPSPEED
 from pop_lightning.run.trainers import Trainers, check_keys, check_placement
 

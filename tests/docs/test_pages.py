@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from pop_lightning.run.recipe import parse
+from pop_lightning.run.invocation import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -20,7 +20,7 @@ from pop_lightning.run import check
 from pop_lightning.run.check import Base, Machine, Rows, estimate
 from pop_lightning.run.costs import Batch, Costs, Stage
 from pop_lightning.run.depths import reaching
-from pop_lightning.run.recipe import bundled_recipes, parse
+from pop_lightning.run.invocation import bundled_recipes, parse
 
 from tests.helpers import vision
 from tests.helpers.workbench import arguments, save_base, save_rows

@@ -19,7 +19,7 @@ from pop_lightning.core.files import replace_folder, restore_folder
 from pop_lightning.data.batches import collate, real_rows
 from pop_lightning.data.rows import Row
 from pop_lightning.run import pipeline, strategies
-from pop_lightning.run.recipe import parse
+from pop_lightning.run.invocation import parse
 from pop_lightning.run.trainers import Trainers
 
 from tests.helpers.ranked import TENSORS, assert_same_run, exported, losses, read, wait_for, workers

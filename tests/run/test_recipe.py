@@ -14,8 +14,9 @@ from pop_lightning.cli import run
 from pop_lightning.cli.fit import main
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import Kept
-from pop_lightning.run import recipe as recipe_module
-from pop_lightning.run.recipe import Budget, Data, Model, Recipe, bundled_recipes, parse
+from pop_lightning.run import invocation
+from pop_lightning.run.invocation import bundled_recipes, parse
+from pop_lightning.run.recipe import Budget, Data, Model, Recipe
 
 MINIMAL = {"model": {"base": "some/base"}, "data": {"calibration": "rows.jsonl"}}
 
@@ -78,7 +79,7 @@ def test_the_template_states_the_defaults_and_every_key(write):
     }
     assert differing == {"model.base", "model.dtype", "data.calibration", "importance.batch_size"}
     stated = yaml.safe_load(
-        (recipe_module.importlib.resources.files("pop_lightning.recipes") / "example.yaml").read_text()
+        (invocation.importlib.resources.files("pop_lightning.recipes") / "example.yaml").read_text()
     )
     for section, values in defaults.items():
         assert section in stated
@@ -220,7 +221,7 @@ def test_a_missing_or_unreadable_recipe_is_refused(write, tmp_path):
             "boundary must be a whole number of at least 0, a number above 0 and below 1 or auto, found 'most'",
         ),
         ({"boundary": 0, "salient": 4}, "salient needs a boundary of at least 1"),
-        ({"selector": "luck"}, "selector must be one of attention, recency, found 'luck'"),
+        ({"selector": "luck"}, "selector must be one of attention, recency, learned, found 'luck'"),
         ({"budget": {"max_drop": 1.5}}, "budget.max_drop is an absolute fraction, at most 1 for agreement, found 1.5"),
         (
             {"budget": {"metric": "nll_increase", "max_drop": 1.0}},
@@ -322,7 +323,7 @@ def test_the_pipeline_gets_the_recipe_and_returns_the_exit_code(monkeypatch, cod
     monkeypatch.setattr("pop_lightning.run.pipeline.fit", lambda recipe, **flags: calls.append((recipe, flags)) or code)
     assert main(["--recipe", "tiny", "--seed", "9", "--resume"]) == code
     assert calls[0][0].seed == 9
-    assert calls[0][1] == {"resume": True, "overwrite": False, "verbose": False}
+    assert calls[0][1] == {"resume": True, "overwrite": False, "verbose": False, "push": None}
 
 
 def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):
@@ -427,7 +428,7 @@ def test_a_depth_is_fixed_by_its_own_key(write):
 
 
 def test_the_arguments_read_from_lightnings_source_are_those_of_its_class():
-    named = [key.removeprefix("trainer.") for key in recipe_module._keys() if key.startswith("trainer.")]
+    named = [key.removeprefix("trainer.") for key in invocation._keys() if key.startswith("trainer.")]
     assert named == list(inspect.signature(lightning.Trainer).parameters)
 
 
@@ -470,7 +471,7 @@ def test_the_schema_has_the_type_the_range_and_the_meaning_of_every_key(capsys, 
     assert (size["type"], size["minimum"], size["default"]) == ("integer", 1, 8)
     assert "memory" in size["description"]
     assert "max_steps" in schema["$defs"]["Trainer"]["properties"]
-    text = recipe_module.read("example")
+    text = invocation.read("example")
     assert "# yaml-language-server: $schema=" in text
 
 
@@ -484,7 +485,7 @@ def test_the_bundled_recipes_are_listed_with_what_they_are_for(capsys):
 def test_a_recipe_is_written_out_with_its_comments_or_with_what_was_changed(tmp_path, capsys):
     out = tmp_path / "mine.yaml"
     assert main(["--recipe", "tiny", "--recipe_out", str(out)]) == 0
-    assert out.read_text() == recipe_module.read("tiny")
+    assert out.read_text() == invocation.read("tiny")
     assert main(["--recipe", "tiny", "--recipe_out", str(out)]) == 2
     assert f"--recipe_out {out} already exists and is not overwritten: choose another file" in capsys.readouterr().err
     changed = ["--recipe", "tiny", "--seed", "5"]
@@ -566,7 +567,7 @@ def test_a_mutated_recipe_is_a_recipe_or_one_sentence(write, count):
     rng, refused = random.Random(0), []
     for _ in range(count):
         name = rng.choice(["tiny", "example", "llama3_3_70b_deepspeed"])
-        path = write(mutated(recipe_module.read(name), rng))
+        path = write(mutated(invocation.read(name), rng))
         try:
             recipe = parse(["--recipe", path]).recipe
         except InputError as error:

@@ -23,7 +23,7 @@ from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.run import pipeline
 from pop_lightning.run.folder import RunFolder
-from pop_lightning.run.recipe import parse
+from pop_lightning.run.invocation import parse
 from pop_lightning.run.resume import refused_changes
 from pop_lightning.run.trainers import _step_of
 
@@ -259,7 +259,7 @@ def test_projections_that_were_written_stay_where_the_fit_was_stopped_before_its
 HOLD = """
 import sys, time
 from pop_lightning.run.folder import RunFolder
-from pop_lightning.run.recipe import parse
+from pop_lightning.run.invocation import parse
 folder = RunFolder(parse(sys.argv[1:]).recipe, resume=True)
 print("held", flush=True)
 time.sleep(600)
