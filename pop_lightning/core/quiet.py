@@ -26,7 +26,7 @@ def quiet_bars() -> None:
     """Progress bars of Transformers, the hub and ``datasets`` where standard error is a log: they are one long line."""
     if sys.stderr.isatty():
         return
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, which takes long
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, which is slow
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 

@@ -10,7 +10,7 @@ from scipy import optimize, stats
 from pop_lightning.core.errors import InputError, Key
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
-ALL_IN = 0.6  # share of the wealth that goes to the bettor who stakes all of it
+ALL_IN = 0.6  # share of the wealth of the bettor who stakes all of it
 STEP = 0.75  # ratio of the stakes of two successive bettors
 
 
@@ -27,7 +27,7 @@ def upper_bound(
     - 0/1 losses (``exact_match`` with one row per prompt): Clopper and Pearson, Biometrika 1934. Exact.
     - Losses in [0, 1] (``agreement``; ``exact_match`` averaged over several rows of a prompt): :func:`betting_bound`.
     - Unbounded losses (``nll_increase``): the same, of losses clipped to [-cap, cap] of the metric. It bounds the mean
-      of losses clipped at ``cap``; a sample cannot bound what lies beyond. It is never below the unclipped mean.
+      of losses clipped at ``cap``; a sample cannot bound larger losses. It is never below the unclipped mean.
 
     Args:
         losses: one value per prompt.

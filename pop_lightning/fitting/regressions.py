@@ -333,7 +333,7 @@ class _FullPass:
     def columns(self, wanted: int) -> tuple[Tensor, Tensor]:
         """Up to ``wanted`` queries per row, evenly spread: their columns ``[batch, queries]``, and which are valid.
 
-        They lie after the context and before the row's last token, which predicts nothing. The selection depends on
+        They are after the context and before the row's last token, which predicts nothing. The selection depends on
         the row only, not on the batch.
         """
         followed = torch.nn.functional.pad(self.mask[:, self.context + 1 :], (0, 1)).bool()

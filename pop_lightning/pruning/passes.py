@@ -31,7 +31,7 @@ from pop_lightning.pruning.salient import (
 
 @torch.no_grad()
 def teacher_trace(decoder: Decoder, batch: dict, first: int, masks: bool = False) -> Trace:
-    """One full pass: the inputs of layers ``first`` and up and, under key L, what goes into the final norm.
+    """One full pass: the inputs of layers ``first`` and up and, under key L, the input of the final norm.
 
     ``masks`` records the model's own masks whatever the rows hold, so that whole layers can be run again.
     """
@@ -281,8 +281,8 @@ def probe(
     weight = projections.selector
     selection = Selection(layers, plan, context, prompt_length, prompt_length, padding, ends, weight)
     probes = selection.probes[:, : min(PROBES, prompt_length)]
-    behind = source[:, : prompt_length - probes.shape[1]]
-    normed, hidden, masks = decoder.normalize(behind), rows_of(source, probes), {}
+    before = source[:, : prompt_length - probes.shape[1]]
+    normed, hidden, masks = decoder.normalize(before), rows_of(source, probes), {}
     for layer in plan.pruned(decoder.num_layers):
         kwargs = of_tokens(trace.kwargs[layer], slice(tokens))
         mask = trace.masks.get(layer)
@@ -291,8 +291,8 @@ def probe(
             if kind not in masks:
                 masks[kind] = layer_mask(decoder, layer, source, attention_mask[:, :tokens], decoder.new_cache())
             mask = masks[kind]
-        tables = cut(kwargs.get("position_embeddings"), slice(behind.shape[1]))
-        layers.add(layer, kwargs, mask, decoder.to_cache(layer, projections(layer, behind, normed), tables))
+        tables = cut(kwargs.get("position_embeddings"), slice(before.shape[1]))
+        layers.add(layer, kwargs, mask, decoder.to_cache(layer, projections(layer, before, normed), tables))
         if not probing:
             continue
         with torch.no_grad():

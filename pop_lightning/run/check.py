@@ -51,7 +51,7 @@ from pop_lightning.run.strategies import DEEPSPEED
 from pop_lightning.run.trainers import Trainers, check_keys, check_placement
 
 FITS, DOES_NOT_FIT = 0, 2
-USABLE = 0.94  # of a device's memory: the rest goes to the CUDA context, libraries and fragmentation
+USABLE = 0.94  # of a device's memory: the CUDA context, libraries and fragmentation need the rest
 # By the GB that a GPU is sold with: GiB that PyTorch finds on it, on the least of the common ones of that size.
 CARDS = {24: 22, 40: 39, 48: 44, 80: 79, 141: 139}
 _GIB = 2**30

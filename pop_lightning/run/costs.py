@@ -385,7 +385,7 @@ class Costs:
         masters = layers * 2 * self.layer.kv * width * _FLOAT
         adapters = layers * settings.lora.r * (self.layer.hidden + 2 * self.layer.kv) * _FLOAT
         trained, added = (adapters, adapters) if settings.kind == "lora" else (masters, 0)
-        # On a GPU AdamW goes through a temporary copy of all parameters, next to their gradients.
+        # On a GPU AdamW makes a temporary copy of all parameters, next to their gradients.
         needed = max(self.training_bytes(batch, depth), 2 * trained * self.gpu)
         return Stage(
             "training",

@@ -61,7 +61,7 @@ class RunFolder:
             problem = None
             if not (self.root / "recipe.yaml").is_file():
                 problem = (
-                    f"output {self.root} does not show what the first process wrote there: it must lie on a file "
+                    f"output {self.root} does not show what the first process wrote there: it must be on a file "
                     "system that every node mounts; choose another with --output"
                 )
             distributed.stop_together(problem)

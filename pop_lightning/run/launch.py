@@ -174,7 +174,7 @@ def joined(strategy: DDPStrategy):
     _end_with_launcher()
     try:
         strategy.setup_environment()
-        # DeepSpeed goes by torchrun's names, whoever started the processes.
+        # DeepSpeed reads torchrun's names, whoever started the processes.
         os.environ |= {
             "RANK": str(distributed.rank()),
             "LOCAL_RANK": str(strategy.local_rank),

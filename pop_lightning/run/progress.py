@@ -1,4 +1,4 @@
-"""What a person sees of a run at work: the stage, its number, how fast it goes, and how long it has left.
+"""What a person sees of a run at work: the stage, its number, its speed, and the time left.
 
 On a terminal every pass over rows has a bar. Elsewhere (logs, pipes) nothing is printed about stages unless
 ``--verbose`` asks for it: a line when each begins.

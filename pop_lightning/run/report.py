@@ -33,7 +33,7 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
     Args:
         metrics: the contents of `metrics.json`. `arithmetic`, `ttft`, `comparison` and `verified` may be None or empty.
         importance: the contents of `importance.json`: `prefill` and `decode`, one value per layer; may be empty.
-        path: where the page goes. It is written under a temporary name next to it and renamed, so that a reader never
+        path: of the page. It is written under a temporary name next to it and renamed, so that a reader never
             sees half a page.
 
     Raises:

@@ -3,7 +3,7 @@
 | strategy | the base | what is trained |
 |---|---|---|
 | ``ddp`` | whole on every process | whole on every process, gradients averaged |
-| ``deepspeed_stage_2`` | whole on every process | its gradients and optimiser in shards |
+| ``deepspeed_stage_2`` | whole on every process | its gradients and optimizer in shards |
 | ``deepspeed_stage_3`` | in shards (ZeRO-3), a module gathered while it runs; never whole anywhere | as in stage 2 |
 | ``deepspeed_stage_3_offload`` | the same, the shards in the CPU's memory | as in stage 2 |
 
@@ -71,7 +71,7 @@ def for_training(name: str) -> Strategy | str:
         return name
     strategy = _deepspeed(name)
     zero = {k: v for k, v in _zero(strategy).items() if not k.startswith(("stage3", "offload"))}
-    # DeepSpeed's own count of rows per second goes by the batch size, which steps of rows of our choice do not have.
+    # DeepSpeed's own count of rows per second depends on the batch size, which steps of rows of our choice do not have.
     strategy.config |= {"zero_optimization": zero | {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
     return strategy
 

@@ -127,7 +127,7 @@ class Trainers:
 
     def make(self, what: str, *callbacks: lightning.Callback) -> "Trainer":
         """A trainer for a pass over rows; ``what`` names it to the user."""
-        # What belongs to optimiser steps alone would be refused or warned about; the precision is training's too: sums
+        # Settings of optimizer steps would be refused or warned about; the precision is training's too: sums
         # and measurements are made in the base's own dtype and float32.
         return self._make(
             what,
@@ -149,7 +149,7 @@ class Trainers:
         checkpoints: Path,
         every: int,
     ) -> None:
-        """Train ``module`` for ``steps`` optimiser steps, from the last checkpoint where there is one.
+        """Train ``module`` for ``steps`` optimizer steps, from the last checkpoint where there is one.
 
         Args:
             loader: endless batches from the one with the given number on.
@@ -205,7 +205,7 @@ class Trainers:
 
 
 class _Checkpoints(ModelCheckpoint):
-    """``last.ckpt``, anew every so many steps and at the end of a training, from which a further round goes on."""
+    """``last.ckpt``, anew every so many steps and at the end of a training, from which a further round continues."""
 
     def __init__(self, folder: Path, every: int):
         super().__init__(folder, save_last=True, every_n_train_steps=every, save_top_k=0, enable_version_counter=False)

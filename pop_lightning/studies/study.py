@@ -257,10 +257,10 @@ def rows_of_study(settings: Settings, tokenizer, decoder: Decoder) -> list[Row]:
         )
         rows = data.read_rows()
         if any(row.response_ids is None for row in rows):
-            raise InputError("the study needs rows with responses; rows with a prompt alone go through pop-fit.")
+            raise InputError("the study needs rows with responses; rows without responses are for pop-fit.")
         return rows
     if len(settings.running_text) != 2 or min(settings.running_text) < 2:
-        raise InputError(f"--running_text takes [prompt, response] in tokens, found {settings.running_text}.")
+        raise InputError(f"--running_text must be [prompt, response] in tokens, found {settings.running_text}.")
     prompt, response = settings.running_text
     text = "\n\n".join(example.get("text", "") for example, _ in read_examples(settings.calibration))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
