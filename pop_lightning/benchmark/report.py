@@ -118,7 +118,7 @@ def write_page(result: dict[str, Any], folder: Path, about: Mapping[str, str]) -
 
 
 def _page(result: dict[str, Any], about: Mapping[str, str]) -> str:
-    best = max(result["points"], key=lambda point: point["ratio"])
+    longest = max(result["points"], key=lambda point: point["prompt_tokens"])
     model, machine = _subject(result)
     plots = []
     for name, draw in _panels(result):
@@ -135,7 +135,7 @@ def _page(result: dict[str, Any], about: Mapping[str, str]) -> str:
         "benchmark.html.jinja",
         title=f"{result['model']['name']}: benchmark",
         about={"model": model, "machine": machine, **about},
-        best=best,
+        longest=longest,
         plots=plots,
         times=times_table(result),
         rates=rates_table(result),

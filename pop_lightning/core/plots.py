@@ -28,6 +28,7 @@ DARK = Theme("#e7ebef", "#a0abb6", "#333b43", "#1e242a", "#ff7a70", ("#7db2f5", 
 
 
 SIZE = (6.2, 3.3)  # inches
+SCALE = 112  # CSS pixels of an inch, where there is room
 
 
 def picture(draw: Callable[[Axes, Theme], None], description: str, size: tuple[float, float] = SIZE) -> Markup:
@@ -37,8 +38,8 @@ def picture(draw: Callable[[Axes, Theme], None], description: str, size: tuple[f
     """
     light, dark = (_svg(draw, theme, size) for theme in (LIGHT, DARK))
     return Markup(
-        '<picture><source media="(prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}"></picture>'
-    ).format(dark, light, description)
+        '<picture><source media="(prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}" width="{}"></picture>'
+    ).format(dark, light, description, round(SCALE * size[0]))
 
 
 def _svg(draw: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, float]) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 _WIDE = 1000  # characters: wide enough that no cell is wrapped or cut; a terminal wraps whole lines itself
+_FEW = 5  # columns that fit on a phone if their cells are wrapped
 _PROSE = 32  # characters from which a cell of text is wrapped on a page
 
 
@@ -58,8 +59,9 @@ class Table:
         for index, row in enumerate(self.rows):
             kind = ' class="chosen"' if index in self.chosen else ""
             body.append(f"<tr{kind}>{''.join(self._cell('td', *cell) for cell in enumerate(row))}</tr>\n")
+        few = ' class="few"' if len(self.header) <= _FEW else ""
         return (
-            f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(body)}'
+            f'<div class="scroll" tabindex="0"><table{few}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(body)}'
             f"</tbody></table></div>\n"
             f"<details><summary>as Markdown</summary><pre>{escape(self.markdown())}</pre></details>"
         )

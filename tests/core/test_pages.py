@@ -35,6 +35,8 @@ def test_a_table_has_the_same_cells_in_every_form():
     assert '<td><span class="pass">9</span></td>' in shown
     assert '<td class="text wrap">&lt;i&gt;</td>' in shown
     assert shown.count('<tr class="chosen">') == 1
+    assert '<table class="few">' in shown, "its cells are wrapped on a phone"
+    assert "<table>" in Table(["x"] * 9, []).__html__()
 
 
 def test_columns_are_chosen_by_name_and_keep_their_side():
