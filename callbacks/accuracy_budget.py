@@ -74,6 +74,7 @@ class AccuracyBudget(lightning.Callback):
         self.verdicts: list[Verdict] = []
         self.decisions: list[str] = []
         self._searches = sequence is None
+        self._testing: list[str] = []  # names of the variants of this test run
         self._budget = search.Budget(max_drop, self.metric, self._say)
 
     def _say(self, line: str) -> None:

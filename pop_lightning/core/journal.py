@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 
 class Busy(Exception):
@@ -34,6 +34,7 @@ class Journal:
         self.path = path
         self.settings: dict[str, Any] | None = None
         self.records: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "Journal":
         self._file = open(self.path, "a+b")

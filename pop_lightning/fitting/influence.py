@@ -18,6 +18,8 @@ from pop_lightning.pruning.passes import teacher_trace
 class BlockInfluence(DecoderModule):
     """After ``Trainer.validate``, :attr:`influence` holds one value for each layer, float64, over all tokens.
 
+    The values are logged as ``block_influence/LAYER``.
+
     Args:
         model: the base: a hub id or folder, a Transformers model, or a decoder.
     """
@@ -27,8 +29,10 @@ class BlockInfluence(DecoderModule):
     def __init__(self, model: str | Path | PreTrainedModel | Decoder):
         super().__init__(model)
         self.influence: torch.Tensor | None = None
+        self._sums: torch.Tensor | None = None  # over tokens, one for each layer, and the number of tokens
 
     def on_validation_start(self) -> None:
+        self.refuse_repeated_rows()
         self._sums = torch.zeros(self.decoder.num_layers + 1, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -42,3 +46,6 @@ class BlockInfluence(DecoderModule):
     def on_validation_epoch_end(self) -> None:
         sums = distributed.total(self._sums)
         self.influence = 1 - (sums[:-1] / sums[-1]).cpu()
+        self.log_dict(
+            {f"block_influence/{layer}": value for layer, value in enumerate(self.influence.float())}, sync_dist=True
+        )

@@ -86,7 +86,7 @@ class PopLM(HFLM):
         if generator is None:
             check_dtype(None if dtype == "auto" else dtype)
             if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-                device = None  # lm-eval's command passes cuda:0 unless told otherwise, and hf falls back as well
+                device = None  # lm-eval's command passes cuda:0 by default, and hf falls back as well
             generator = StageAwareGenerator.from_artifact(
                 artifact, base, dtype=dtype, trust_remote_code=trust_remote_code
             ).to(choose_device(device))

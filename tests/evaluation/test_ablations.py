@@ -99,7 +99,7 @@ def test_block_influence_is_the_cosine_of_what_enters_and_leaves_a_layer(family)
     model, some = build(family), rows(5)
     module = BlockInfluence(model)
     loader = torch.utils.data.DataLoader(some, batch_size=2, collate_fn=lambda few: collate(few, 0))
-    trainer(accelerator="cpu").validate(module, loader, verbose=False)
+    (logged,) = trainer(accelerator="cpu").validate(module, loader, verbose=False)
     cosines = [[] for _ in range(LAYERS)]
     handles = [
         layer.register_forward_hook(
@@ -115,6 +115,7 @@ def test_block_influence_is_the_cosine_of_what_enters_and_leaves_a_layer(family)
         handle.remove()
     expected = [1 - sum(each) / len(each) for each in cosines]
     torch.testing.assert_close(module.influence, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+    assert list(logged.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_the_layers_of_least_influence_are_removed_and_as_many_are_skipped_elsewhere():

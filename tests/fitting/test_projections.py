@@ -490,7 +490,7 @@ def test_a_stack_never_answers_with_old_weights():
     projections.replace(random_maps(1, seed=1), "full")
     assert agrees()
     with torch.no_grad():
-        projections.maps["2"].weight.mul_(1.5)  # in place, as an optimiser does
+        projections.maps["2"].weight.mul_(1.5)  # in place, as an optimizer does
         projections.maps["3"].bias.add_(0.5)
     assert agrees()
     projections.maps["3"].requires_grad_(True)  # under training: no stack holds it, and its memory is its own

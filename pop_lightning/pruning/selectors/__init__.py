@@ -1,6 +1,6 @@
 """What chooses the salient context tokens: one file for each way.
 
-A selector scores context tokens from tensors alone, so that whoever runs a prefill can use it: Transformers' generate,
+A selector scores context tokens from tensors only, so that whoever runs a prefill can use it: Transformers' generate,
 the teacher-forced passes, a serving engine.
 """
 
