@@ -6,12 +6,11 @@ counted from the base's shape. Where base and device are available, one real ste
 and its time. Offline; nothing is written. ``python -m pop_lightning.run.check`` prints the table of all recipes.
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from pop_lightning.models.loading import (
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run.costs import Batch, Costs, Stage
 from pop_lightning.run.depths import check_images, condition, listed_boundaries, to_measure
-from pop_lightning.run.invocation import bundled_recipes, parse
+from pop_lightning.run.invocation import build, bundled_recipes, parse
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.strategies import DEEPSPEED
 from pop_lightning.run.trainers import Trainers, check_keys, check_placement
@@ -298,11 +297,7 @@ def ways_out(found: Estimate, limit: float) -> Iterator[tuple[str, Estimate]]:
     """Changes of one key each, the mildest value of it, after which every stage fits in ``limit`` bytes."""
     for values in changes(found):
         for change in values:
-            recipe = copy.deepcopy(found.recipe)
-            for key, value in change.items():
-                *path, name = key.split(".")
-                section = reduce(getattr, path, recipe)
-                section.update({name: value}) if isinstance(section, dict) else setattr(section, name, value)
+            recipe = build(found.recipe.to_dict(), change.items())
             base = Base(recipe) if "model.dtype" in change else found.base
             try:
                 changed = estimate(recipe, base, found.rows, Machine.of(recipe))
