@@ -88,6 +88,16 @@ def test_the_peak_of_every_step_is_within_a_fifth_of_a_measured_one():
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.full), "gemma3"])
+def test_salient_tokens_need_what_the_rule_says(family):
+    changes = {"projection__kind": "reuse", "boundary": 16, "salient": 0.1}
+    batch = Batch(2, 400, 20)
+    compare(family, torch.float32, batch, **changes)
+    base = decoder(family)
+    plain, selecting = (stages(base, batch, **changes | {"salient": value})["search"] for value in (0, 0.1))
+    assert selecting.flops > plain.flops
+
+
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.full), "gemma3"])
 def test_gradient_checkpointing_lowers_the_peak_of_scoring_as_the_rule_says(family):
     batch, changes = Batch(2, 200, 30), {"projection__kind": "reuse", "importance__gradient_checkpointing": "true"}
     compare(family, torch.float32, batch, **changes)
