@@ -39,32 +39,6 @@ def test_two_processes_give_the_results_of_one(runs, work, strategy):
     assert_same_run(runs[strategy], runs["one"], work / "base")
 
 
-@pytest.mark.full
-def test_two_processes_choose_the_plan_that_one_chooses(runs, work):
-    """Every process carries out the same search, with a fitted selector, over rows that no batch divides among two."""
-    changes = {
-        "projection__kind": "closed_form", "budget__candidates": "all", "boundary": "auto", "salient": "auto",
-        "selector": "learned", "budget__boundaries": [1, 4], "budget__salient": [0, 0.3], "budget__nll_cap": 0.3,
-        "budget__max_drop": 0.25, "data__max_response_tokens": 6,
-    }  # fmt: skip
-    outputs = [work / f"plans-{strategy}" for strategy in ("one", "ddp")]
-    for output, strategy in zip(outputs, ("one", "ddp"), strict=True):
-        runs.finish(runs.start(runs.command(output, strategy, **changes), strategy))
-    one, two = (read(output, "metrics.json") for output in outputs)
-    assert {(plan["boundary"], plan.get("salient")) for plan in one["plans"]} > {(1, None)}
-    for key in ("depth", "boundary", "salient", "selector"):
-        assert two.get(key) == one.get(key), key
-    for mine, other in zip(two["plans"], one["plans"], strict=True):
-        assert mine | {"loss": 0, "kl": 0} == other | {"loss": 0, "kl": 0}
-        assert mine["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
-    for depth in (3, 2, 1):
-        first, second = (
-            safetensors.torch.load_file(output / "state" / f"selector-depth{depth}.safetensors")["selector.weight"]
-            for output in outputs
-        )
-        assert (first - second).norm() <= 1e-2 * first.norm()
-
-
 def test_zero_3_never_holds_the_whole_base_on_one_process(runs, work):
     runs["deepspeed_stage_3"]
     for rank in (0, 1):
