@@ -25,7 +25,7 @@ from pop_lightning.run.recipe import TOGETHER, Recipe
 
 
 class Invocation(NamedTuple):
-    """What a command line asks for."""
+    """What a command line asks for: the recipe, and values of ``FLAGS`` by their names."""
 
     recipe: Recipe
     resume: bool
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
     if flags.print_config:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
-    return Invocation(recipe, flags.resume, flags.overwrite, flags.check, flags.verbose, flags.push)
+    return Invocation(recipe, *(getattr(flags, name) for name in Invocation._fields[1:]))
 
 
 # Those that are not recipe keys: what follows the flag, where something does, and the help.
