@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
@@ -30,6 +30,7 @@ from pop_lightning.pruning.projections import KVProjections, fingerprint
 
 # What to do about a training that diverged; a resumed run would continue from the diverged values.
 _LOWER = ("start again (pop-fit --overwrite) with a lower ", Key("projection.learning_rate"))
+Decay = Literal["cosine", "linear"]
 CHUNK_LOGITS = 2**26  # logits in memory at a time per model: 256 MiB in float32
 
 
@@ -94,7 +95,8 @@ class KVProjectionTraining(DecoderModule):
         gradient_checkpointing: run the pruned layers again in the backward pass instead of keeping their activations.
 
     Raises:
-        InputError: ``depth`` is missing or differs from that of the projections, or nothing can be trained at it.
+        InputError: ``depth`` is missing or differs from that of the projections, nothing can be trained at it, or a
+            setting is out of its range.
 
     ``load_from_checkpoint`` loads the base by its name, or needs ``start=`` again. Checkpoints hold only the trained
     parameters; adapters need the start that they were trained on.
@@ -116,7 +118,7 @@ class KVProjectionTraining(DecoderModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
-        decay: Literal["cosine", "linear"] = "cosine",
+        decay: Decay = "cosine",
         round_steps: int | None = None,
         kv_match: float = 0.0,
         hidden_match: float = 0.0,
@@ -134,6 +136,11 @@ class KVProjectionTraining(DecoderModule):
         self.round_steps = round_steps
         self.kv_match, self.hidden_match = kv_match, hidden_match
         self.gradient_checkpointing = gradient_checkpointing
+        for name, value in (("temperature", temperature), ("learning_rate", learning_rate)):
+            if not value > 0:
+                raise InputError(f"{name} must be above 0, found {value}.")
+        if decay not in get_args(Decay):
+            raise InputError(f"decay must be one of {', '.join(get_args(Decay))}, found {decay!r}.")
         if depth != projections.depth:
             raise InputError(f"the projections to train were made for depth {projections.depth}, not for {depth}.")
         if not projections.fitted_layers:
@@ -292,7 +299,7 @@ def _optimizer(trainings: list[KVProjectionTraining], trainer: lightning.Trainer
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Literal["cosine", "linear"]) -> float:
+def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: Decay) -> float:
     """The share of the peak at ``step``: up from zero over ``warmup`` steps, down to zero at ``steps``, repeating."""
     step %= steps
     if step < warmup:

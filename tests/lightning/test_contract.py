@@ -146,6 +146,19 @@ def test_training_where_there_is_nothing_to_train_is_refused():
         KVProjectionTraining(model)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"temperature": 0}, "temperature must be above 0, found 0"),
+        ({"learning_rate": -1e-3}, "learning_rate must be above 0, found -0.001"),
+        ({"decay": "cosin"}, "decay must be one of cosine, linear, found 'cosin'"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(setting, expected):
+    with pytest.raises(InputError, match=expected):
+        KVProjectionTraining(build("llama"), 1, **setting)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_training_is_loaded_from_its_checkpoint(base, data, tmp_path, kind):
     training = KVProjectionTraining(base, 1, kind=kind, learning_rate=1e-2, temperature=3.0)
