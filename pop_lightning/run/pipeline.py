@@ -97,7 +97,8 @@ def fit(
             with progress.stage(LOADING):
                 progress.say("loading the base and the rows")
                 run = load(recipe, folder, trainers)
-            code = run_stages(run)
+            with trainers.logs():
+                code = run_stages(run)
             if push is not None and code == EXPORTED:
                 publish(run, push)
             return code
@@ -156,6 +157,7 @@ def run_stages(run: Run) -> int:
         at = run.trainers.progress.stage
         with at(IMPORTANCE):
             importance = folder.once("importance.json", lambda: score(run))
+            run.trainers.log_recipe()  # not earlier: where scoring fails, the folder is left as it was
         depths = candidates.to_measure(recipe, run.decoder, importance["prefill"], run.kept, run.tokens)
         if _fits(recipe):
             with at(FITTING):
@@ -167,6 +169,7 @@ def run_stages(run: Run) -> int:
             budget = verify(run, found)
         with at(REPORT):
             metrics = folder.once("metrics.json", lambda: summarize(run, found, budget, importance))
+            run.trainers.log_results(metrics, importance)
     if distributed.is_first() and not (folder / "report.html").is_file():
         write_report(metrics, importance, folder / "report.html")
     print(print_table(metrics))

@@ -35,6 +35,11 @@ class Progress:
         """Whether standard output is a terminal, which can show bars."""
         return sys.stdout.isatty()
 
+    @property
+    def current(self) -> str:
+        """The stage at work; ``run`` outside of all."""
+        return self.stages[self._number - 1] if self._number else "run"
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Inside, ``name`` is the stage at work."""

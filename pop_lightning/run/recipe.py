@@ -314,7 +314,12 @@ class Recipe:
         del settings["calibration"]
         return settings | {"seed": self.seed}
 
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for ``lightning.Trainer``; ``class_path`` entries are imported and become objects."""
+    def trainer_arguments(self, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Keyword arguments for ``lightning.Trainer``; ``class_path`` entries are imported and become objects.
+
+        Args:
+            without: keys that are left at their defaults, so that their objects are not made.
+        """
         # A copy: jsonargparse puts the objects that it makes into the lists that it is given.
-        return trainer_arguments.instantiate(copy.deepcopy(self.trainer), self.output)
+        kept = {key: value for key, value in self.trainer.items() if key not in without}
+        return trainer_arguments.instantiate(copy.deepcopy(kept), self.output)

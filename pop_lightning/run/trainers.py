@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from pop_lightning.core.errors import InputError, first_sentence
 from pop_lightning.core.files import restore_folder
 from pop_lightning.models.loading import stored_dtype
 from pop_lightning.run import launch, strategies
+from pop_lightning.run.loggers import StageLogger, figures, loggers_of
 from pop_lightning.run.progress import Progress, StageBar
 from pop_lightning.run.recipe import Recipe
 
@@ -67,6 +69,7 @@ class Trainers:
 
     Attributes:
         device: where this process's stages run.
+        loggers: of the whole run; every stage logs to them under its own name.
 
     Raises:
         InputError: there is no such device or strategy, or a key would cut the rows of a stage.
@@ -74,6 +77,7 @@ class Trainers:
 
     def __init__(self, recipe: Recipe, progress: Progress | None = None):
         self.recipe, self.progress = recipe, progress or Progress()
+        self.loggers: list[Logger] | None = None  # made with the first trainer
         given = recipe.trainer
         check_keys(given)
         self.strategy = given.get("strategy") or "auto"
@@ -96,6 +100,28 @@ class Trainers:
     def start(self, *flags: str) -> int:
         """See :func:`pop_lightning.run.launch.start`."""
         return launch.start(self._ranked, self.recipe, *flags)
+
+    def log_recipe(self) -> None:
+        """Log the recipe as the run's hyperparameters."""
+        for logger in self.loggers:
+            logger.log_hyperparams(self.recipe.to_dict())
+
+    def log_results(self, metrics: Mapping[str, Any], importance: Mapping[str, Any]) -> None:
+        """Log the figures of a run that has ended."""
+        for logger in self.loggers:
+            for step, named in figures(metrics, importance):
+                logger.log_metrics(named, step)
+
+    @contextlib.contextmanager
+    def logs(self):
+        """Inside, stages log; at the end the loggers write what they hold and close."""
+        status = "failed"
+        try:
+            yield
+            status = "success"
+        finally:
+            for logger in self.loggers:
+                logger.finalize(status)
 
     @contextlib.contextmanager
     def processes(self):
@@ -162,6 +188,7 @@ class Trainers:
             restore_folder(last)
         start = distributed.from_first(lambda: _step_of(last))
         keep = _Checkpoints(checkpoints, every)
+        own = self.recipe.trainer_arguments(without=("logger", "callbacks"))
         trainer = self._make(
             what + (f", from step {start}" if start else ""),
             [keep],
@@ -169,7 +196,8 @@ class Trainers:
             max_steps=steps,
             max_epochs=rounds,  # the rows have no end, so a fit is one epoch: one per round
             enable_checkpointing=True,
-            plugins=strategies.whole_checkpoints(self.strategy, self.recipe.trainer_arguments().get("plugins")),
+            plugins=strategies.whole_checkpoints(self.strategy, own.get("plugins")),
+            logged_as=f"training/{checkpoints.name}",
         )
         batches = start * (self.recipe.trainer.get("accumulate_grad_batches") or 1)  # a step reads several
         trainer.fit(module, loader(batches), ckpt_path=last if start else None, weights_only=True)
@@ -180,9 +208,16 @@ class Trainers:
         self.progress.say(what, bar=trainer.progress_bar_callback is not None)
         return Trainer(trainer)
 
-    def _lightning_trainer(self, own: Sequence[lightning.Callback], what: str = "", **overrides) -> lightning.Trainer:
+    def _lightning_trainer(
+        self, own: Sequence[lightning.Callback], what: str = "", logged_as: str | None = None, **overrides
+    ) -> lightning.Trainer:
         try:
-            arguments = self.recipe.trainer_arguments()  # makes what the recipe names by class
+            # This makes what the recipe names by class: callbacks for every trainer anew, loggers once.
+            arguments = self.recipe.trainer_arguments(without=() if self.loggers is None else ("logger",))
+            if self.loggers is None:
+                self.loggers = loggers_of(arguments["logger"], self.recipe.output)
+            stage = logged_as or self.progress.current
+            arguments["logger"] = [StageLogger(logger, stage) for logger in self.loggers] or False
             given = arguments.get("callbacks") or []
             given = given if isinstance(given, list) else [given]  # as Lightning accepts them
             if not any(isinstance(each, ProgressBar) for each in given):

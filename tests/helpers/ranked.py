@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -126,7 +127,10 @@ def exported(run) -> list:
 def losses(run):
     """The training losses of a run, step by step."""
     files = sorted(run.rglob("metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
-    return [float(row["loss"]) for path in files for row in csv.DictReader(path.open()) if row.get("loss")]
+    rows = [row for path in files for row in csv.DictReader(path.open())]
+    return [
+        float(row[name]) for row in rows for name in row if re.fullmatch(r"training/[^/]+/loss", name) and row[name]
+    ]
 
 
 def predictions(run, depth, kind, inputs):

@@ -381,14 +381,3 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
         message = capsys.readouterr().err
         assert expected in message, (command, message)
         assert "Traceback" not in message
-
-
-def test_loggers_come_from_the_recipe(base, data, tmp_path):
-    for logger in ("CSVLogger", "TensorBoardLogger"):
-        output = tmp_path / logger
-        command = arguments(base, data, output, projection__kind="full", projection__steps=2, budget__candidates=[2])
-        name, folder = f"lightning.pytorch.loggers.{logger}", str(output / "logs")
-        extra = ["--trainer.logger", name, "--trainer.logger.save_dir", folder, "--trainer.log_every_n_steps", "1"]
-        assert fit.main([*command, *extra]) == 0
-        pattern = "metrics.csv" if logger == "CSVLogger" else "events.out*"
-        assert list((output / "logs").rglob(pattern))
