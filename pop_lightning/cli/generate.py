@@ -94,11 +94,16 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
 
 
-def _add_generation(parser: argparse.ArgumentParser) -> None:
+def _add_generation(parser: argparse.ArgumentParser, *, longest: int = 64, urls: bool = True) -> None:
     parser.add_argument(
-        "--max_new_tokens", type=_whole(1), default=64, metavar="N", help="longest answer, in tokens (default: 64)"
+        "--max_new_tokens",
+        type=_whole(1),
+        default=longest,
+        metavar="N",
+        help=f"longest answer, in tokens (default: {longest})",
     )
-    parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
+    if urls:
+        parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
     sampling = parser.add_argument_group("sampling (default: greedy)")
     sampling.add_argument("--temperature", type=_number(0, float("inf")), metavar="T", help="0 is greedy (default: 1)")
     sampling.add_argument("--top_p", type=_number(0, 1), metavar="P", help="from the most likely tokens of this mass")
@@ -195,6 +200,32 @@ def _prompt(arguments: argparse.Namespace) -> int:
         print("(an empty answer: the model ended it with its first token)", file=sys.stderr)
     else:
         print(f"TTFT: {1000 * first:.1f} ms", file=sys.stderr)
+    return 0
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, required=True)
+    parser.add_argument("--system", metavar="TEXT", help="the system's message")
+    parser.add_argument("--full", action="store_true", help="begin with the plain model")
+    _add_generation(parser, longest=512, urls=False)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    sampling = _sampling(arguments)
+    with importing():
+        from pop_lightning.cli.chat import converse
+        from pop_lightning.core.memory import memory_advice
+        from pop_lightning.generation.chat import Chat
+
+    generator = _generator(arguments, lambda: None)
+    _seed(arguments)
+    chat = Chat(generator, system=arguments.system, max_new_tokens=arguments.max_new_tokens, sampling=sampling)
+    chat.use(full=arguments.full)
+    with memory_advice("begin a new conversation, choose a narrower --dtype or another --device"):
+        converse(chat, FLAGS)
     return 0
 
 
@@ -430,6 +461,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "prompt": Command("generate from a prompt, streaming, and print the TTFT", _add_prompt, _prompt),
+    "chat": Command("talk with the model, each turn with its TTFT", _add_chat, _chat),
     "data": Command("generate for every row of a file, and compare with references", _add_data, _data),
     "eval": Command("run lm-eval's tasks with the full and the pruned model", _add_eval, _eval),
     "ablate": Command("the paper's tables for any model, and accuracy against measured speed", _add_ablate, _ablate),

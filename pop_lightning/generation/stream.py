@@ -1,12 +1,12 @@
-"""One prompt in, text out as it is generated: ``pop-generate prompt``, callable from Python as well."""
+"""Text as it is generated, from one prompt: ``pop-generate prompt``, callable from Python as well."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from threading import Thread
 from typing import Any
 
-from transformers import TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.data.batches import collate
@@ -49,35 +49,65 @@ def stream(
     row = _row(generator, tokenizer, prompt, images, videos, allow_urls)
     _check_length(generator, len(row.prompt_ids), max_new_tokens, "--prompt")
     inputs = generator.decoder.inputs(collate([row], tokenizer.pad_token_id, generator.vision))
-    streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failure: list[BaseException] = []
 
-    def generate() -> None:
+    def generate(streamer: TextIteratorStreamer) -> Any:
+        with generator.full_model() if full else nullcontext():
+            return generator.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                **(sampling or GREEDY),
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+
+    text = TextStream(tokenizer, generate)
+    with closing(iter(text)) as pieces:
+        for piece in pieces:
+            yield piece, text.ttft
+
+
+class TextStream:
+    """Iterates over the text that ``generate`` writes in a thread of its own.
+
+    Args:
+        generate: from the streamer to its result.
+
+    Attributes:
+        ttft: seconds from the beginning to the first token; None before it.
+        output: what ``generate`` returned, at the end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generate: Callable[[TextIteratorStreamer], Any]):
+        self._streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._generate = generate
+        self._start = 0.0
+        self.output: Any = None
+
+    @property
+    def ttft(self) -> float | None:
+        first = self._streamer.first_token
+        return None if first is None else first - self._start
+
+    def __iter__(self) -> Iterator[str]:
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                self.output = self._generate(self._streamer)
+            except BaseException as error:
+                failure.append(error)
+                self._streamer.end()
+
+        self._start = time.perf_counter()
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
         try:
-            with generator.full_model() if full else nullcontext():
-                generator.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    **(sampling or GREEDY),
-                    streamer=streamer,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-        except BaseException as error:
-            failure.append(error)
-            streamer.end()
-
-    start = time.perf_counter()
-    thread = Thread(target=generate, daemon=True)
-    thread.start()
-    try:
-        for piece in streamer:
-            if piece:
-                yield piece, streamer.first_token - start
-    finally:
-        streamer.abandoned = True  # a thread still running when Python exits would abort the process
-        thread.join()
-    if failure:
-        raise failure[0]
+            yield from filter(None, self._streamer)
+        finally:
+            self._streamer.abandoned = True  # a thread still running when Python exits would abort the process
+            thread.join()
+        if failure:
+            raise failure[0]
 
 
 def _row(generator, tokenizer, prompt: str, images: Sequence, videos: Sequence, allow_urls: bool) -> Row:

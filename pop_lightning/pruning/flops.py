@@ -64,6 +64,15 @@ def prefill_flops(decoder: Decoder, plan: PruningPlan, tokens: int) -> int:
     return count_prefill(decoder, plan, tokens).total
 
 
+def turn_flops(decoder: Decoder, plan: PruningPlan, tokens: int, cached: int) -> int:
+    """Operations of a prefill of ``tokens`` tokens, of which a cache holds the first ``cached``."""
+    total = prefill_flops(decoder, plan, tokens)
+    if not cached:
+        return total
+    before = count_prefill(decoder, PruningPlan(plan.depth, boundary=0), cached)
+    return total - (before.total - before.head)
+
+
 def speedup(decoder: Decoder, plan: PruningPlan, tokens: int) -> float:
     """The counted prefill speedup of one prompt: the plain model's operations over the pruned prefill's."""
     full = prefill_flops(decoder, PruningPlan(decoder.num_layers), tokens)

@@ -1,0 +1,202 @@
+"""Conversations: history, the cache reused between turns, and what a turn is said to cost."""
+
+import builtins
+import io
+import sys
+
+import pytest
+import torch
+
+from pop_lightning import InputError, PruningPlan, StageAwareGenerator
+from pop_lightning.cli import generate
+from pop_lightning.cli.chat import converse, cost
+from pop_lightning.core.errors import as_recipe
+from pop_lightning.generation.chat import Chat, Turn
+from pop_lightning.models.loading import load_model, load_tokenizer
+from pop_lightning.pruning.flops import prefill_flops, turn_flops
+
+from tests.helpers.workbench import save_base, save_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w90' if m.role == 'user' else 'w91' if m.role == 'assistant' else 'w92' }} "
+    "{{ m.content }} <eos> {% endfor %}{% if add_generation_prompt %}w91{% endif %}"
+)
+WORDS = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / request.param
+    save_base(folder, request.param)
+    save_tokenizer(folder, TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def chat(folder):
+    generator = StageAwareGenerator(load_model(str(folder)), PruningPlan(2), tokenizer=load_tokenizer(str(folder)))
+    return Chat(generator, max_new_tokens=6)
+
+
+def rows_of(chat, text):
+    """The answer to ``text``, and the numbers of tokens that ran through the first and the last layer at first."""
+    layers, rows = chat.generator.decoder.layers, {0: [], -1: []}
+    hooks = [
+        layers[at].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, given, at=at: rows[at].append(given[0].shape[1])
+        )
+        for at in rows
+    ]
+    answer = "".join(chat.ask(text))
+    for hook in hooks:
+        hook.remove()
+    return answer, rows[0][0], rows[-1][0]
+
+
+def test_a_turn_reads_only_what_the_cache_lacks_and_prunes_it(chat):
+    _, first, last = rows_of(chat, WORDS)
+    assert (first, last) == (chat.turn.tokens, 1) == (12, 1)
+    _, first, last = rows_of(chat, WORDS)
+    assert chat.turn.cached >= 12
+    assert (first, last) == (chat.turn.tokens - chat.turn.cached, 1)
+    assert [each["role"] for each in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_later_turns_of_the_plain_model_are_those_without_a_cache(chat):
+    chat.use(full=True)
+    model, tokenizer = chat.generator.model, chat.tokenizer
+    for text in (WORDS, "w20 w21", "w30"):
+        messages = [*chat.messages, {"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert "".join(chat.ask(text)).split() == tokenizer.decode(expected, skip_special_tokens=True).split()
+        assert not chat.turn.pruned
+    assert chat.turn.cached > 12
+
+
+def test_later_turns_of_the_pruned_model_continue_its_own_cache(chat):
+    generator, cache, ids = chat.generator, chat.generator.decoder.new_cache(), []
+    for text in (WORDS, "w20 w21", "w30"):
+        rendered = chat.tokenizer.apply_chat_template(
+            [*chat.messages, {"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        held = cache.get_seq_length()
+        assert rendered[:held] == ids[:held]
+        tokens = torch.tensor([rendered])
+        output = generator.generate(tokens, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        ids = output[0].tolist()
+        answer = "".join(chat.ask(text))
+        assert answer.split() == chat.tokenizer.decode(ids[len(rendered) :], skip_special_tokens=True).split()
+
+
+def test_a_change_of_the_model_and_a_new_conversation_read_everything_anew(chat):
+    list(chat.ask(WORDS))
+    chat.use(full=True)
+    list(chat.ask("w20"))
+    assert (chat.turn.cached, chat.turn.pruned) == (0, False)
+    chat.use(full=True)
+    list(chat.ask("w21"))
+    assert chat.turn.cached > 0
+    chat.clear()
+    assert chat.messages == []
+    list(chat.ask("w22"))
+    assert (chat.turn.tokens, chat.turn.cached) == (4, 0)
+
+
+def test_an_answer_that_is_cut_short_leaves_the_conversation_as_it_was(chat):
+    list(chat.ask(WORDS))
+    before = list(chat.messages)
+    pieces = chat.ask("w20")
+    next(pieces)
+    pieces.close()
+    assert chat.messages == before
+    list(chat.ask("w20"))
+    assert len(chat.messages) == 4
+
+
+def test_a_rewritten_history_is_read_again(chat):
+    list(chat.ask(WORDS))
+    chat.messages[0]["content"] = "w9 " + WORDS
+    list(chat.ask("w20"))
+    assert chat.turn.cached == 0
+
+
+def test_a_conversation_beyond_the_context_is_refused_and_goes_on(chat):
+    chat.generator.model.config.get_text_config().max_position_embeddings = 24
+    list(chat.ask(WORDS))
+    with pytest.raises(InputError, match=r"conversation has \d+ tokens; .* context of 24 is too short: begin a new"):
+        list(chat.ask(WORDS))
+    assert len(chat.messages) == 2
+
+
+def test_the_estimate_is_the_ratio_of_operations_of_what_the_turn_read(chat):
+    decoder, plan, full = chat.generator.decoder, PruningPlan(2), PruningPlan(chat.generator.decoder.num_layers)
+    list(chat.ask(WORDS))
+    ratio = prefill_flops(decoder, full, 12) / prefill_flops(decoder, plan, 12)
+    assert chat.turn.other == pytest.approx(chat.turn.ttft * ratio)
+    # Reading in two parts costs what one costs, but for the head and the boundary, which both parts have.
+    assert turn_flops(decoder, full, 40, 0) == prefill_flops(decoder, full, 40)
+    apart = prefill_flops(decoder, full, 25) + turn_flops(decoder, full, 40, 25)
+    head = 2 * decoder.head.in_features * decoder.head.out_features
+    assert apart - head == prefill_flops(decoder, full, 40)
+    assert turn_flops(decoder, plan, 40, 25) < turn_flops(decoder, full, 40, 25)
+    assert turn_flops(decoder, plan, 40, 39) > 0.7 * turn_flops(decoder, full, 40, 39)  # the boundary alone
+
+
+def test_a_tokenizer_without_a_template_cannot_chat(tmp_path):
+    save_base(tmp_path)
+    generator = StageAwareGenerator(load_model(str(tmp_path)), PruningPlan(2), tokenizer=load_tokenizer(str(tmp_path)))
+    with pytest.raises(InputError, match="needs a chat template"):
+        Chat(generator)
+
+
+def test_commands_answers_and_costs_in_a_terminal(chat, capsys):
+    lines = iter([WORDS, "/full", "w20", "/pop", "/what", "", "/new", "w21", "/quit", "never"])
+    converse(chat, as_recipe, lambda prompt: next(lines))
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 3
+    costs = [line for line in err.splitlines() if line.startswith("(")]
+    assert [line.split(";")[0] for line in costs][::2] == [
+        "(12 tokens, 0 of them cached",
+        "(4 tokens, 0 of them cached",
+    ]
+    assert "/quit  end" in err
+    assert "the plain model answers" in err
+    assert next(lines) == "never"
+
+
+def test_what_a_turn_cost_says_that_the_other_time_is_an_estimate():
+    assert cost(Turn(900, 640, 0.0321, True, 0.0518)) == (
+        "(900 tokens, 640 of them cached; TTFT 32 ms pruned, about 52 ms plain, estimated from counted operations)"
+    )
+    assert cost(Turn(9, 0, 0.05, False, 0.03)).endswith(
+        "TTFT 50 ms plain, about 30 ms pruned, estimated from counted operations)"
+    )
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_conversation(chat, capsys, monkeypatch):
+    write, lines = builtins.print, iter([WORDS, WORDS])
+
+    def interrupted(*words, **options):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def read(prompt):
+        if len(chat.messages) == 0:
+            monkeypatch.setattr(builtins, "print", interrupted if not capsys.readouterr().err else write)
+        return next(lines, "/quit")
+
+    converse(chat, as_recipe, read)
+    assert len(chat.messages) == 2
+
+
+def test_the_command_reads_lines_from_a_pipe(folder, tmp_path, monkeypatch, capsys):
+    generator = StageAwareGenerator(load_model(str(folder)), PruningPlan(2))
+    generator.save_pretrained(tmp_path / "artifact")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{WORDS}\n/full\n{WORDS}\n"))
+    command = ["chat", "--artifact", str(tmp_path / "artifact"), "--max_new_tokens", "4", "--system", "w5"]
+    assert generate.main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2
+    assert ">" not in out
+    assert "(15 tokens, 0 of them cached; TTFT" in err
