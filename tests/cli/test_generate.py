@@ -57,7 +57,7 @@ def test_the_spelling_without_commands_is_translated(old, new):
     [
         ([], "the following arguments are required: COMMAND"),
         (["chatt"], "argument COMMAND: invalid choice: 'chatt'"),
-        (["--artifact", "a"], "no command was given: expected one of prompt, data, eval, ablate, bench"),
+        (["--artifact", "a"], "no command was given: expected one of prompt, chat, data, eval, ablate, bench"),
         (["prompt", "x", "--artifact", "a", "--lengths", "8"], "--lengths (belongs to pop-generate eval and bench)"),
         (["bench", "--compare"], "unknown flag of pop-generate bench: --compare (belongs to pop-generate data)"),
         (["--artifact", "a", "--prompt", "x", "--data", "y"], "--data (belongs to pop-generate data and ablate)"),
