@@ -39,6 +39,7 @@ def run(
     requests: int = REQUESTS,
     repeats: int = REPEATS,
     decode_tokens: int = DECODE_TOKENS,
+    enforce_eager: bool = False,
 ) -> dict[str, Any]:
     """Measure every combination of prompt length and rate.
 
@@ -49,6 +50,7 @@ def run(
         requests: requests per round.
         repeats: rounds per point, each once with either engine after one round of warm-up.
         decode_tokens: tokens that every request generates.
+        enforce_eager: neither compile the models nor capture graphs.
 
     Returns:
         Plain data. Of a point, ``full`` and ``pruned`` hold ``ttft_ms`` (median), ``tpot_ms`` (median over requests of
@@ -65,13 +67,19 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         generator.model.save_pretrained(Path(folder) / "base")
         generator.save_pretrained(Path(folder) / "artifact", base=str(Path(folder) / "base"))
-        measured = asyncio.run(_measure(folder, generator, lengths, rates, requests, repeats, decode_tokens))
+        options = {"max_model_len": max(lengths) + decode_tokens, "enforce_eager": enforce_eager}
+        measured = asyncio.run(_measure(folder, generator, options, lengths, rates, requests, repeats, decode_tokens))
     plan = generator.plan
     return {
         "plan": {"depth": plan.depth, "layers": generator.decoder.num_layers, "boundary": plan.boundary},
         "machine": describe_machine(generator.model.device) | {"cores": os.cpu_count()},
         "vllm": _version(),
-        "settings": {"requests": requests, "repeats": repeats, "decode_tokens": decode_tokens},
+        "settings": {
+            "requests": requests,
+            "repeats": repeats,
+            "decode_tokens": decode_tokens,
+            "enforce_eager": enforce_eager,
+        },
         "points": measured,
     }
 
@@ -86,11 +94,17 @@ def _version() -> str:
 
 
 async def _measure(
-    folder: str, generator: StageAwareGenerator, lengths, rates, requests: int, repeats: int, decode_tokens: int
+    folder: str,
+    generator: StageAwareGenerator,
+    options: dict[str, Any],
+    lengths: Sequence[int],
+    rates: Sequence[float],
+    requests: int,
+    repeats: int,
+    decode_tokens: int,
 ) -> list[dict[str, Any]]:
-    options = {
+    options = options | {
         "dtype": str(generator.model.dtype).removeprefix("torch."),
-        "max_model_len": max(lengths) + decode_tokens,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
@@ -176,7 +190,8 @@ def table(result: dict[str, Any]) -> str:
     return (
         f"{result['vllm']}, torch {machine['versions']['torch']}, {machine['device']}, {machine['cores']} cores; depth "
         f"{plan['depth']} of {plan['layers']}, boundary {plan['boundary']}; {settings['requests']} requests of "
-        f"{settings['decode_tokens']} tokens in each of {settings['repeats']} rounds\n\n"
+        f"{settings['decode_tokens']} tokens in each of {settings['repeats']} rounds"
+        f"{', eager' if settings['enforce_eager'] else ''}\n\n"
         f"{text_table(titles, rows, left=())}\nPairs are full, pruned; in brackets the smallest and largest ratio of a "
         "round.\n"
     )
@@ -198,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rates", type=_numbers(float), default=RATES, help="requests per second; 0: one at a time")
     for name, value in (("requests", REQUESTS), ("repeats", REPEATS), ("decode_tokens", DECODE_TOKENS)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
+    parser.add_argument("--enforce_eager", action="store_true", help="neither compile the models nor capture graphs")
     given = parser.parse_args(argv)
 
     try:
@@ -205,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(target, StageAwareGenerator):
             layers = target.config.get_text_config().num_hidden_layers
             target = StageAwareGenerator(target, PruningPlan(given.depth or a_third_pruned(layers)))
-        names = ("lengths", "rates", "requests", "repeats", "decode_tokens")
+        names = ("lengths", "rates", "requests", "repeats", "decode_tokens", "enforce_eager")
         print(table(run(target, **{name: getattr(given, name) for name in names})), end="")
     except InputError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

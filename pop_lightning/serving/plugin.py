@@ -64,12 +64,12 @@ def _process(process: Callable, processor: Any, request_id: str, prompt: Any, pa
     """Refuse requests that an engine with the pruned prefill cannot answer."""
     if plan_of(processor.vllm_config) is not None:
         if any(getattr(params, name, None) is not None for name in ("prompt_logprobs", "prompt_logprob_token_ids")):
-            raise InputError(
+            raise private.RequestError(
                 "prompt_logprobs (and echo with logprobs) need every prompt token at the last layer, which the pruned "
                 "prefill does not compute: leave it out, or serve the base."
             )
         if kwargs.get("resumable"):
-            raise InputError(
+            raise private.RequestError(
                 "a prompt that grows while it is answered (streaming input) is not served with the pruned prefill, "
                 "since its last token is not known: send it as one request."
             )
@@ -79,7 +79,7 @@ def _process(process: Callable, processor: Any, request_id: str, prompt: Any, pa
 def _check_beam_search(begin: Callable, processor: Any, params: Any) -> Any:
     """Refuse beam search: vLLM makes each of its steps a request whose prompt holds the tokens generated so far."""
     if isinstance(params, private.BeamSearchParams) and plan_of(processor.vllm_config) is not None:
-        raise InputError(
+        raise private.RequestError(
             "beam search is not served with the pruned prefill, which would take generated tokens for context: sample "
             "instead, or serve the base."
         )

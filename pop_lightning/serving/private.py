@@ -52,6 +52,7 @@ NAMES = {
     "block_hasher": "vllm.v1.engine.core:get_request_block_hasher(hash_block_size,caching_hash_fn)",
     "process_inputs": "vllm.v1.engine.input_processor:InputProcessor.process_inputs(params,resumable)",
     "beam_search": "vllm.v1.engine.input_processor:InputProcessor.resolve_watermarking(params)",  # its first step
+    "RequestError": "vllm.exceptions:VLLMValidationError",  # becomes a bad request (400) over HTTP
     "BeamSearchParams": "vllm.sampling_params:BeamSearchParams",
 }
 

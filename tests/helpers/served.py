@@ -65,7 +65,10 @@ FAMILIES = {
         Gemma3TextConfig(**WIDE, sliding_window=WINDOW, layer_types=SLIDING, query_pre_attn_scalar=32)
     ),
 }
-UNSUPPORTED = {"exaone4": lambda: Exaone4ForCausalLM(Exaone4Config(**WIDE, layer_types=["full_attention"] * LAYERS))}
+MORE = {
+    "one_head": lambda: LlamaForCausalLM(LlamaConfig(**WIDE | {"num_key_value_heads": 1})),  # which all ranks hold
+    "exaone4": lambda: Exaone4ForCausalLM(Exaone4Config(**WIDE, layer_types=["full_attention"] * LAYERS)),
+}
 
 
 def build(family: str, folder: Path, plan: PruningPlan, *, fitted: bool = True, seed: int = 0) -> StageAwareGenerator:
@@ -75,7 +78,10 @@ def build(family: str, folder: Path, plan: PruningPlan, *, fitted: bool = True, 
         fitted: perturbed projections in place of reuse.
     """
     torch.manual_seed(seed)
-    model = randomize((FAMILIES | UNSUPPORTED)[family](), family)
+    model = randomize((FAMILIES | MORE)[family](), family)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.data.mul_((64 / model.config.hidden_size) ** 0.5)  # activations of one size in all of them
     if not model.config.tie_word_embeddings:
         model.lm_head.weight.data.mul_(0.3)  # logits of ordinary size, or their last bit is 1e-5
     model.config.eos_token_id = model.generation_config.eos_token_id = None

@@ -37,6 +37,7 @@ def main(folder: Path) -> None:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "max_model_len": 512,
+        "block_size": 32,
     } | job.get("engine", {})
     base = job.get("base")
     arguments = engine_args(job["artifact"], base, **options) if "artifact" in job else {"model": base, **options}

@@ -152,7 +152,7 @@ def test_ngram_speculation(case):
     assert found["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "one_head"])
 def test_two_ranks(case, family):
     here = case(family, PLANS[0])
     given = prompts(LENGTHS)

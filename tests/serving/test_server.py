@@ -93,7 +93,8 @@ def post(address, **body):
 def streamed(address, prompt):
     lines = [line.removeprefix("data: ") for line in post(address, prompt=prompt, stream=True) if line]
     assert lines[-1] == "[DONE]"
-    return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+    # vLLM keeps the space between the prompt and its answer.
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]).lstrip()
 
 
 def texts(generator, prompts):
