@@ -20,8 +20,7 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("state/closed_form-*", "state/ridge.json", "state/selector-*"): (
         "the closed form was fitted with it",
         ("projection.ridge", "projection.grouping", "projection.queries", "projection.refit", "projection.memory_gib",
-         "boundary", "depth", "budget.candidates", "budget.min_pruned", "budget.speedup", "budget.boundaries",
-         "salient", "budget.salient"),
+         "boundary", "depth", "budget.candidates", "budget.min_pruned", "budget.speedup"),
     ),
     ("state/full-*", "state/lora-*", "checkpoints/*/last.ckpt"): (
         "projections were trained with it",
@@ -35,6 +34,12 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("state/verify.json", "artifact", "metrics.json"): (
         "the verify split was opened for it, and a second look would void its bound",
         ("budget.", "depth", "boundary", "salient", "selector", "projection.kind"),
+    ),
+}  # fmt: skip
+# The tokens that run in full decide which depths reach a requested speedup, and so which were fitted.
+_AT_A_SPEEDUP: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+    ("state/closed_form-*", "state/ridge.json"): (
+        "the closed form was fitted at the depths that it leads to", ("budget.boundaries", "salient", "budget.salient")
     ),
 }  # fmt: skip
 _FREE = {"importance.batch_size", "importance.gradient_checkpointing"}
@@ -53,7 +58,8 @@ def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any], exists: C
     known = [key for key in before | now if (key in before and key in now) or key.startswith("trainer.")]
     changed = [key for key in known if before.get(key) != now.get(key) and key not in _FREE]
     refused = {}
-    for patterns, (reason, names) in _DEPENDS.items():
+    speedup = any(recipe.get("budget.speedup") is not None for recipe in (before, now))
+    for patterns, (reason, names) in (_DEPENDS | (_AT_A_SPEEDUP if speedup else {})).items():
         for key in changed:
             if any(key == name or (name.endswith(".") and key.startswith(name)) for name in names) and any(
                 map(exists, patterns)

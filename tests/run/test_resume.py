@@ -141,9 +141,13 @@ def test_each_refused_key_is_named_with_both_values_and_what_depends_on_it():
     recipe |= {"boundary": "auto", "salient": "auto"}
     for change in (("budget.boundaries", [4]), ("budget.salient", [0])):
         assert refused(change, "state/verify.json")[0].startswith(change[0])
-    # Until the verify split is opened, other tokens may be chosen among: each plan is measured once.
+    # Until the verify split is opened, other tokens may be chosen among, unless they decide the depths.
+    fitted = ("state/data.json", "importance.json", "state/closed_form-*", "state/search.json")
     for change in (("selector", "learned"), ("budget.salient", [0]), ("salient", 0.1)):
-        assert refused(change, "state/data.json", "importance.json", "state/search.json") == [], change
+        assert refused(change, *fitted) == [], change
+    recipe["budget"]["speedup"] = 1.5
+    for change in (("budget.boundaries", [4]), ("budget.salient", [0]), ("salient", 0.1)):
+        assert "the closed form was fitted at the depths" in refused(change, *fitted)[0]
 
 
 def test_a_finished_run_is_not_resumed_on_other_rows_or_another_base(copy, base, data, tmp_path, capsys):
