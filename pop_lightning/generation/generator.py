@@ -35,7 +35,6 @@ eager, flash and flex attention; several threads at once. Where pruning is visib
 """
 
 import threading
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +50,7 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.generation.base_watch import BaseWatch
+from pop_lightning.generation.refusals import refuse_unsupported
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import end_tokens
 from pop_lightning.pruning.attach_check import check_decoder
@@ -357,7 +357,7 @@ class StageAwareGenerator:
         if kwargs.get("use_cache") is None and self.model.generation_config.use_cache is False:
             kwargs["use_cache"] = True  # saved by training with gradient checkpointing, not requested by the caller
         padding = self._padding(ids, kwargs)
-        self._refuse(lambda name: self._setting(kwargs, name), padding)
+        refuse_unsupported(self.model, self.decoder, self.plan, lambda name: self._setting(kwargs, name), padding)
         cache = kwargs.get("past_key_values")
         cached = self._claim(cache)
         length = self._prompt_length(inputs, kwargs, cached)
@@ -407,7 +407,8 @@ class StageAwareGenerator:
         if self._pruning:
             self._follow_base()
             padding = self._padding(None, {"attention_mask": attention_mask})
-            self._refuse((kwargs | {"past_key_values": cache}).get, padding if last else None)
+            given = kwargs | {"past_key_values": cache}
+            refuse_unsupported(self.model, self.decoder, self.plan, given.get, padding if last else None)
         cached = self._claim(past_key_values) if self._pruning else _held(past_key_values)
         length = cached + tokens.shape[1]
         if self._pruning and last:
@@ -525,52 +526,6 @@ class StageAwareGenerator:
         for source in (kwargs.get("generation_config"), self.model.generation_config):
             kwargs = {name: getattr(source, name, None)} | {k: v for k, v in kwargs.items() if v is not None}
         return kwargs[name]
-
-    def _refuse(self, setting: Callable[[str], object], padding: Tensor | None) -> None:
-        """Raise for what cannot work with a pruned prefill; ``setting`` gives an argument's value by its name."""
-        by_row = bool(self.plan.salient) or (padding is not None and isinstance(self.plan.boundary, float))
-        cache, implementation = setting("past_key_values"), setting("cache_implementation")
-        assisted = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
-        if assisted and cache is not None and int(cache.get_seq_length()):
-            raise InputError(
-                "assisted decoding (assistant_model, prompt_lookup_num_tokens) reads the whole prompt again and needs "
-                "an empty cache; found past_key_values that hold tokens."
-            )
-        if setting("use_cache") is False and setting("inputs_embeds") is None:
-            raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
-        if getattr(cache, "offloading", False) or str(implementation).startswith("offloaded"):
-            raise InputError(
-                "an offloaded cache is not supported by the pruned prefill; use cache_implementation 'dynamic', "
-                "'static' or 'quantized'."
-            )
-        if implementation == "paged":
-            raise InputError("cache_implementation 'paged' (continuous batching) has no prefill that can be pruned.")
-        if setting("token_healing"):
-            raise InputError("token_healing changes the prompt inside generate; heal it first, then generate.")
-        if setting("assistant_model") is self.model or setting("assistant_early_exit") is not None:
-            raise InputError(
-                "the pruned model cannot be its own assistant (assistant_model, assistant_early_exit); give another "
-                "assistant_model or prompt_lookup_num_tokens."
-            )
-        if setting("use_mtp") or setting("speculation_type") == "dflash":
-            raise InputError(
-                "use_mtp and speculation_type='dflash' draft from hidden states of every prompt token, which a pruned "
-                "prefill does not compute; use assistant_model or prompt_lookup_num_tokens."
-            )
-        for name in ("output_hidden_states", "output_attentions"):
-            if setting(name) and (assisted or self.plan.boundary == 0 or by_row):
-                raise InputError(
-                    f"{name} needs boundary >= 1, salient 0 and no assistant, and for rows of different lengths a "
-                    f"boundary that is not a share: above the depth only boundary tokens have rows, and otherwise the "
-                    f"layers run twice; change the plan, drop the assistant, or use full_model()."
-                )
-        if self.decoder.config._attn_implementation == "flex_attention" and (
-            self.decoder.compiled or setting("prefill_chunk_size") is not None
-        ):
-            raise InputError(
-                "flex_attention needs torch.compile, which the pruned prefill turns off if the model is compiled "
-                "or prefill_chunk_size is given; use attn_implementation='sdpa'."
-            )
 
 
 # Transformers' table of classes for the text-generation pipeline, which logs an error for every other class.
