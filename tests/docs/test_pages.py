@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Minutes: these run with the long suites.
 SLOW = ("make ", "pop-fit --recipe tiny", "pop-generate bench", "pop-generate ablate")
+LONG = ("examples.md", "hub.md")  # what their cells use is tested elsewhere as well
 
 
 class Block(NamedTuple):
@@ -57,7 +58,7 @@ def assert_runs(command: list[str], folder: Path) -> None:
 
 
 def slow(block: Block) -> bool:
-    return block.text.startswith(SLOW)
+    return block.text.startswith(SLOW) or block.page in LONG
 
 
 def test_the_readme_fits_in_two_hundred_lines():
@@ -91,7 +92,9 @@ def test_commands_run(block, tmp_path):
     assert_runs(["bash", "-euo", "pipefail", "-c", text], tmp_path)
 
 
-@pytest.mark.parametrize("block", CODE, ids=str)
+@pytest.mark.parametrize(
+    "block", [pytest.param(each, marks=pytest.mark.full if slow(each) else ()) for each in CODE], ids=str
+)
 def test_code_runs_or_is_the_code_of_its_file(block, tmp_path):
     if excerpt := re.match(r"# excerpt of (\S+)\n", block.text):
         source = textwrap.dedent((ROOT / excerpt[1]).read_text())
