@@ -96,7 +96,7 @@ def check_base_config(artifact: Artifact, base: str, revision: str | None, trust
     architecture = (config.architectures or [artifact.config["base"]["class"]])[0]
     artifact.check_config(config, architecture, base)
     if config.get_text_config() is not config:
-        raise InputError(f"{architecture} takes images, which is not served yet: fit on its text model.")
+        raise InputError(f"{architecture} has images as input, which is not served yet: fit on its text model.")
     return architecture
 
 
@@ -150,7 +150,7 @@ def _refusals(config: Any) -> list[tuple[bool, str]]:
             "--load-format dummy, which loads no base to project with: leave it out",
         ),
         (model.runner_type != "generate", f"--runner {model.runner_type}: it generates only"),
-        (model.is_multimodal_model, "a model that takes images"),
+        (model.is_multimodal_model, "a model with images as input"),
         (model.uses_mrope, "positions of several dimensions (M-RoPE)"),
         (model.enable_prompt_embeds, "--enable-prompt-embeds: leave it out"),
         (

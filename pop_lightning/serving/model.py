@@ -78,7 +78,6 @@ class PrunedModel(nn.Module):
         width = getattr(config.hf_config, "intermediate_size", None) or 4 * config.hf_config.hidden_size
         at_most = 2 * width // private.tensor_ranks()
         self.projections = Projections(self.pruned, self.artifact.state, config.get_total_num_kv_heads(), at_most)
-        self.artifact.state.clear()
         return loaded
 
     def get_model_state_cls(self) -> type:

@@ -14,7 +14,7 @@ from pop_lightning.core.plan import PruningPlan
 def keyed_hasher(
     plan: PruningPlan, make: Callable[[int, Callable[[Any], bytes]], Callable], size: int, hash_block: Callable
 ) -> Callable[[Any], list]:
-    """vLLM's hasher of a request's blocks, with the end of the context in the hash of the blocks behind it.
+    """vLLM's hasher of a request's blocks, with the end of the context in the hash of every block after it.
 
     Args:
         make: vLLM's ``get_request_block_hasher``; what it returns hashes the blocks that a request has and are not

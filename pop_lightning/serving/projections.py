@@ -65,7 +65,7 @@ class PrunedLayer:
             by_head = norm.weight.shape[-1] == self.head_dim
             keys = norm(keys.unflatten(-1, (self.heads, self.head_dim)).contiguous() if by_head else keys)
         keys = keys.reshape(len(kv), self.kv_dim).contiguous()
-        # RoPE acts on queries and keys together, in place on some devices: one head stands in for the queries.
+        # RoPE acts on queries and keys together, in place on some devices: one head is used in place of the queries.
         keys = self.attention.rotary_emb(positions, keys[:, : self.head_dim].clone(), keys)[1]
         shape = (len(kv), self.heads, self.head_dim)
         return keys.reshape(shape), values.reshape(shape)

@@ -48,7 +48,7 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-WIDE = SHAPE | {"head_dim": 32}  # vLLM's CPU attention takes 32 and more
+WIDE = SHAPE | {"head_dim": 32}  # vLLM's CPU attention needs 32 or more
 SLIDING = ["sliding_attention", "full_attention"] * 3
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {

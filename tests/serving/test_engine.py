@@ -75,8 +75,8 @@ def test_alone_together_and_from_the_prefix_cache(case, family, plan):
     wanted_second = expected(here.generator, second, NEW)
     turns = phase(second), phase(second[::-1], together=False)
     found = here.run(phase(first, together=False), phase(first), *turns, phase(first[::-1]))
-    alone, together, turns, reversed_turns, reversed_first = found["answers"]
-    assert_same(alone, wanted)
+    single, together, turns, reversed_turns, reversed_first = found["answers"]
+    assert_same(single, wanted)
     assert_same(together, wanted)
     assert_same(turns, wanted_second)
     assert_same(reversed_turns[::-1], wanted_second)
@@ -249,7 +249,7 @@ def test_a_fine_tuned_base_is_refused(case, engines, tmp_path):
 
 
 def test_a_model_built_otherwise_is_refused(engines, tmp_path):
-    """A norm on the output of each branch alone: there is no input norm to project from."""
+    """Norms follow the branches: there is no input norm to project from."""
     here = Case(engines, tmp_path, "exaone4", PLANS[0])
     with pytest.raises(EngineError, match=r"Exaone4ForCausalLM cannot be served pruned: .* expected input_layernorm"):
         here.run(phase(prompts([4])))
