@@ -35,6 +35,8 @@ def check_source(source: str | Path) -> None:
     path, known = Path(resolve_bundled(str(source))), (".jsonl", ".json", ".txt", *_TABLES)
     if path.is_file() and _kind(path) not in known:
         raise InputError(f"{str(source)!r} is a file of unknown kind", key=_CALIBRATION, expected=", ".join(known))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device may never end
+        raise InputError(f"{str(source)!r} is neither a regular file nor a folder", key=_CALIBRATION)
     # Not a hub id: asking the hub would only waste its retries.
     named = _kind(path) in known or path.suffix.lower() == ".gz"
     if not path.exists() and (named or len(path.parts) > 2 or path.is_absolute()):

@@ -7,6 +7,7 @@ import base64
 import binascii
 import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,20 +125,40 @@ def _is_public(host: str | None) -> bool:
 
 def _fetched(url: str, where: str) -> bytes:
     """What a URL holds: at most :data:`MOST_BYTES`, within :data:`MOST_SECONDS` in all."""
+    found: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            found.append(_downloaded(url))
+        except (OSError, HTTPException, ValueError) as error:
+            found.append(error)
+
+    # A socket's timeout counts from every byte on, so a server that sends its headers slowly would never meet one.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(MOST_SECONDS)
+    content = found[0] if found else ValueError(_late())
+    if isinstance(content, Exception):
+        raise InputError(f"{where}: {url!r} cannot be fetched ({reason(content)}).") from content
+    return content
+
+
+def _late() -> str:
+    return f"it took longer than {MOST_SECONDS} seconds"
+
+
+def _downloaded(url: str) -> bytes:
     end, found = time.monotonic() + MOST_SECONDS, bytearray()
-    try:
-        with build_opener(_Redirects).open(url, timeout=MOST_SECONDS) as answer:
-            while part := answer.read1(1 << 20):
-                found += part
-                if len(found) > MOST_BYTES:
-                    raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
-                if time.monotonic() > end:
-                    raise ValueError(f"it took longer than {MOST_SECONDS} seconds")
-            if answer.length:  # announced by the server and not sent
-                raise IncompleteRead(bytes(found), answer.length)
-        return bytes(found)
-    except (OSError, HTTPException, ValueError) as error:
-        raise InputError(f"{where}: {url!r} cannot be fetched ({reason(error)}).") from error
+    with build_opener(_Redirects).open(url, timeout=MOST_SECONDS) as answer:
+        while part := answer.read1(1 << 20):
+            found += part
+            if len(found) > MOST_BYTES:
+                raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+            if time.monotonic() > end:
+                raise ValueError(_late())
+        if answer.length:  # announced by the server and not sent
+            raise IncompleteRead(bytes(found), answer.length)
+    return bytes(found)
 
 
 def reading(path: Path, where: str, read: Callable[[Path], Any]) -> Any:

@@ -4,6 +4,7 @@ import gzip
 import importlib.resources
 import itertools
 import json
+import os
 import random
 
 import datasets
@@ -351,6 +352,21 @@ def test_a_chat_that_ends_with_a_question_is_answered_by_the_full_model(tmp_path
 def test_a_missing_file_is_an_input_error(tmp_path, name):
     with pytest.raises(InputError, match=rf"data\.calibration .*{name}' does not exist"):
         read_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows"])
+def test_a_pipe_in_place_of_rows_is_refused_instead_of_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=rf"data\.calibration .*{name}' is neither a regular file nor a folder"):
+        read_examples(tmp_path / name)
+
+
+def test_a_chat_that_the_template_refuses_is_counted_and_the_others_are_used(tmp_path):
+    template = "{% if 'w99' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    chats = [{"messages": [{"role": "user", "content": f"w{n}"}]} for n in (*range(19), 99)]
+    data = load(write(tmp_path / "rows.jsonl", chats), make_tokenizer(chat=template))
+    assert len(all_rows(data)) == 19
+    assert "1 rows that cannot be read (first: rows.jsonl line 20 cannot be rendered" in str(data.report)
 
 
 def test_sources_that_cannot_be_read_are_input_errors(tmp_path):

@@ -602,3 +602,28 @@ def test_a_fetch_is_bounded_in_size_and_time(monkeypatch, limit, value, message)
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_headers_that_are_sent_slowly_count_as_well(monkeypatch):
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            with contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\nX: " + 100 * b"x":
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.1)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(media, "MOST_SECONDS", 0.5)
+    server = serve(Slow)
+    server.daemon_threads = True
+    server.block_on_close = False
+    try:
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"longer than 0\.5 seconds"):
+            media._fetched(f"http://127.0.0.1:{server.server_port}/", "row 1")
+        assert time.monotonic() - start < 8
+    finally:
+        server.shutdown()
+        server.server_close()
