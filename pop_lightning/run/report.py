@@ -225,11 +225,14 @@ def headline(metrics: dict[str, Any]) -> str:
     if not verified:
         return f"{start}; no verify split was opened, so the loss of {budget['metric']} carries no bound."
     metric = verified["metric"]
-    condition = "" if _unconditional(budget) else f"; budget {amount(budget['max_drop'], budget['metric'])}"
+    most, alone = verified["bound"], ""
+    if not _unconditional(budget):
+        # Which depth is chosen depends on the bounds, so the chosen one's own bound holds less often than stated.
+        most, alone = budget["max_drop"], f"; bound of this depth by itself {amount(verified['bound'], metric)}"
     return (
         f"{start}{'; ' if requested else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
-        f"{amount(verified['bound'], metric)} with {confidence(verified['confidence'])} confidence "
-        f"({draws(verified)}{condition}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
+        f"{amount(most, metric)} with {confidence(verified['confidence'])} confidence "
+        f"({draws(verified)}{alone}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
     )
 
 

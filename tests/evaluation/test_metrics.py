@@ -12,6 +12,7 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.evaluation.bounds import (
     ALL_IN,
     bettors,
+    clopper_pearson,
     largest_certified_loss,
     rows_needed,
     smallest_certifiable,
@@ -309,6 +310,18 @@ def measured(prompts, losses):
     same = {name: torch.zeros(len(losses)) for name in ROW_METRICS}
     exact = {"exact_match": (lost == 0).float(), "teacher_exact_match": torch.ones(len(losses))}
     return same | exact | {"agreement": 1 - lost, "prompt": torch.tensor(prompts)}
+
+
+def test_the_budget_holds_for_the_chosen_depth_and_its_own_bound_less_often():
+    """Which depth is chosen depends on the bounds, so the bound of the chosen one is not one of a fixed depth."""
+    rng, runs, prompts, budget = np.random.default_rng(0), 20_000, 1000, 0.02
+    truth = budget * np.array([0, 0.4, 1.001, 3])
+    bound_at = np.array([clopper_pearson(errors, prompts, 0.95) for errors in range(120)])
+    bounds = bound_at[rng.binomial(prompts, truth, (runs, 4))]
+    chosen = np.cumprod(bounds <= budget, axis=1).sum(axis=1) - 1
+    assert chosen.min() == 0
+    assert (truth[chosen] > budget).mean() <= 0.05
+    assert (bounds[np.arange(runs), chosen] < truth[chosen]).mean() > 0.05
 
 
 @pytest.mark.parametrize("metric", ["agreement", "exact_match"])

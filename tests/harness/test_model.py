@@ -122,6 +122,16 @@ def test_a_text_without_a_prompt_is_scored_by_the_full_model(base, depth):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_lm_evals_own_class_measures_answers_of_the_generator_and_refuses_log_likelihoods(base):
+    ours = generator(base)
+    given = HFLM(pretrained=ours, tokenizer=load_tokenizer(str(base)), batch_size=2)
+    prompts = [(text(words, seed), {"until": [], "max_gen_toks": 9}) for seed, words in enumerate((12, 5, 8))]
+    found = given.generate_until(requests("generate_until", prompts), disable_tqdm=True)
+    assert found == PopLM(generator=ours, batch_size=2).generate_until(requests("generate_until", prompts), True)
+    with pytest.raises(InputError, match="does not say where its prompt ends"):
+        given.loglikelihood(requests("loglikelihood", choices()), disable_tqdm=True)
+
+
 @pytest.mark.parametrize("depth", [4, 2])
 def test_answers_stop_where_the_hf_model_stops(base, depth):
     ours = generator(base, depth)

@@ -221,8 +221,8 @@ def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
     page = written(metrics, tmp_path)
     for text in (
         "Context tokens run through 8 of 12 layers: the loss of agreement is 0.12%",
-        "and at most 0.95% with 95% confidence",
-        "332 verify rows; budget 1.00%",
+        "and at most 1.00% with 95% confidence",
+        "332 verify rows; bound of this depth by itself 0.95%",
         "2.9 TFLOP",
         "31.03% less",
         "412 ms (p90 440 ms)",
