@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.generation.artifact import Artifact, read_artifact
@@ -42,7 +43,7 @@ def engine_args(
     found = read_artifact(fetch(artifact, artifact_revision))
     identity = found.config["base"]
     revision = options.pop("revision", None) or (identity.get("revision") if base is None else None)
-    base = identity["id"] if base is None else str(base)
+    base = resolve_bundled(identity["id"] if base is None else str(base))
     architecture = check_base_config(found, base, revision, options.get("trust_remote_code", False))
     check_plan(found)
     plan = {"depth": found.plan.depth} | found.plan.kept.to_dict()

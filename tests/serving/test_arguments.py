@@ -20,6 +20,7 @@ from pop_lightning.serving.arguments import check_config, plan_of
 from tests.helpers import served
 
 SERVING = Path(private.__file__).parent
+BUNDLED = served.ROOT / "checkpoints" / "facts-gemma3"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,12 @@ def test_arguments_name_the_base_the_class_and_the_plan(folder):
     config = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(pop=found["hf_overrides"]["pop"])))
     assert plan_of(config) == PruningPlan(3, 0.1)
     assert plan_of(SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace()))) is None
+
+
+def test_a_bundled_base_is_found(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    StageAwareGenerator(model, PruningPlan(6)).save_pretrained(tmp_path, base="bundled:facts-gemma3")
+    assert Path(engine_args(tmp_path)["model"]).samefile(BUNDLED)
 
 
 def test_only_one_file_names_vllm():
