@@ -139,7 +139,8 @@ def test_a_home_folder_is_expanded(folder, tmp_path, monkeypatch):
     assert StageAwareGenerator.from_artifact("~/artifact", "~/base").plan == PruningPlan(1)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+# With four bits quanto compiles an extension, for half a minute.
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.full)])
 def test_an_artifact_runs_on_its_base_quantized(folder, tmp_path, weights):
     from transformers import QuantoConfig
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import fit, generate
+from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.run import inputs, pipeline
 from pop_lightning.run.inputs import versions
@@ -295,7 +296,7 @@ def _interrupt(*args, **kwargs):
 
 
 def test_ctrl_c_inside_lightning_exits_130_and_leaves_nothing_half_written(base, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline.ImportanceScoring, "validation_step", _interrupt)
+    monkeypatch.setattr(ImportanceScoring, "validation_step", _interrupt)
     output = tmp_path / "run"
     assert fit.main(arguments(base, data, output)) == 130
     assert "Traceback" not in capsys.readouterr().err
@@ -367,7 +368,7 @@ def test_generate_refuses_bad_input_in_one_sentence(fitted, base, data, tmp_path
         (["--artifact", artifact, "--promt", "w1"], "did you mean --prompt?"),
         (
             ["--artifact", artifact, "--prompt", "w1", "--output", "x"],
-            "--output (belongs to pop-generate data, eval and bench)",
+            "--output (belongs to pop-generate data, eval, ablate and bench)",
         ),
         (["--artifact", artifact, "--prompt", "w1", "--device", "tpu"], "--device"),
         (["--artifact", artifact, "--prompt", "w1", "--dtype", "int8"], "--dtype"),
