@@ -248,7 +248,7 @@ def test_points_measured_before_memory_ran_out_are_saved(base, tmp_path, monkeyp
         (["--shape", "tiny", "--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
         (["--shape", "tiny", "--device", "cuda:99"], "--device cuda:99 was requested"),
         (["--shape", "tiny", "--dtype", "int8"], "--dtype must be one of float32"),
-        (["--shape", "tiny", "--full"], "unknown flag of pop-generate bench: --full (belongs to pop-generate prompt and"),
+        (["--shape", "tiny", "--full"], "unknown flag of pop-generate bench: --full (belongs to pop-generate prompt"),
         (["--shape", "tiny", "--output", "/dev/null/x"], "--output /dev/null/x cannot be written"),
         (["--base", "/nowhere"], "/nowhere"),
         (["--artifact", "/nowhere"], "/nowhere is not a folder"),
