@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from pop_lightning.cli import fit
 from pop_lightning.core.memory import peak_bytes
 from pop_lightning.core.plan import Kept, PruningPlan
-from pop_lightning.evaluation.bounds import rows_needed, smallest_certifiable
+from pop_lightning.evaluation.bounds import largest_certified_loss, rows_needed, smallest_certifiable
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import prefill_flops
@@ -343,6 +343,9 @@ def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(
     shown = capsys.readouterr().out
     least = smallest_certifiable(80, "agreement", 0.95)
     assert f"80 verify prompts can certify a drop of {least:.2%}" in shown
+    if not code:
+        most = largest_certified_loss(80, "agreement", max_drop)
+        assert f"{max_drop:.2%} for a mean loss of up to {most:.2%}" in shown
     if code:
         assert f"needs {rows_needed(max_drop, 'agreement', 0.95)}: set " in shown
         for key in ("budget.max_drop", "data.limit"):
