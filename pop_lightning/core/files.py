@@ -13,6 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from pop_lightning.core.errors import InputError
+
 # Errors of the disk itself. Any other errno counts as a write error only if it names a file in the output folder.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 _CHECKSUM = "sha256"
@@ -90,6 +92,15 @@ def check_writable(path: Path) -> None:
     temporary = _temporary(path)
     temporary.touch()
     temporary.unlink()
+
+
+def check_output_folder(output: str | Path | None) -> None:
+    """Raise :class:`InputError` if ``--output`` names a folder that cannot be made or written."""
+    try:
+        if output is not None:
+            check_writable(Path(output) / "results")
+    except OSError as error:
+        raise InputError(f"--output {str(output)!r} cannot be written: {error.strerror}.") from error
 
 
 def _temporary(path: Path) -> Path:

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core.errors import InputError, first_sentence
-from pop_lightning.core.files import check_writable, write_json, write_text
+from pop_lightning.core.files import check_output_folder, write_json, write_text
 from pop_lightning.core.pages import render
 from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.paired import Paired, bootstrap_interval, paired_interval
@@ -117,15 +117,6 @@ class Tasks(TaskManager):
         return self.loaded
 
 
-def check_output(output: str | Path | None) -> None:
-    """Raise :class:`InputError` if results cannot be written to ``output``."""
-    try:
-        if output is not None:
-            check_writable(Path(output) / "comparison.json")
-    except OSError as error:
-        raise InputError(f"--output {str(output)!r} cannot be written: {error.strerror}.") from error
-
-
 def compare(
     generator: StageAwareGenerator,
     tasks: Tasks,
@@ -159,7 +150,7 @@ def compare(
     Raises:
         InputError: a task that is unknown or cannot run with this model, or an output that cannot be written.
     """
-    check_output(output)
+    check_output_folder(output)
     settings = {} if max_length is None else {"max_length": max_length}
     lms = {
         name: PopLM(generator=generator, full=name == "full", batch_size=batch_size, **settings) for name in VARIANTS

