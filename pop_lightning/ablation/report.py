@@ -12,12 +12,11 @@ from matplotlib.axes import Axes
 
 from pop_lightning.ablation.ablate import JSON, MAIN, PAGE, UNTRAINED
 from pop_lightning.core.files import write_json, write_text
+from pop_lightning.core.numbers import number, percent, ratio
 from pop_lightning.core.pages import render
 from pop_lightning.core.plan import Kept
-from pop_lightning.core.plots import Theme, picture
+from pop_lightning.core.plots import Theme, picture, staircase
 from pop_lightning.core.tables import Table
-from pop_lightning.evaluation.losses import number, percent
-from pop_lightning.run.report import ratio, staircase
 
 _INTERVALS = ["exact match", "minus full", "agreement", "NLL increase", "KL"]
 _TIMES = ["counted", "TTFT"]

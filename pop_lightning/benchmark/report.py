@@ -16,9 +16,10 @@ from matplotlib.ticker import NullLocator
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_json, write_text, write_whole
+from pop_lightning.core.numbers import millions
 from pop_lightning.core.pages import render
 from pop_lightning.core.plots import Theme, picture
-from pop_lightning.core.tables import Table, millions
+from pop_lightning.core.tables import Table
 
 JSON, PLOT, PAGE = "benchmark.json", "benchmark.png", "benchmark.html"
 PAIRS = "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections."

@@ -1,7 +1,7 @@
 """Plots for a page without scripts or outside resources, in the page's light and dark colors."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -69,3 +69,12 @@ def _svg(draw: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, f
         buffer = BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (speedup, loss) that no other one beats in both, by speedup."""
+    kept: list[tuple[float, float]] = []
+    for speedup, loss in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not kept or loss < kept[-1][1]:
+            kept.append((speedup, loss))
+    return kept[::-1]

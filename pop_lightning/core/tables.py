@@ -89,11 +89,3 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: tuple
     console.print(table)
     lines = (line.rstrip() for line in console.file.getvalue().splitlines())
     return dedent("\n".join(filter(None, lines)))
-
-
-def millions(number: int) -> str:
-    """A number of parameters in words: ``1.35 million``, ``8.03 billion``."""
-    for factor, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if number >= factor:
-            return f"{number / factor:.3g} {word}"
-    return str(number)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pop_lightning.core.errors import InputError
+from pop_lightning.core.numbers import number, percent
 
 
 @dataclass(frozen=True)
@@ -108,27 +109,3 @@ def metric_named(name: "str | BudgetMetric", cap: float | None = None) -> Budget
         raise InputError(key="budget.metric", expected=f"one of {', '.join(METRICS)}", found=name)
     metric = METRICS[name]
     return metric if metric.rate or cap is None else replace(metric, cap=cap)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits; a dash for a missing value, a plain 0 for an exact zero."""
-
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value == 0:
-        return "0"
-    return (
-        f"{value:.{digits - 1}e}" if abs(value) < 1e-4 else f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.2f}"
-    )
-
-
-def percent(value: float | None) -> str:
-    """A fraction as percent with two decimals; a nonzero value never prints as zero, nor one below 1 as 100%."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    text = f"{100 * value:.2f}%"
-    if (text == "0.00%" and value) or (text == "100.00%" and value < 1):
-        return f"{100 * value:.3g}%" if abs(value) < 0.5 else ">99.99%"
-    return text

@@ -6,10 +6,10 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from pop_lightning.core.numbers import number, percent, ratio
 from pop_lightning.core.pages import render
 from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import Table
-from pop_lightning.evaluation.losses import number, percent
 from pop_lightning.generation.comparison import GROUPS, REPEATS, Measure, outcome, side_by_side
 from pop_lightning.generation.generator import StageAwareGenerator
 
@@ -60,7 +60,7 @@ def headline(compared: Mapping[str, Any]) -> str:
     if match := compared.get("exact_match"):
         parts.append(f"exact match {percent(match['pruned'])} pruned, {percent(match['full'])} in full")
     if times := compared.get("ttft"):
-        parts.append(f"first token {times['ratio']:.2f}x as fast")
+        parts.append(f"first token {ratio(times['ratio'])} as fast")
     return "; ".join(parts) + "."
 
 

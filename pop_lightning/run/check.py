@@ -21,9 +21,10 @@ from transformers import GenerationConfig
 from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import device_bytes, peak_bytes
+from pop_lightning.core.numbers import millions
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
-from pop_lightning.core.tables import millions, text_table
+from pop_lightning.core.tables import text_table
 from pop_lightning.data.examples import check_source, read_examples
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor

@@ -4,24 +4,21 @@ The pipeline calls this file last, with the contents of `metrics.json` and `impo
 decided here; a figure that is missing (no benchmark, no comparison) leaves its section out.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from pop_lightning.core.files import write_text
+from pop_lightning.core.numbers import DASH, confidence, count, flops, milliseconds, number, percent, ratio
 from pop_lightning.core.pages import render
 from pop_lightning.core.plan import Kept, in_order, in_words
-from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.bounds import rows_needed
-from pop_lightning.evaluation.losses import metric_named, number, percent
+from pop_lightning.evaluation.losses import metric_named
+from pop_lightning.run.report_plots import frontier_plot, importance_plot, loss_plot
 
-DASH = "–"
 NOISY = 0.2  # a p90 this share above the median gets a warning
 
 
@@ -260,6 +257,12 @@ def _unconditional(budget: dict[str, Any]) -> bool:
     return bool(budget.get("speedup") or budget.get("depth"))
 
 
+def _limit(metrics: dict[str, Any]) -> float | None:
+    """The loss that the budget allows; None where the loss was not limited."""
+    budget = metrics["budget"]
+    return None if _unconditional(budget) else float(budget["max_drop"])
+
+
 def advice(metrics: dict[str, Any]) -> str:
     """What to change if there are too few verify rows to show that the budget is kept; empty if there are enough."""
     budget, smallest = metrics["budget"], metrics.get("smallest_certifiable_drop")
@@ -318,39 +321,9 @@ def verdict(passed: bool | None) -> str:
     return {True: "passed", False: "failed", None: "measured"}[passed]
 
 
-def ratio(value: float | None) -> str:
-    """A speedup: `1.52x`."""
-    return DASH if value is None else f"{value:.2f}x"
-
-
 def amount(value: float | None, metric: str) -> str:
     """A loss, drop or bound in the metric's own unit."""
     return metric_named(metric).amount(value)
-
-
-def confidence(value: float) -> str:
-    """0.95 as 95%, 0.999 as 99.9%."""
-    return f"{100 * value:.6g}%"
-
-
-def count(value: int, noun: str) -> str:
-    """`1 layer`, `2 layers`."""
-    return f"{value:,} {noun}" + ("" if value == 1 else "s")
-
-
-def flops(value: float | None) -> str:
-    """Floating-point operations with an SI prefix."""
-    if value is None:
-        return DASH
-    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}" if value < 1000 * factor else f"{value / factor:,.0f} {unit}"
-    return f"{value:,.0f} FLOP"
-
-
-def milliseconds(value: float | None) -> str:
-    """A duration with three significant digits."""
-    return DASH if value is None else f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | None) -> str:
@@ -375,10 +348,10 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | N
         noise=noise(metrics.get("ttft")),
         requested=budget.get("speedup"),
         unconditional=_unconditional(budget),
-        loss_plot=_loss_plot(metrics) if metrics["curve"] else None,
+        loss_plot=loss_plot(metrics, _limit(metrics)) if metrics["curve"] else None,
         importance=importance,
-        importance_plot=_importance_plot(importance, depth) if importance else None,
-        frontier_plot=_frontier_plot(metrics),
+        importance_plot=importance_plot(importance, depth) if importance else None,
+        frontier_plot=frontier_plot(metrics, _limit(metrics)),
         fewest=in_order(map(Kept.of, metrics.get("plans") or [metrics]))[0],
         comparison=_comparison_table(metrics) if metrics.get("comparison") else None,
         boundaries=_boundary_table(metrics) if metrics.get("boundaries") else None,
@@ -413,136 +386,3 @@ def _by_depth(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _or_dash(value: Any) -> Any:
     return DASH if value is None else value
-
-
-def _importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
-    def draw(axes: Axes, theme: Theme) -> None:
-        stages = {stage: [float(value) for value in importance[stage]] for stage in ("prefill", "decode")}
-        layers = len(stages["prefill"])
-        positive = [value for values in stages.values() for value in values if value > 0 and math.isfinite(value)]
-        low, high = (min(positive), max(positive)) if positive else (1e-3, 1.0)
-        floor = low / 4
-        if depth is not None and depth < layers:
-            axes.axvspan(depth - 0.5, layers - 0.5, color=theme.band, linewidth=0)
-            axes.text(
-                layers - 0.45, high * 2.2, f"pruned in prefill (depth {depth})", color=theme.muted, ha="right", va="top"
-            )
-        for color, marker, (stage, values) in zip(theme.series, "os", stages.items(), strict=False):
-            shown = [value if value > 0 else math.nan for value in values]
-            axes.plot(range(layers), shown, marker=marker, markersize=4, linewidth=1.6, color=color, label=stage)
-            # A log axis has no zero: an exact zero is drawn as a hollow mark at the bottom, with a label.
-            for layer in (layer for layer, value in enumerate(values) if value == 0):
-                axes.plot(layer, floor, marker="v", markersize=6, markerfacecolor="none", color=color, linewidth=0)
-                axes.annotate(
-                    "exactly 0",
-                    (layer, floor),
-                    (-7, 0),
-                    textcoords="offset points",
-                    color=theme.muted,
-                    ha="right",
-                    va="center",
-                )
-        axes.set_yscale("log")
-        axes.set_ylim(floor / 1.6, high * 2.6)
-        axes.set_xlim(-0.5, layers - 0.5)
-        axes.yaxis.set_major_locator(LogLocator(numticks=7))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(12, max(1, layers))))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("importance (log scale)")
-
-    return picture(draw, "Importance per layer in prefill and decode")
-
-
-def _loss_plot(metrics: dict[str, Any]) -> Markup:
-    curve, metric, limit = metrics["curve"], metrics["budget"]["metric"], _limit(metrics)
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        bounded = False
-        for index, kind in enumerate(dict.fromkeys(row["projection"] for row in curve)):
-            color = theme.series[index % len(theme.series)]
-            rows = sorted((row for row in curve if row["projection"] == kind), key=lambda row: row["depth"])
-            depths = [row["depth"] for row in rows]
-            losses, bounds = ([_plotted(row.get(key)) for row in rows] for key in ("loss", "bound"))
-            axes.plot(depths, losses, marker="o", markersize=4, linewidth=1.6, color=color, label=kind)
-            axes.plot(depths, bounds, linewidth=1.1, linestyle=(0, (3, 2)), color=color)
-            bounded = bounded or any(math.isfinite(bound) for bound in bounds)
-        if bounded:
-            axes.plot([], [], linewidth=1.1, linestyle=(0, (3, 2)), color=theme.muted, label="upper bound")
-        if limit is not None:
-            axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {amount(limit, metric)}")
-        if metrics["depth"] is not None:
-            axes.axvline(
-                metrics["depth"], color=theme.muted, linewidth=1, linestyle=":", label=f"depth {metrics['depth']}"
-            )
-        threshold = _loss_axis(axes, metric, limit)
-        values = [_plotted(row.get(key)) for row in curve for key in ("loss", "bound")]
-        finite = [value for value in values if math.isfinite(value)] + [threshold]
-        axes.set_ylim(min(0.0, *finite) - 0.06 * threshold, max(finite) * 1.4 + 0.06 * threshold)
-        depths = sorted({row["depth"] for row in curve})
-        if len(depths) <= 14:
-            axes.xaxis.set_major_locator(FixedLocator(depths))
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("depth: layers that context tokens run through")
-
-    return picture(draw, "Loss against depth with upper bounds and the budget")
-
-
-def _limit(metrics: dict[str, Any]) -> float | None:
-    """The loss that the budget allows; None where the loss was not limited."""
-    budget = metrics["budget"]
-    return None if _unconditional(budget) else float(budget["max_drop"])
-
-
-def _loss_axis(axes: Axes, metric: str, limit: float | None) -> float:
-    """Scale the y axis for losses, linear up to the budget and logarithmic above it; returns where that changes."""
-    threshold = limit or 1e-3
-    axes.set_yscale("symlog", linthresh=threshold)
-    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-    axes.yaxis.set_minor_locator(NullLocator())
-    scale, sign = (100, "%") if metric_named(metric).rate else (1, "")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.3g}{sign}")
-    axes.set_ylabel(metric_named(metric).axis)
-    return threshold
-
-
-def _frontier_plot(metrics: dict[str, Any]) -> Markup | None:
-    """Loss against counted speedup: pruning by depth only, and the best of all plans; None without other plans."""
-    plans = [plan for plan in metrics.get("plans") or [] if plan["projection"] != "reuse"] or metrics.get("plans") or []
-    if len({Kept.of(plan) for plan in plans}) < 2:
-        return None
-    fewest = in_order(map(Kept.of, plans))[0]
-    by_depth = [plan for plan in plans if Kept.of(plan) == fewest]
-    limit, metric = _limit(metrics), metrics["budget"]["metric"]
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        for color, label, group in zip(theme.series, ("depth only", "all plans"), (by_depth, plans), strict=False):
-            best = staircase([(plan["speedup"], max(0.0, _plotted(plan["loss"]))) for plan in group])
-            axes.plot(*zip(*best, strict=True), marker="o", markersize=4, linewidth=1.6, color=color, label=label)
-        others = [plan for plan in plans if plan not in by_depth]
-        axes.plot(
-            [plan["speedup"] for plan in others],
-            [max(0.0, _plotted(plan["loss"])) for plan in others],
-            linestyle="", marker=".", color=theme.muted, label="measured plans",
-        )  # fmt: skip
-        if limit is not None:
-            axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {amount(limit, metric)}")
-        axes.set_ylim(bottom=-0.06 * _loss_axis(axes, metric, limit))
-        axes.set_xlabel("counted speedup of the prefill")
-
-    return picture(draw, "Loss against counted speedup: depth only, and all plans")
-
-
-def staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (speedup, loss) that no other one beats in both, by speedup."""
-    kept: list[tuple[float, float]] = []
-    for speedup, loss in sorted(points, key=lambda point: (-point[0], point[1])):
-        if not kept or loss < kept[-1][1]:
-            kept.append((speedup, loss))
-    return kept[::-1]
-
-
-def _plotted(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.nan

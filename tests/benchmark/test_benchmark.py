@@ -13,7 +13,7 @@ from pop_lightning.benchmark import report as benchmark_report
 from pop_lightning.benchmark.bound import unavoidable
 from pop_lightning.cli import generate
 from pop_lightning.core.memory import peak_bytes
-from pop_lightning.core.tables import millions
+from pop_lightning.core.numbers import millions
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import prefill_flops

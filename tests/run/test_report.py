@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from pop_lightning.core.numbers import number, percent
 from pop_lightning.run import report
-from pop_lightning.run.report import advice, amount, headline, number, percent, print_table, write_report
+from pop_lightning.run.report import advice, amount, headline, print_table, write_report
 
 from tests.helpers.browser import assert_fits
 
