@@ -1,7 +1,7 @@
 """Teacher-forced evaluation of many pruned variants of one model: one full pass, plus a small part per variant."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ class Evaluation(DecoderModule):
     """Measure variants with ``Trainer.validate`` (the search split) or ``Trainer.test`` (the verify split).
 
     Afterwards :meth:`rows` holds every row's metrics. The means over prompts are logged as ``kl/NAME``,
-    ``agreement/NAME``, ``nll_increase/NAME`` and ``exact_match/NAME``.
+    ``agreement/NAME``, ``nll_increase/NAME`` and ``exact_match/NAME``. Plans and kinds are among the hyperparameters,
+    as ``measured``; checkpoints hold no projections, so ``load_from_checkpoint`` needs ``variants=`` again.
 
     Args:
         model: the base: a hub id or folder, a Transformers model, or a decoder.
@@ -93,6 +94,7 @@ class Evaluation(DecoderModule):
         variants: Mapping[str, Variant] | Mapping[int, KVProjections],
         boundary: int = 1,
     ):
+        model = str(model) if isinstance(model, Path) else model  # a name, which checkpoints can hold
         super().__init__(model)
         self.variants = {
             str(name): given if isinstance(given, Variant) else Variant(PruningPlan(int(name), boundary), given)
@@ -100,6 +102,9 @@ class Evaluation(DecoderModule):
         }
         if not self.variants:
             raise InputError("an evaluation needs at least one variant, or the projections of at least one depth.")
+        self.save_hyperparameters("boundary", *["model"] * isinstance(model, str))
+        measured = {name: asdict(each.plan) | {"kind": each.projections.kind} for name, each in self.variants.items()}
+        self.save_hyperparameters({"measured": measured})
         self._names = list(self.variants)
         self.meters = torch.nn.ModuleList(RowMetrics(ROW_METRICS) for _ in self._names)
 

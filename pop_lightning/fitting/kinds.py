@@ -106,6 +106,10 @@ class TrainedKind(Kind, ABC):
         """The arguments of :meth:`prepare`, from the recipe's ``projection`` section."""
         return {}
 
+    def parameters(self, settings: Any, inputs: int, outputs: int) -> int:
+        """Number of parameters trained per layer, for a map of that many inputs and outputs with a bias."""
+        return outputs * (inputs + 1)
+
     @abstractmethod
     def prepare(self, projections: KVProjections, **arguments) -> nn.Module | None:
         """Make ``projections`` trainable, in place; returns a module for :meth:`finish` if it needs one."""

@@ -20,6 +20,9 @@ class Lora(TrainedKind):
     def arguments(self, settings: Any) -> dict[str, Any]:
         return asdict(settings.lora)
 
+    def parameters(self, settings: Any, inputs: int, outputs: int) -> int:
+        return settings.lora.r * (inputs + outputs)
+
     def prepare(self, projections: KVProjections, **arguments) -> PeftModel:
         return inject(projections, **arguments)
 

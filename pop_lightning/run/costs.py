@@ -21,6 +21,7 @@ from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.metrics import POSITIONS
 from pop_lightning.fitting.importance import RESIDUALS
+from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.regressions import ClosedFormFit, Shape, bytes_needed, objectives, passes
 from pop_lightning.fitting.training import CHUNK_LOGITS
 from pop_lightning.models.decoder import Decoder
@@ -383,8 +384,9 @@ class Costs:
             steps.append(self.full + 4 * self.head + forward + backward + again)
         layers, width = self.layers - depth - 1, self.layer.hidden + 1
         masters = layers * 2 * self.layer.kv * width * _FLOAT
-        adapters = layers * settings.lora.r * (self.layer.hidden + 2 * self.layer.kv) * _FLOAT
-        trained, added = (adapters, adapters) if settings.kind == "lora" else (masters, 0)
+        kind = trained_kind(settings.kind)
+        trained = layers * kind.parameters(settings, self.layer.hidden, 2 * self.layer.kv) * _FLOAT
+        added = 0 if kind.replaces_start else trained
         # On a GPU AdamW makes a temporary copy of all parameters, next to their gradients.
         needed = max(self.training_bytes(batch, depth), 2 * trained * self.gpu)
         return Stage(

@@ -197,6 +197,20 @@ def test_scores_are_loaded_from_a_checkpoint(base, data, tmp_path):
     assert torch.equal(again.scores, scoring.scores)
 
 
+def test_an_evaluation_keeps_what_it_measured_in_its_hyperparameters(base, data, tmp_path):
+    reuse = KVProjections(Decoder(build("llama")), 2)
+    evaluation, run = Evaluation(base, {2: reuse}, boundary=4), trainer()
+    run.validate(evaluation, datamodule=data, verbose=False)
+    run.save_checkpoint(tmp_path / "evaluation.ckpt")
+    again = Evaluation.load_from_checkpoint(tmp_path / "evaluation.ckpt", variants={2: reuse}, weights_only=True)
+    assert again.hparams["measured"] == {
+        "2": {"depth": 2, "boundary": 4, "salient": 0, "selector": "attention", "kind": "reuse"}
+    }
+    assert again.variants["2"].plan == PruningPlan(2, 4)
+    run.validate(again, datamodule=data, verbose=False)
+    torch.testing.assert_close(again.rows("2"), evaluation.rows("2"))
+
+
 def test_a_training_that_was_stopped_within_an_epoch_continues_with_the_batches_it_would_have_read(data, tmp_path):
     def seen(callbacks=(), **arguments):
         class Watch(lightning.Callback):
