@@ -6,105 +6,32 @@ depth and its verification all get their batches here.
 
 import hashlib
 import json
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count, groupby, zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 
 import lightning
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pop_lightning.core import distributed
-from pop_lightning.core.errors import InputError, Key, show
-from pop_lightning.core.files import read_checked_json, write_checked_json
+from pop_lightning.core.errors import InputError, Key
 from pop_lightning.data.batches import Batches, Epochs, EveryBatch, ResumableLoader, Steps, TrainingBatches, collate
 from pop_lightning.data.examples import given_examples, read_examples
 from pop_lightning.data.processor import VisionProcessor
+from pop_lightning.data.report import DataReport
+from pop_lightning.data.responses import generated_responses
 from pop_lightning.data.rows import EMPTY_RESPONSE, Row, RowTokenizer, hash63
+from pop_lightning.data.splits import SPLITS, check_fractions, split_rows
 from pop_lightning.models.loading import load_tokenizer
 
-SPLITS = {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
 _DUPLICATE = "duplicate"
 _BROKEN = "rows that cannot be read"
 MOST_BROKEN = 0.1  # a larger share of such rows means that the source is wrong, not single rows
 _VISION_RESPONSE = "response with an image or video token"
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """A summary of the data: usable rows, the others counted by reason, and lengths in tokens.
-
-    ``unusable`` maps a reason to a count and ``first_unusable`` the same reason to the first origin; ``truncated``
-    counts the rows that are used but were cut; ``ignored`` maps each key that is not read to the rows that have it.
-    ``response_tokens`` is None while every response is missing.
-    """
-
-    rows: int
-    unusable: dict[str, int]
-    first_unusable: dict[str, str]
-    truncated: int
-    prompt_tokens: dict[str, float] | None
-    response_tokens: dict[str, float] | None
-    ignored: dict[str, int]
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        parts = [f"{self.rows} rows"]
-        for name, tokens in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
-            if tokens:
-                parts.append(f"{name} tokens {tokens['min']:g}/{tokens['median']:g}/{tokens['max']:g} (min/median/max)")
-        if self.truncated:
-            parts.append(f"{self.truncated} cut to fit")
-        if self.unusable:
-            parts.append(f"not used: {self._unusable()}")
-        if self.ignored:
-            parts.append(
-                "keys not read: " + ", ".join(f"{show(key)[1:-1]} ({n} rows)" for key, n in self.ignored.items())
-            )
-        return ", ".join(parts)
-
-    def _unusable(self) -> str:
-        return "; ".join(f"{n} {reason} (first: {self.first_unusable[reason]})" for reason, n in self.unusable.items())
-
-
-def split_rows(rows: Sequence[Row], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Row]]:
-    """Disjoint splits, the same for every order of ``rows``.
-
-    Rows are ordered by a hash of ``seed`` and their prompt and cut where the fractions say. Rows that share a prompt
-    stay together, so that no prompt is used for both fitting and verification, and a response that is filled in later
-    does not move its row.
-
-    Raises:
-        InputError: there are fewer distinct prompts than splits.
-    """
-    key = {row.prompt: hash63(seed, *row.prompt) for row in rows}
-    ordered = sorted(rows, key=lambda row: (key[row.prompt], row.prompt, row.seed))
-    groups = [list(group) for _, group in groupby(ordered, key=lambda row: row.prompt)]
-    if len(groups) < len(fractions):
-        raise InputError(
-            f"found {len(rows)} usable rows with {len(groups)} distinct prompts, expected at least {len(fractions)}, "
-            f"one for each of {', '.join(fractions)}: give more rows in data.calibration or raise data.limit "
-            "(in a .txt file a blank line separates documents)."
-        )
-    splits, start, share, taken = {}, 0, 0.0, 0
-    for index, (name, fraction) in enumerate(fractions.items()):
-        left = len(fractions) - index - 1
-        share += fraction
-        end, target = start, len(groups) if left == 0 else round(share * len(rows))
-        while end < len(groups) - left and (end == start or left == 0 or taken < target):
-            taken += len(groups[end])
-            end += 1
-        splits[name] = [row for group in groups[start:end] for row in group]
-        start = end
-    return splits
 
 
 class CalibrationData(lightning.LightningDataModule):
@@ -166,7 +93,7 @@ class CalibrationData(lightning.LightningDataModule):
         self.split, self.limit = split, limit
         self.name, self.columns = name, columns
         self.batch_size, self.seed = batch_size, seed
-        self.fractions = _check_fractions(splits)
+        self.fractions = check_fractions(splits)
         self.max_response_tokens, self.context = max_response_tokens, context
         self.pad_token_id = next(
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
@@ -240,10 +167,10 @@ class CalibrationData(lightning.LightningDataModule):
         if unusable[_BROKEN] > MOST_BROKEN * tried:
             raise problem
         origins = {reason: origin for reason, (_, origin) in first.items()}
-        self.report = _report(rows, dict(unusable), origins, truncated, dict(ignored))
+        self.report = DataReport.of(rows, dict(unusable), origins, truncated, dict(ignored))
         if not rows:
             raise InputError(
-                f"{self.calibration!r} has no usable row: {self.report._unusable()}",
+                f"{self.calibration!r} has no usable row: {self.report.left_out}",
                 key="data.calibration",
                 advice=(
                     *("change the rows, ", Key("data.max_prompt_tokens"), f" ({self._tokenize.max_prompt}) or "),
@@ -378,30 +305,8 @@ class CalibrationData(lightning.LightningDataModule):
         waiting = [row for rows in self._splits.values() for row in rows if row.response_ids is None]
         if not waiting:
             return
-        cache = Path(cache)
         stamp = {"made_with": made_with, "max_response_tokens": self.max_response_tokens}
-        responses = distributed.from_first(lambda: _read_cache(cache, stamp))
-        todo = sorted(
-            (row for row in waiting if str(row.seed) not in responses), key=lambda row: (-row.length, row.seed)
-        )
-        hidden = not todo or not distributed.is_first() or None  # None: shown on a terminal only
-        written, began = 0, time.perf_counter()
-        with tqdm(total=len(todo), desc="responses of the full model", unit="row", disable=hidden) as bar:
-            step = self.batch_size * distributed.size()
-            for start in range(0, len(todo), step):
-                batch = todo[start : start + step]
-                # A process without a row repeats one: sharded weights need all processes to generate in step.
-                share = batch[distributed.rank() :: distributed.size()]
-                generated = distributed.gather(generate(share or batch[-1:])[: len(share)])
-                for number, ids_of_rank in enumerate(generated):
-                    for row, ids in zip(batch[number :: distributed.size()], ids_of_rank, strict=True):
-                        responses[str(row.seed)] = [int(token) for token in ids]
-                        written += len(ids)
-                bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
-                if distributed.is_first():
-                    _write_cache(cache, {**stamp, "responses": responses})
-                bar.update(len(batch))
-        self._take(responses)
+        self._take(generated_responses(waiting, generate, Path(cache), stamp, self.batch_size))
 
     def _take(self, responses: dict[str, list[int]]) -> None:
         unusable, first = Counter(self.report.unusable), dict(self.report.first_unusable)
@@ -425,12 +330,12 @@ class CalibrationData(lightning.LightningDataModule):
                 splits[name].append(row)
             splits[name].sort(key=lambda row: (hash63(self.seed, *row.prompt), row.seed))
         kept = [row for rows in splits.values() for row in rows]
-        self.report = _report(kept, dict(unusable), first, truncated, self.report.ignored)
+        self.report = DataReport.of(kept, dict(unusable), first, truncated, self.report.ignored)
         empty = [name for name, rows in splits.items() if not rows]
         if empty:
             raise InputError(
                 f"data.calibration {self.calibration!r} leaves no row in {', '.join(empty)} after generation: "
-                f"{self.report._unusable()}; give more rows or data.splits with larger fractions there."
+                f"{self.report.left_out}; give more rows or data.splits with larger fractions there."
             )
         self._splits = splits
 
@@ -452,50 +357,3 @@ def _check_counts(counts: dict[str, int]) -> None:
     for key, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{key} must be a whole number of at least 1, found {value!r}.")
-
-
-def _check_fractions(splits: Mapping[str, float]) -> dict[str, float]:
-    """The fractions in the library's order, so that the order of a recipe's keys changes nothing."""
-    if splits.keys() != SPLITS.keys():
-        raise InputError(f"data.splits has {', '.join(splits) or 'no names'}: expected exactly {', '.join(SPLITS)}.")
-    for name, value in splits.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise InputError(f"data.splits.{name} must be a fraction between 0 and 1, found {value!r}.")
-    total = sum(splits.values())
-    if abs(total - 1) > 1e-6:
-        raise InputError(f"data.splits must sum to 1, found {total:g}: change the fractions of {', '.join(SPLITS)}.")
-    return {name: float(splits[name]) for name in SPLITS}
-
-
-def _report(
-    rows: list[Row], unusable: dict[str, int], first: dict[str, str], truncated: int, ignored: dict[str, int]
-) -> DataReport:
-    responses = [len(row.response_ids) for row in rows if row.response_ids is not None]
-    return DataReport(
-        rows=len(rows),
-        unusable=unusable,
-        first_unusable=first,
-        truncated=truncated,
-        prompt_tokens=_spread([len(row.prompt_ids) for row in rows]),
-        response_tokens=_spread(responses),
-        ignored=ignored,
-    )
-
-
-def _spread(lengths: list[int]) -> dict[str, float] | None:
-    if not lengths:
-        return None
-    return {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)}
-
-
-def _read_cache(cache: Path, stamp: dict) -> dict[str, list[int]]:
-    try:
-        content = read_checked_json(cache)
-        return dict(content["responses"]) if all(content[key] == value for key, value in stamp.items()) else {}
-    except (KeyError, TypeError, ValueError):
-        return {}  # unreadable or of another version: the responses are generated again
-
-
-def _write_cache(cache: Path, content: dict) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_checked_json(cache, content)

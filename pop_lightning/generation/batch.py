@@ -17,7 +17,8 @@ from pop_lightning.core.files import check_writable, write_text
 from pop_lightning.core.journal import Busy, Journal
 from pop_lightning.data.batches import collate
 from pop_lightning.data.examples import read_examples
-from pop_lightning.data.module import CalibrationData, DataReport
+from pop_lightning.data.module import CalibrationData
+from pop_lightning.data.report import DataReport
 from pop_lightning.data.rows import Row, hash63
 from pop_lightning.evaluation.answers import exact_match, rouge_l, token_f1
 from pop_lightning.generation import comparison, comparison_page

@@ -25,9 +25,10 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.batches import collate
 from pop_lightning.data.examples import read_examples
-from pop_lightning.data.module import CalibrationData, split_rows
+from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
 from pop_lightning.data.rows import Row
+from pop_lightning.data.splits import split_rows
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.evaluation.metrics import row_loss
 from pop_lightning.fitting.closed_form import FittedDepth, fit_depths

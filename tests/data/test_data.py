@@ -19,8 +19,9 @@ from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError
 from pop_lightning.data.batches import collate
 from pop_lightning.data.examples import read_examples
-from pop_lightning.data.module import SPLITS, CalibrationData, split_rows
+from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.rows import MIN_TEXT_TOKENS, Row, RowTokenizer
+from pop_lightning.data.splits import SPLITS, split_rows
 
 WORDS = [f"w{number}" for number in range(200)]
 SPECIAL = ["<unk>", "<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]

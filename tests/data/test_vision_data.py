@@ -23,8 +23,9 @@ from pop_lightning import InputError, StageAwareGenerator
 from pop_lightning.cli import fit, generate
 from pop_lightning.data import media
 from pop_lightning.data.images import RowImage
-from pop_lightning.data.module import SPLITS, CalibrationData
+from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import VisionProcessor, load_processor
+from pop_lightning.data.splits import SPLITS
 from pop_lightning.generation.batch import generate_file
 from pop_lightning.generation.stream import stream
 from pop_lightning.models.decoder import Decoder
