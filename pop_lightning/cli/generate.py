@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pop_lightning.cli import importing, run
+from pop_lightning.core import completion
 from pop_lightning.core.errors import InputError, as_flags
 from pop_lightning.core.quiet import quiet_bars
 
@@ -486,6 +487,7 @@ def _translated(words: list[str]) -> list[str]:
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser("pop-generate", description="Run an exported artifact, or measure the speedup of pruning.")
     parser.add_argument("--version", action="version", version=f"pop-generate {version('pop-lightning')}")
+    completion.add_flag(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inside = {}
     for name, command in COMMANDS.items():

@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 
 from pop_lightning.cli import importing, run
+from pop_lightning.core import completion
 from pop_lightning.core.errors import InputError, first_sentence
 
 
@@ -17,6 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pop-serve {version('pop-lightning')}")
+    completion.add_flag(parser, "--print-completion")
     parser.add_argument("artifact", metavar="ARTIFACT", help="the artifact/ folder that pop-fit wrote, or its hub id")
     parser.add_argument("--artifact-revision", metavar="NAME", help="branch, tag or commit of an artifact on the hub")
     parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the base (default: as the artifact says)")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from pop_lightning.core import completion
 from pop_lightning.core.errors import InputError, Key, raise_all, show
 from pop_lightning.run import trainer_arguments, yaml_text
 from pop_lightning.run.recipe import TOGETHER, Recipe
@@ -103,7 +104,33 @@ def _parser() -> argparse.ArgumentParser:
         group = exclusive if name in ("check", "resume", "overwrite") else parser
         group.add_argument(f"--{name}", help=text, **{"metavar": metavar} if metavar else {"action": "store_true"})
     parser.add_argument("--version", action="version", version=f"pop-fit {version('pop-lightning')}")
+    completion.add_flag(parser, whole=_completed)
     return parser
+
+
+_PLACES = {"model.base": "MODEL", "data.calibration": "FILE", "output": "DIR"}
+
+
+def _completed() -> argparse.ArgumentParser:
+    """The parser with every key of the recipe as a flag, for completion."""
+    parser = _parser()
+    for action in parser._actions:
+        if action.dest == "recipe":
+            action.complete = completion.names_or_files(bundled_recipes())
+    for key, node in _keys().items():
+        if "properties" not in node:
+            text = node.get("description", "an argument of lightning.Trainer").replace("%", "%%")
+            parser.add_argument(f"--{key}", choices=_choices(node) or None, metavar=_PLACES.get(key), help=text)
+    return parser
+
+
+def _choices(node: dict) -> list[str]:
+    """The values that a key can have, if they can be listed."""
+    if "anyOf" in node:
+        return [value for each in node["anyOf"] for value in _choices(each)]
+    if node.get("type") == "boolean":
+        return ["true", "false"]
+    return [str(value) for value in node.get("enum", [node["const"]] if "const" in node else [])]
 
 
 def bundled_recipes() -> list[str]:

@@ -21,6 +21,7 @@ def python(code: str, **options) -> subprocess.CompletedProcess:
         ("fit", ["--schema"]),
         ("fit", ["--version"]),
         ("fit", ["--recipe", "tiny", "--print_config"]),
+        ("fit", ["--print_completion", "bash"]),
         ("generate", ["--help"]),
         ("generate", ["prompt", "--help"]),
         ("generate", ["--version"]),
