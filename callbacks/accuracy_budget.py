@@ -90,27 +90,35 @@ class AccuracyBudget(lightning.Callback):
         entries = module.entries(self.metric, self.confidence, self._prompts(trainer))
         self.measured |= {name: entry for name, entry in entries.items() if not module.variants[name].is_ablation}
         layers = module.decoder.num_layers
-        best: dict[int, tuple[Measured, str]] = {}
+        found: dict[int, list[str]] = {}
         for name, entry in self.measured.items():
             depth = entry["depth"]
             if layers - depth >= (1 if self.max_drop is None else self.min_pruned):
-                candidate = Measured.of(entry), name
-                best[depth] = min(best.get(depth, candidate), candidate, key=self._rank)
-        if not best:
+                found.setdefault(depth, []).append(name)
+        if not found:
             raise InputError(
                 f"no validated variant prunes at least {self.min_pruned} of {layers} layers: give the Evaluation a "
                 "smaller depth, or the AccuracyBudget a smaller min_pruned."
             )
-        choices = search.finish(search.settle([measured for measured, _ in best.values()], self._budget))
-        self.sequence = [best[choice.depth][1] for choice in choices]
+        best = {depth: self._best(found[depth]) for depth in sorted(found)}  # of equal losses the deepest pruning
+        choices = search.finish(
+            search.settle([Measured.of(self.measured[name]) for name in best.values()], self._budget)
+        )
+        self.sequence = [best[choice.depth] for choice in choices]
 
-    def _rank(self, pair: tuple[Measured, str]) -> tuple[float, ...]:
-        """Orders the variants of one depth: of those that keep the budget, the fewest tokens in full come first."""
-        measured, name = pair
-        if not self._budget.clears(measured):
-            return (1, *self._budget.rank(measured))
-        plan = Kept.of(self.measured[name]).at(measured.choice.depth)
-        return (0, plan.boundary_of(USUAL) + plan.salient_of(USUAL), *self._budget.rank(measured))
+    def _best(self, names: list[str]) -> str:
+        """Of one depth: the fewest tokens in full of those that keep the budget, or else the smallest loss."""
+        measured = {name: Measured.of(self.measured[name]) for name in names}
+
+        def tokens(name: str) -> int:
+            plan = Kept.of(self.measured[name]).at(measured[name].choice.depth)
+            return plan.boundary_of(USUAL) + plan.salient_of(USUAL)
+
+        clearing = [name for name in names if self._budget.clears(measured[name])]
+        fewest = min(map(tokens, clearing), default=None)
+        considered = [name for name in clearing if tokens(name) == fewest] or names
+        winner = self._budget.best(measured[name] for name in considered)
+        return next(name for name in considered if measured[name] is winner)
 
     def _prompts(self, trainer: lightning.Trainer) -> int | None:
         if self.verify_prompts is None and hasattr(trainer.datamodule, "prompts_of"):

@@ -3,7 +3,8 @@
 Works on measured losses only, without a model. The pipeline and the budget callback measure and carry out what is
 proposed here. :func:`within_budget`, :func:`least_loss` and :func:`fastest_plan` are state machines written as
 generators: they yield proposals, are sent the measurements, and return their choice. They depend on nothing else, so
-the same losses give the same run, on every rank and after every interruption.
+the same losses give the same run, on every rank and after every interruption. Another number of processes sums in
+another order: losses that differ by no more than that are equal here, and a documented order decides.
 """
 
 import math
@@ -17,6 +18,9 @@ from pop_lightning.evaluation.losses import BudgetMetric
 CLOSE = 2.0  # more steps, or more rows, are worthwhile while the loss is at most this many times the budget
 TOGETHER = 8  # plans that are measured in one pass, the fastest first
 SCREENING = 100  # the fewest rows on which plans are screened
+# Losses and KLs that differ by less are equal. Sums in float32 that are added up in another order differ by some 1e-7,
+# and the projections fitted to them change a loss by some 1e-5 of it.
+EQUAL, EQUAL_SHARE = 1e-6, 1e-3
 
 Plan = tuple[int, Kept]  # depth, and the tokens that run in full
 
@@ -78,12 +82,16 @@ class Budget:
         """Whether the verify split is expected to certify the budget."""
         return self.max_drop is not None and measured.expected_bound <= self.max_drop
 
-    def rank(self, measured: Measured) -> tuple[float, ...]:
-        """Sort key of the projections of one depth, the best first.
+    def best(self, measured: Iterable[Measured]) -> Measured:
+        """The best of several; of equals the first, so they are given in the order of preference.
 
-        Those that clear the budget are ordered by KL, which is finer than a loss from a few rows; the others by loss.
+        Of those that clear the budget, if there are any, the smallest KL, which is finer than a loss from a few rows;
+        otherwise the smallest loss, and of equal losses the smallest KL.
         """
-        return (0, measured.kl) if self.clears(measured) else (1, measured.loss, measured.kl)
+        measured = list(measured)
+        if clearing := [each for each in measured if self.clears(each)]:
+            return least(clearing, lambda each: each.kl)
+        return least(measured, lambda each: each.loss, lambda each: each.kl)
 
     def fits(self, measured: Measured) -> bool:
         """Whether the mean is within the budget; its bound may still exceed it."""
@@ -101,6 +109,15 @@ class Budget:
                 expected = self.metric.amount(measured.expected_bound)
                 place += f" (the expected bound on the verify split is {expected})"
         self.say(f"search: depth {choice.depth} ({how}) loses {self.metric.amount(measured.loss)}{place}: {decision}")
+
+
+def least(several: Iterable[Any], *figures: Callable[[Any], float]) -> Any:
+    """The smallest first figure; of equals (:data:`EQUAL`) the smallest second one, and so on; at last the first."""
+    remaining = list(several)
+    for figure in figures:
+        smallest = min(map(figure, remaining))
+        remaining = [each for each in remaining if figure(each) - smallest <= max(EQUAL, EQUAL_SHARE * abs(smallest))]
+    return remaining[0]
 
 
 def settle(
@@ -180,7 +197,7 @@ class Training:
         for number in range(1, self.extensions + 2):
             action = "train" if number == 1 else "extend"
             latest = yield Proposal(action, Choice(depth, self.kind, number * self.steps))
-            best = min(best, latest, key=budget.rank)
+            best = budget.best([best, latest])
             more = number <= self.extensions and extend(previous, latest)
             enough = "training ends" if latest is best else f"not better than {best.choice}"
             budget.report(latest, "train on" if more else enough)
@@ -201,7 +218,7 @@ def within_budget(
         untrained: one measurement without training per depth that may be exported.
 
     Returns:
-        The choices to verify, shallowest pruning first: the best projections of each depth (:meth:`Budget.rank`).
+        The choices to verify, shallowest pruning first: the best projections of each depth (:meth:`Budget.best`).
     """
 
     def close(previous: Measured, latest: Measured) -> bool:
@@ -238,7 +255,7 @@ def least_loss(
     A training is extended while a round lowers the loss by a tenth.
 
     Args:
-        fitted: every untrained kind at that depth.
+        fitted: every untrained kind at that depth, the simplest first: of equals it is chosen.
         training: None to train nothing.
     """
 
@@ -247,7 +264,7 @@ def least_loss(
 
     for untrained_kind in fitted:
         budget.report(untrained_kind, "fitted")
-    best = min(fitted, key=budget.rank)
+    best = budget.best(fitted)
     if training is not None:
         best = yield from training.rounds(best, budget, falling)
     budget.report(best, "the smallest loss at this depth, chosen")
@@ -273,11 +290,13 @@ def fastest_plan(
     plans to measure and is sent their measurements. Only plans that are faster than the best with the fewest tokens are
     measured: first all of them on a part of the rows, if there are enough rows, where those that lose more than
     :data:`CLOSE` times the budget are left out; then the others, the fastest first and :data:`TOGETHER` in one pass,
-    until one keeps the budget. If none does at any depth, the fewest tokens.
+    until one keeps the budget. Of equally fast plans the first in ``speedups``. If none keeps the budget at any depth,
+    the fewest tokens.
 
     Args:
         fewest: measurements with the fewest tokens, which ``speedups`` lists first.
-        speedups: the prefill speedup of every plan that may be exported, from counted operations.
+        speedups: the prefill speedup of every plan that may be exported, from counted operations, in the order of
+            :func:`~pop_lightning.core.plan.in_order`, and the smallest pruning first.
         screened: whether there are enough rows.
     """
     first = next(kept for _, kept in speedups)
@@ -312,15 +331,26 @@ def fastest_plan(
     return chosen[1]
 
 
-def kept_of_least_loss(measured: Mapping[Kept, Sequence[Measured]], budget: Budget) -> Kept:
-    """The tokens to run in full: the smallest loss at the depth that reaches the speedup; of equals, the first."""
-    best = {kept: min(candidates, key=budget.rank) for kept, candidates in measured.items()}
+def kept_of_least_loss(
+    measured: Mapping[Kept, Sequence[Measured]], speedups: Mapping[Kept, float], budget: Budget
+) -> Kept:
+    """The tokens to run in full: the smallest loss at the depth that reaches the target speedup.
+
+    Of equal losses the smallest KL, then the fewest counted operations, then the first.
+
+    Args:
+        measured: every untrained kind at that depth, the simplest first.
+        speedups: of these plans, from counted operations.
+    """
+    best = {kept: budget.best(candidates) for kept, candidates in measured.items()}
     for kept, candidate in best.items():
         budget.say(
             f"search: {kept} reaches the target speedup at depth {candidate.choice.depth} and loses "
             f"{budget.metric.amount(candidate.loss)}"
         )
-    chosen = min(best, key=lambda kept: budget.rank(best[kept]))
+    fastest = sorted(best, key=lambda kept: -speedups[kept])
+    winner = budget.best(best[kept] for kept in fastest)
+    chosen = next(kept for kept in fastest if best[kept] is winner)
     budget.say(f"search: {chosen} is chosen, the smallest loss")
     return chosen
 

@@ -302,7 +302,7 @@ def search(run: Run, depths: list[int]) -> Found:
     elif reached is not None:
         asked = [(Choice(depth, kind), kept) for kept, depth in reached.items() if kept != ways[0] for kind in kinds]
         plans += measure(run, "searching plans", asked, "state/search-plans.json")
-        kept = _kept_of_least_loss(plans, reached, budget)
+        kept = _kept_of_least_loss(run, plans, reached, budget)
     else:
         kept = _kept_within_budget(run, plans, screened, depths, budget)
         known = {(entry["depth"], entry["projection"]) for entry in plans if Kept.of(entry) == kept}
@@ -335,12 +335,13 @@ def _may_be_exported(run: Run, entry: dict) -> bool:
     return enough and entry["projection"] == start_kind(run.recipe)
 
 
-def _kept_of_least_loss(plans: list[dict], reached: dict[Kept, int], budget: selection.Budget) -> Kept:
+def _kept_of_least_loss(run: Run, plans: list[dict], reached: dict[Kept, int], budget: selection.Budget) -> Kept:
     measured: dict[Kept, list[Measured]] = {}
     for entry in plans:
         if reached.get(Kept.of(entry)) == entry["depth"]:
             measured.setdefault(Kept.of(entry), []).append(Measured.of(entry))
-    return selection.kept_of_least_loss(measured, budget)
+    speedups = {kept: run.speedup(reached[kept], kept) for kept in measured}
+    return selection.kept_of_least_loss(measured, speedups, budget)
 
 
 def _kept_within_budget(
@@ -426,7 +427,8 @@ def _one_round_each(curve: list[dict], budget: selection.Budget) -> list[dict]:
     kept = []
     for _, entries in sorted(grouped.items()):
         rounds = [{name: entry[name] for name in ("steps", "loss", "kl")} for entry in entries if "steps" in entry]
-        best = min(entries, key=lambda entry: budget.rank(Measured.of(entry)))
+        measured = [Measured.of(entry) for entry in entries]
+        best = entries[measured.index(budget.best(measured))]
         kept.append(best | ({"rounds": rounds} if rounds else {}))
     return kept
 
@@ -560,9 +562,9 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
 
 
 def nearest(run: Run, curve: list[dict]) -> Choice:
-    """If nothing qualifies: the smallest loss among the depths that prune enough layers."""
+    """If nothing qualifies: the smallest loss among the depths that prune enough layers; of equals the shallowest."""
     enough = [e for e in curve if run.decoder.num_layers - e["depth"] >= run.recipe.budget.min_pruned] or curve
-    return Choice.of(min(enough, key=lambda each: (each["loss"], each["kl"])))
+    return Choice.of(selection.least(enough, lambda each: each["loss"], lambda each: each["kl"]))
 
 
 def compare(run: Run, shown: Choice, found: Found) -> list[dict]:

@@ -191,8 +191,38 @@ def test_screening_needs_enough_rows_for_one_loss_to_decide_nothing(rows, max_dr
 def test_the_tokens_in_full_with_the_smallest_loss_are_chosen_at_a_requested_speedup():
     keeper, _ = budget(None)
     few, some, many = Kept(1), Kept(1, 0.1), Kept(16)
-    plans = {few: [measured(8, 0.02)], some: [measured(7, 0.01), measured(7, 0.3, "reuse")], many: [measured(5, 0.01)]}
-    assert selection.kept_of_least_loss(plans, keeper) == some
+    plans = {few: [measured(8, 0.02)], some: [measured(7, 0.01), measured(7, 0.3, "reuse")], many: [measured(5, 0.03)]}
+    assert selection.kept_of_least_loss(plans, dict.fromkeys(plans, 1.5), keeper) == some
+
+
+@pytest.mark.parametrize("noise", [(0.0, 3e-8, -3e-8), (-3e-8, 0.0, 3e-8), (3e-8, -3e-8, 0.0)])
+def test_equal_losses_are_decided_by_counted_operations_whatever_the_rounding(noise):
+    keeper, _ = budget(None)
+    few, some, many = Kept(1), Kept(1, 0.1), Kept(16)
+    plans = {
+        kept: [Measured(Choice(7, "reuse"), n, n, kl=abs(n))] for kept, n in zip((few, some, many), noise, strict=True)
+    }
+    assert selection.kept_of_least_loss(plans, {few: 1.5, some: 1.6, many: 1.4}, keeper) == some
+    assert selection.kept_of_least_loss(plans, {few: 1.5, some: 1.5, many: 1.5}, keeper) == few  # the first
+    kinds = [
+        Measured(Choice(7, kind), n, n, kl=abs(n)) for kind, n in zip(("reuse", "closed_form"), noise, strict=False)
+    ]
+    assert keeper.best(kinds).choice.projection == "reuse"
+
+
+def test_a_loss_that_is_smaller_by_more_than_rounding_decides():
+    keeper, _ = budget()
+    clearing = [Measured(Choice(7, kind), 0.0, 0.001, kl) for kind, kl in (("reuse", 0.00202), ("closed_form", 0.002))]
+    assert keeper.best(clearing).choice.projection == "closed_form"
+    missing = [Measured(Choice(7, kind), loss, 1.0, 1.0) for kind, loss in (("reuse", 0.5), ("closed_form", 0.49))]
+    assert keeper.best(missing).choice.projection == "closed_form"
+    assert keeper.best([*missing, clearing[0]]) is clearing[0]
+
+
+def test_of_equally_fast_plans_the_first_is_chosen():
+    speedups = {(8, FEW): 1.3, (6, FEW): 1.6, (8, SOME): 1.25, (6, SOME): 1.5, (8, MANY): 1.2, (6, MANY): 1.5}
+    losses = {FEW: {8: 0.5, 6: 0.5}, SOME: {8: 0.0, 6: 0.004}, MANY: {8: 0.0, 6: 0.001}}
+    assert fastest(losses, speedups)[0] == SOME
 
 
 # --- from measurements to what is verified --------------------------------------------------------------------------

@@ -52,6 +52,15 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+FIT = ("-m", "pop_lightning.cli.fit")
+
+
+def under_torchrun(helper: str) -> tuple[str, ...]:
+    """The program, as ``Runs.start`` is given it, that runs a file of this folder in two processes."""
+    own = str(Path(__file__).with_name(helper))
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", own)
+
+
 class Runs:
     """Finished runs by strategy, each made once."""
 
@@ -66,7 +75,7 @@ class Runs:
         extra = {"PL_DEEPSPEED_CONFIG_PATH": str(self.work / "zero3.json")} if strategy.endswith("3") else {}
         return os.environ | {"OMP_NUM_THREADS": "1", "NOTES": str(self.work)} | extra
 
-    def start(self, command, strategy="one", program=("-m", "pop_lightning.cli.fit")):
+    def start(self, command, strategy="one", program=FIT):
         return subprocess.Popen(
             [sys.executable, *program, *command],
             env=self.environment(strategy),
@@ -86,10 +95,7 @@ class Runs:
             if strategy == "one":
                 assert fit.main(self.command(output, strategy)) == 0
             else:
-                program = ("-m", "pop_lightning.cli.fit")
-                if strategy == "deepspeed_stage_3":
-                    own = str(Path(__file__).with_name("sharded_fit.py"))
-                    program = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", own)
+                program = under_torchrun("sharded_fit.py") if strategy == "deepspeed_stage_3" else FIT
                 self.finish(self.start(self.command(output, strategy), strategy, program))
             self.done[strategy] = output
         return self.done[strategy]

@@ -22,7 +22,16 @@ from pop_lightning.run import pipeline, strategies
 from pop_lightning.run.invocation import parse
 from pop_lightning.run.trainers import Trainers
 
-from tests.helpers.ranked import TENSORS, assert_same_run, exported, losses, read, wait_for, workers
+from tests.helpers.ranked import (
+    TENSORS,
+    assert_same_run,
+    exported,
+    losses,
+    read,
+    under_torchrun,
+    wait_for,
+    workers,
+)
 from tests.helpers.workbench import save_base, save_rows, snapshot
 
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -61,6 +70,37 @@ def test_the_export_and_checkpoints_hold_projections_only(runs, strategy):
     state = content["module" if last.is_dir() else "state_dict"]
     assert sum(tensor.numel() for tensor in state.values()) == trained
     assert all(name.startswith("projections.") for name in state)
+
+
+# Every plan at depth 3 of 4 loses nothing, so that only rounding tells their losses apart.
+TIED = {"budget__speedup": 1.05, "projection__kind": "reuse"}
+LIMITED = {"budget__metric": "agreement", "budget__max_drop": 0.3, "budget__min_pruned": 1}
+
+
+@pytest.mark.parametrize("target", [TIED, pytest.param(LIMITED, marks=pytest.mark.full)], ids=["tied", "limited"])
+def test_two_processes_choose_the_plan_of_one(runs, work, tmp_path, target):
+    searched = {"boundary": "auto", "budget__boundaries": [1, 4], "salient": "auto", "budget__salient": [0, 0.2]}
+    searched |= {"projection__kind": "closed_form", "budget__candidates": [3, 2, 1]} | target
+    one, two = tmp_path / "one", tmp_path / "two"
+    code = fit.main(runs.command(one, "one", **searched))
+    assert code in (0, 3)  # what the verify rows say is theirs
+    command = runs.command(two, "ddp", **searched)
+    runs.finish(runs.start(command, "ddp", under_torchrun("planned_fit.py")), code)
+    first, second = (json.loads((work / f"plan{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    ours, theirs = read(two, "metrics.json"), read(one, "metrics.json")
+    decided = ("depth", "boundary", "salient", "projection")
+    assert {key: ours.get(key) for key in decided} == {key: theirs.get(key) for key in decided}
+    plans = [
+        [{key: each.get(key) for key in ("depth", "boundary", "salient")} for each in metrics["plans"]]
+        for metrics in (ours, theirs)
+    ]
+    assert plans[0] == plans[1]
+    assert len({(each["boundary"], each["salient"]) for each in plans[0]}) == 4
+    if target is TIED:
+        assert ours["depth"] == 3
+        assert all(abs(each["loss"]) < 1e-6 for each in theirs["plans"])
+        assert (ours["boundary"], ours.get("salient")) == (1, None)  # the fewest operations
 
 
 # --- killed and resumed ---------------------------------------------------------------------------------------------
