@@ -52,7 +52,7 @@ from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.generation.base_watch import BaseWatch
 from pop_lightning.generation.refusals import refuse_unsupported
 from pop_lightning.models.decoder import Decoder
-from pop_lightning.models.loading import end_tokens
+from pop_lightning.models.loading import end_tokens, plain_generate
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.prefill import StageAwarePrefill
 from pop_lightning.pruning.projections import KVProjections
@@ -352,7 +352,7 @@ class StageAwareGenerator:
                 if self.decoder.positions.mrope
                 else None
             )
-            return self._leave(self.model.generate(inputs, **kwargs), shift)
+            return self._leave(plain_generate(self.model)(inputs, **kwargs), shift)
         self._follow_base()
         if kwargs.get("use_cache") is None and self.model.generation_config.use_cache is False:
             kwargs["use_cache"] = True  # saved by training with gradient checkpointing, not requested by the caller
@@ -365,7 +365,7 @@ class StageAwareGenerator:
         self._check_boundary(ids, kwargs, length, padding)
         shift = self._place_tokens(ids, kwargs, cached) if self.decoder.positions.mrope else None
         with self._prefill.attached(length, cached=cached, compiled=chunked, padding=padding) as run:
-            output = self.model.generate(inputs, **kwargs)
+            output = plain_generate(self.model)(inputs, **kwargs)
         self._thread.selected = run.selected
         if isinstance(getattr(output, "past_key_values", None), Cache):
             self._claim(output.past_key_values)

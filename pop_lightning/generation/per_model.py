@@ -17,13 +17,26 @@ class _Generators(dict):
         return _Generators, ()
 
 
-def generator_for(model: PreTrainedModel, artifact: str) -> StageAwareGenerator:
-    """The generator of ``model`` with an artifact; made at the first call and kept on the model.
+def generator_of(model: PreTrainedModel) -> StageAwareGenerator:
+    """The generator of a model whose artifact is next to its weights.
 
     Raises:
         InputError: as :meth:`StageAwareGenerator.from_artifact` does.
     """
-    folder = fetch(artifact)
+    return generator_for(model, model.name_or_path, getattr(model.config, "_commit_hash", None))
+
+
+def generator_for(model: PreTrainedModel, artifact: str, revision: str | None = None) -> StageAwareGenerator:
+    """The generator of ``model`` with an artifact; made at the first call and kept on the model.
+
+    Args:
+        artifact: a folder, or a repository of the hub.
+        revision: of the repository; ``main`` unless given.
+
+    Raises:
+        InputError: as :meth:`StageAwareGenerator.from_artifact` does.
+    """
+    folder = fetch(artifact, revision)
     made = model.__dict__.setdefault("_pop_generators", _Generators())
     config = folder / CONFIG
     key = (str(folder), config.stat().st_mtime_ns if config.is_file() else None)

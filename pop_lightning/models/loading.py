@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -79,6 +80,13 @@ def load_model(
         raise _not_loaded(name, path, "is not a model that loads", expected, error) from error
     _check_complete(name, report)
     return model.eval().requires_grad_(False)
+
+
+def plain_generate(model: PreTrainedModel) -> Callable:
+    """``model.generate``, without an artifact's ``custom_generate`` that Transformers found next to the weights."""
+    found = model.generate
+    pruned = isinstance(found, partial) and "POP_LIGHTNING" in getattr(found.func, "__globals__", {})
+    return partial(type(model).generate, model) if pruned else found
 
 
 def _check_complete(name: str, report: dict) -> None:

@@ -24,7 +24,7 @@ from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.training import KVProjectionTraining
 from pop_lightning.generation.base_identity import base_identity
 from pop_lightning.models.decoder import Decoder
-from pop_lightning.models.loading import context_length, end_tokens, load_model, load_tokenizer
+from pop_lightning.models.loading import context_length, end_tokens, load_model, load_tokenizer, plain_generate
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.flops import speedup
 from pop_lightning.pruning.projections import KVProjections
@@ -165,7 +165,7 @@ def check_rows(run: Run) -> None:
 def respond(decoder: Decoder, data: CalibrationData, rows: list[Row]) -> list[tuple[int, ...]]:
     """The full model's own responses."""
     batch = data.batch(rows)
-    output = decoder.model.generate(
+    output = plain_generate(decoder.model)(
         **decoder.inputs(batch),
         max_new_tokens=data.max_response_tokens,
         do_sample=False,

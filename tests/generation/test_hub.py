@@ -1,5 +1,6 @@
 """Artifacts on the hub, against a stand-in of its API on this machine."""
 
+import asyncio
 import json
 import os
 import re
@@ -11,14 +12,19 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager
 
-from pop_lightning import InputError, PruningPlan, StageAwareGenerator
+from pop_lightning import CalibrationData, InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.cli import fit, generate
+from pop_lightning.data.rows import until_end
 from pop_lightning.generation import hub as hub_room
 from pop_lightning.generation.artifact import write_artifact
 from pop_lightning.generation.base_identity import base_identity
-from pop_lightning.models.loading import load_model
+from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.loading import load_model, load_tokenizer, plain_generate
+from pop_lightning.run.inputs import respond
 
 from tests.helpers.families import ragged
 from tests.helpers.hub import TOKEN, serving
@@ -195,6 +201,73 @@ def test_a_plain_model_is_pruned_by_custom_generate(hub, artifact, base, monkeyp
     assert set(rows) == {1}  # the boundary, not 19 tokens, and no check of the base: the generator was there already
     hook.remove()
     assert torch.equal(answers(model.generate), plain)
+
+
+@pytest.fixture
+def together(artifact, base, tmp_path, monkeypatch):
+    """A folder that holds the base's files and the artifact's."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(base, tmp_path / "together")
+    return shutil.copytree(artifact, folder, dirs_exist_ok=True)
+
+
+def test_an_artifact_next_to_the_weights_prunes_a_trusted_model(together, artifact, base):
+    plain = answers(AutoModelForCausalLM.from_pretrained(together).generate)
+    expected = answers(StageAwareGenerator.from_artifact(artifact).generate)
+    assert not torch.equal(plain, expected)
+    model = AutoModelForCausalLM.from_pretrained(together, trust_remote_code=True)
+    assert torch.equal(answers(model.generate), expected)
+    assert torch.equal(answers(lambda input_ids, **given: model.generate(input_ids, **given)), expected)
+    assert torch.equal(answers(plain_generate(model)), plain)
+    deeper = StageAwareGenerator(model, PruningPlan(3))
+    assert torch.equal(
+        answers(deeper.generate), answers(StageAwareGenerator(load_model(str(base)), PruningPlan(3)).generate)
+    )
+    with deeper.full_model():
+        assert torch.equal(answers(deeper.generate), plain)
+
+
+def test_responses_of_the_full_model_are_not_pruned_by_an_artifact_next_to_its_weights(together, base, data, tmp_path):
+    StageAwareGenerator(load_model(str(base)), PruningPlan(1)).save_pretrained(tmp_path / "deep")
+    shutil.copytree(tmp_path / "deep", together, dirs_exist_ok=True)
+    rows = CalibrationData(str(data), load_tokenizer(str(base)), limit=60)
+    rows.setup()
+    some, trusted = list(rows.rows())[:8], load_model(str(together), trust_remote_code=True)
+    inputs = Decoder(trusted).inputs(rows.batch(some))
+    settings = {"max_new_tokens": rows.max_response_tokens, "do_sample": False, "pad_token_id": rows.pad_token_id}
+    plain, pruned = (run(**inputs, **settings) for run in (plain_generate(trusted), trusted.generate))
+    assert plain.tolist() != pruned.tolist()
+    new = plain[:, rows.batch(some)["prompt_length"] :].tolist()
+    assert respond(Decoder(trusted), rows, some) == [until_end(tokens, rows.ends) for tokens in new]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_transformers_serve_answers_with_a_pruned_prefill(together, artifact, streamed):
+    expected = StageAwareGenerator.from_artifact(artifact)
+    manager = ModelManager(device="cpu", trust_remote_code=True)
+    model, tokenizer = manager.load_model_and_processor(manager.process_model_name(str(together)))
+    inputs = {"input_ids": torch.arange(5, 24)[None], "attention_mask": torch.ones(1, 19, dtype=torch.long)}
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+    async def ask():
+        run = GenerateManager()
+        if not streamed:
+            return (await run.generate_non_streaming(model, tokenizer, inputs, config, "1"))[0]
+        queue, _ = run.generate_streaming(model, tokenizer, inputs, config, "1")
+        pieces = []
+        while isinstance(piece := await queue.get(), str):
+            pieces.append(piece)
+        assert piece is None  # otherwise an error
+        return "".join(pieces)
+
+    try:
+        pruned, plain = (
+            tokenizer.decode(run(**inputs, generation_config=config)[0, 19:], skip_special_tokens=True)
+            for run in (expected.generate, plain_generate(model))
+        )
+        assert asyncio.run(ask()) == pruned != plain
+    finally:
+        manager.shutdown()
 
 
 def test_custom_generate_needs_consent(artifact, base):
