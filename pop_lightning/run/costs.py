@@ -188,6 +188,20 @@ class Costs:
         """Keys and values of one layer; one that slides keeps the memory of all tokens as well."""
         return batch.rows * batch.tokens * 2 * self.layer.kv * self.layer.itemsize
 
+    def _appending(self, batch: Batch) -> int:
+        """What one more token takes on top of the caches of a prefill.
+
+        A layer's cache is copied while the token is appended, and eager attention repeats it for every query head. From
+        its first copy on, a layer that slides keeps only the tokens it sees.
+        """
+        one, repeated = self._cache(batch), self.layer.eager * self.layer.queries / self.layer.kv
+        needed, freed = one, 0
+        for index in range(self.layers):
+            seen = one * self.decoder.visible(index, batch.tokens) // batch.tokens
+            needed = max(needed, int(seen * (1 + repeated)) - freed)
+            freed += one - seen
+        return needed
+
     def scoring_bytes(self, batch: Batch, checkpointing: bool) -> int:
         """Every layer's activations and branches; or every layer's input, and one layer's activations."""
         layer, tokens = self.layer, batch.tokens
@@ -314,11 +328,11 @@ class Costs:
         kept, passing = self.layers * self._cache(prompts), self._passing(prompts)
         yield Stage("responses: prompts", rows, prefill, kept, passing, _prefill, longest.rows)
         one = self._cache(longest)
-        # A layer's cache is copied while a token is appended; eager attention repeats it for every query head.
-        copied = one + one * self.layer.eager * self.layer.queries // self.layer.kv
         decode = self.full + self.head - prefill
         token = decode / max(1, self.usual.response)
-        yield Stage("responses: tokens", rows, decode, self.layers * one, copied, _decode, longest.rows, token)
+        yield Stage(
+            "responses: tokens", rows, decode, self.layers * one, self._appending(longest), _decode, longest.rows, token
+        )
 
     def _scoring(self, rows: int) -> Stage:
         checkpointing = self.recipe.importance.gradient_checkpointing
