@@ -14,17 +14,18 @@ BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended: 128 + 13
 GRACE = 10  # seconds until SIGTERM is raised again
 
 
-def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_recipe) -> int:
+def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_recipe, stopped: str = "") -> int:
     """Run ``body`` and turn its outcome into an exit code.
 
     0 or the body's own; 2 for bad input; 130 for Ctrl-C, 143 for SIGTERM; 141 where the reader of standard output is
-    gone, as in ``pop-generate ... | head``, of which nothing is printed. Errors name keys as ``spelling`` writes them.
+    gone, as in ``pop-generate ... | head``, of which nothing is printed. Errors name keys as ``spelling`` writes them,
+    and ``stopped`` says what to do after a signal.
 
     Of the processes that torchrun or SLURM started, one on each node reports an error, since another node may lack
     what the first one has; an error of all of them before they have joined is printed once per node.
     """
     try:
-        code = _outcome(program, body, spelling)
+        code = _outcome(program, body, spelling, stopped)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -36,7 +37,7 @@ def run(program: str, body: Callable[[], int | None], spelling: Spelling = as_re
         return BROKEN_PIPE
 
 
-def _outcome(program: str, body: Callable[[], int | None], spelling: Spelling) -> int:
+def _outcome(program: str, body: Callable[[], int | None], spelling: Spelling, stopped: str) -> int:
     try:
         return _terminable(body) or 0
     except InputError as error:
@@ -47,8 +48,7 @@ def _outcome(program: str, body: Callable[[], int | None], spelling: Spelling) -
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         if LAUNCHED_BY not in os.environ and _process()[0] == 0:
-            advice = "; --resume continues the run" if program == "pop-fit" else ""
-            print(f"{program}: {word}{advice}", file=sys.stderr)
+            print(f"{program}: {word}{f'; {stopped}' if stopped else ''}", file=sys.stderr)
         return code
     except SystemExit as stop:  # --help and --print_config
         if stop.code is None or isinstance(stop.code, int):

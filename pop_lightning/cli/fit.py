@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             push=invocation.push,
         )
 
-    return run("pop-fit", body, spell)
+    return run("pop-fit", body, spell, "" if "--check" in flags else "--resume continues the run")
 
 
 def entry() -> None:

@@ -272,7 +272,7 @@ def probe(
     """The pruned layers of a recorded full pass, ready to run some tokens, and what the probing token attends to.
 
     Args:
-        padding, ends: of :class:`~pop_lightning.pruning.salient.Selection`.
+        padding, ends: ``padding`` and ``row_ends`` of :class:`~pop_lightning.pruning.salient.Selection`.
         probing: False leaves the probing pass out.
     """
     decoder, tokens, context = projections.decoder, attention_mask.shape[1] - 1, plan.context_of(prompt_length)

@@ -150,10 +150,10 @@ class Selection:
     Args:
         layers: the pass.
         context: how many of its tokens are context.
-        read: how many of them belong to the prompt.
-        prompt: all tokens of the prompt, of which the pass may be a part.
+        in_prompt: how many of them belong to the prompt.
+        prompt_tokens: all tokens of the prompt, of which the pass may be a part.
         padding: padding tokens in front of each row, ``[batch]``; none unless given.
-        ends: where each row's context ends in the pass, ``[batch]``, if not all rows' at ``context``.
+        row_ends: where each row's context ends in the pass, ``[batch]``, if not all rows' at ``context``.
         weight: of a fitted selector (``KVProjections.selector``).
 
     Attributes:
@@ -165,20 +165,21 @@ class Selection:
         layers: PrunedLayers,
         plan: PruningPlan,
         context: int,
-        read: int,
-        prompt: int,
+        in_prompt: int,
+        prompt_tokens: int,
         padding: Tensor | None = None,
-        ends: Tensor | None = None,
+        row_ends: Tensor | None = None,
         weight: Tensor | None = None,
     ):
-        self.layers, self.plan, self.read, self.prompt = layers, plan, read, prompt
+        self.layers, self.plan = layers, plan
         self.selector, self.weight = selector_named(plan.selector), weight
-        self.padding, self.ends, self.end = padding, ends, context
-        self.context = context if ends is None else read  # the widest row's
+        self.in_prompt, self.prompt_tokens, self.padding = in_prompt, prompt_tokens, padding
+        self.context_end, self.row_ends = context, row_ends
+        self.width = context if row_ends is None else in_prompt  # scored columns: the widest row's context
         self.decoder = layers.decoder
         self.watched = watched(self.decoder, plan.depth) if plan.salient else frozenset()
         batch, tokens, _ = layers.hidden.shape
-        self.probes = torch.arange(max(0, read - PROBES), tokens, device=layers.hidden.device).expand(batch, -1)
+        self.probes = torch.arange(max(0, in_prompt - PROBES), tokens, device=layers.hidden.device).expand(batch, -1)
         self.attention: Tensor | None = None
         self.heads: list[Tensor] = []
         self.visible: Tensor | None = None
@@ -194,7 +195,7 @@ class Selection:
         """
         if layer not in self.watched:
             return
-        asking = slice(min(PROBES, self.read))  # tokens after the prompt do not ask
+        asking = slice(min(PROBES, self.in_prompt))  # tokens after the prompt do not ask
         visible = seen(arguments["attention_mask"])[:, asking]
         weights = attention_weights(
             self.decoder,
@@ -206,13 +207,13 @@ class Selection:
             visible,
         )
         first = self.layers.past - offset
-        heads = weights[..., first : first + self.context].amax(3).flatten(1, 2)
+        heads = weights[..., first : first + self.width].amax(3).flatten(1, 2)
         if self.selector.fitted:
             self.heads.append(heads.to(self.layers.hidden.device))
         weights = heads.amax(1)
         self.attention = weights if self.attention is None else self.attention.maximum(weights.to(self.attention))
         if self.visible is None:
-            self.visible = visible[:, -1, first : first + self.read]
+            self.visible = visible[:, -1, first : first + self.in_prompt]
 
     def choose(self, allowed: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Select.
@@ -227,27 +228,27 @@ class Selection:
         """
         batch, tokens, _ = self.layers.hidden.shape
         columns = torch.arange(tokens, device=self.layers.hidden.device)
-        behind = columns < (self.end if self.ends is None else self.ends[:, None])
-        usable = behind.expand(batch, -1)[:, : self.context]
+        in_context = columns < (self.context_end if self.row_ends is None else self.row_ends[:, None])
+        usable = in_context.expand(batch, -1)[:, : self.width]
         if self.visible is not None:
-            usable = usable.to(self.visible.device) & self.visible[:, : self.context]
+            usable = usable.to(self.visible.device) & self.visible[:, : self.width]
         if allowed is not None:
-            usable = usable & allowed[:, : self.context].to(usable.device)
+            usable = usable & allowed[:, : self.width].to(usable.device)
         if self.plan.salient:
             if scores is None:
                 scores = self.selector.score(self.seen())
             selected = choose(scores, usable, self._count(usable))
         else:
             selected = columns.new_empty(batch, 0)
-        if allowed is None and self.ends is None:
+        if allowed is None and self.row_ends is None:
             return selected, None
         own = torch.zeros(batch, tokens, dtype=torch.bool, device=usable.device)
         own = own.scatter(1, selected, usable.gather(1, selected))
-        return selected, behind.to(own.device) & ~own
+        return selected, in_context.to(own.device) & ~own
 
     def seen(self) -> Seen:
         """What the selector is given."""
-        hidden = self.layers.hidden[:, : self.context]
+        hidden = self.layers.hidden[:, : self.width]
         if not self.selector.fitted:
             return Seen(hidden, self.attention)
         return Seen(
@@ -255,16 +256,16 @@ class Selection:
             self.attention,
             torch.cat(self.heads, 1),
             self.decoder.normalize(hidden),
-            self.read - torch.arange(self.context, device=hidden.device),
+            self.in_prompt - torch.arange(self.width, device=hidden.device),
             self.visible.sum(-1).clamp(min=1).to(hidden.device),
             self.weight,
         )
 
     def _count(self, usable: Tensor) -> Tensor:
         """How many tokens each row selects; of a prompt that is read in parts, each part selects its share."""
-        real = torch.full((len(usable),), self.read, device=usable.device)
+        real = torch.full((len(usable),), self.in_prompt, device=usable.device)
         if not isinstance(self.plan.salient, float):
-            return torch.full_like(real, -(-self.plan.salient * self.read // self.prompt))
+            return torch.full_like(real, -(-self.plan.salient * self.in_prompt // self.prompt_tokens))
         if self.padding is not None:
             real = (real - (self.padding - self.layers.past).clamp(min=0)).clamp(min=0)
         return count_of(self.plan.salient, real)

@@ -73,16 +73,21 @@ def instantiate(trainer: dict[str, Any], output: str) -> dict[str, Any]:
 
 
 def _refused(trainer: dict[str, Any], error: Exception) -> InputError:
+    """The sentence in jsonargparse's report, or in what the named class raised when it was made."""
+    text = " ".join(str(error).split())
+    found = re.search(r'Parser key "trainer\.(\w+)', text)
+    key = f"trainer.{found[1]}" if found else "trainer"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ImportError):
-            return InputError(f"the trainer section names a class whose package is missing: {first_sentence(cause)}")
+            advice = "install its package, or put the folder of a module of your own on PYTHONPATH"
+            return InputError(f"names a class that cannot be imported: {first_sentence(cause)}", key=key, advice=advice)
         cause = cause.__cause__
-    text = " ".join(str(error).split())
-    found = re.search(r'Parser key "trainer\.(\w+)', text)
     if found is None:
         return InputError(f"the trainer section cannot be used: {first_sentence(error)}")
-    key, value = f"trainer.{found[1]}", trainer.get(found[1])
+    value = trainer.get(found[1])
+    if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", text):
+        return InputError(f"names {missing[1]}.{missing[2]}, but the module {missing[1]} has no {missing[2]}", key=key)
     inside = re.search(r"class_path '([^']+)':\s+(?:Option '([^']+)' is not accepted|Parser key \"([^\"]+)\")", text)
     if inside:
         what = f"does not have the argument {inside[2]}" if inside[2] else f"does not accept this {inside[3]}"

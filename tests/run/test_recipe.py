@@ -333,10 +333,26 @@ def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):
     def break_():
         raise RuntimeError("a defect")
 
-    assert run("pop-fit", stop) == 130
+    assert run("pop-fit", stop, stopped="--resume continues the run") == 130
     assert capsys.readouterr().err == "pop-fit: interrupted; --resume continues the run\n"
     with pytest.raises(RuntimeError, match="a defect"):
         run("pop-fit", break_)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "flags", "said"),
+    [
+        ("pipeline", "fit", [], "pop-fit: interrupted; --resume continues the run"),
+        ("check", "check", ["--check"], "pop-fit: interrupted"),
+    ],
+)
+def test_only_an_interrupted_run_can_be_resumed(monkeypatch, capsys, module, function, flags, said):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"pop_lightning.run.{module}.{function}", stop)
+    assert main(["--recipe", "tiny", *flags]) == 130
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 # --- what a hostile or broken file holds ------------------------------------------------------------------------------
@@ -440,7 +456,14 @@ def test_the_arguments_read_from_lightnings_source_are_those_of_its_class():
             "trainer.logger is not accepted by lightning.Trainer: expected Union[Logger, ",
         ),
         (["--trainer.logger", "CSVLogger", "--trainer.logger.nam", "x"], "does not have the argument nam"),
-        (["--trainer.callbacks", "[{class_path: no.such.Callback}]"], "No module named 'no'"),
+        (
+            ["--trainer.callbacks", "[{class_path: no.such.Callback}]"],
+            "trainer.callbacks names a class that cannot be imported: No module named 'no'; install its package, or",
+        ),
+        (
+            ["--trainer.callbacks", "[lightning.pytorch.callbacks.Tiemr]"],
+            "names lightning.pytorch.callbacks.Tiemr, but the module lightning.pytorch.callbacks has no Tiemr",
+        ),
     ],
 )
 def test_a_class_that_cannot_be_made_is_named_when_the_trainer_is(argv, sentence):
