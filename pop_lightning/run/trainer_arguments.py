@@ -81,7 +81,9 @@ def _refused(trainer: dict[str, Any], error: Exception) -> InputError:
     while cause is not None:
         if isinstance(cause, ImportError):
             advice = "install its package, or put the folder of a module of your own on PYTHONPATH"
-            return InputError(f"names a class that cannot be imported: {first_sentence(cause)}", key=key, advice=advice)
+            return InputError(
+                f"names a class that cannot be imported: {first_sentence(cause).rstrip('.')}", key=key, advice=advice
+            )
         cause = cause.__cause__
     if found is None:
         return InputError(f"the trainer section cannot be used: {first_sentence(error)}")
