@@ -56,13 +56,20 @@ class SelectorFit(DecoderModule):
             real = mask[:, :context].bool()
             if trace.selectable is not None:
                 real = real & trace.selectable[:, :context]
-            for depth, plan in self.plans.items():
-                gain = gains(self.projections[depth], plan, trace, mask, prompt) * real
-                gain = gain / gain.amax(1, keepdim=True).clamp(min=1e-30)
-                with torch.no_grad():
-                    inputs = features(probe(self.projections[depth], plan, trace, mask, prompt).seen())
-                each = torch.cat([inputs, gain[..., None]], -1)[rows][real[rows]].double()
-                self.sums[depth] = each.T @ each + self.sums.get(depth, 0)
+            for depth in self.plans:
+                each = self._regression(depth, trace, mask, prompt, real)[rows][real[rows]].double()
+                gram = each.T @ each
+                del each  # not held through the next depth's backward pass
+                self.sums[depth] = gram.add_(self.sums[depth]) if depth in self.sums else gram
+
+    def _regression(self, depth: int, trace: Trace, mask: Tensor, prompt: int, real: Tensor) -> Tensor:
+        """Features and target of every context token, ``[batch, context, features + 1]``."""
+        projections, plan = self.projections[depth], self.plans[depth]
+        gain = gains(projections, plan, trace, mask, prompt) * real
+        gain = gain / gain.amax(1, keepdim=True).clamp(min=1e-30)
+        with torch.no_grad():
+            inputs = features(probe(projections, plan, trace, mask, prompt).seen())
+        return torch.cat([inputs, gain[..., None]], -1)
 
     def on_validation_epoch_end(self) -> None:
         for gram in self.sums.values():

@@ -44,7 +44,7 @@ from pop_lightning.models.loading import (
 )
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run.costs import Batch, Costs, Stage
-from pop_lightning.run.depths import check_images, condition, listed_boundaries, to_measure
+from pop_lightning.run.depths import check_images, condition, listed_boundaries, reaching, to_measure, ways
 from pop_lightning.run.invocation import build, bundled_recipes, parse
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.strategies import DEEPSPEED
@@ -286,11 +286,13 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     """
     decoder, size = base.decoder, recipe.data.batch_size
     listed = listed_boundaries(recipe.budget, decoder, rows.media, rows.median)
-    kept = recipe.kept(listed)
+    kept = ways(recipe, decoder, listed)
     check_images(recipe, decoder, rows.media, {each.boundary for each in kept}, machine.shards)
     # Importance is not known yet, so it is assumed to be equal.
     depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, rows.median)
-    costs = Costs(decoder, recipe, depths, listed, Batch(size, *rows.longest), Batch(size, *rows.usual), machine.gpu)
+    reached = reaching(recipe.budget, decoder, kept, rows.median) if recipe.budget.speedup is not None else None
+    batches = Batch(size, *rows.longest), Batch(size, *rows.usual)
+    costs = Costs(decoder, recipe, depths, listed, *batches, machine.gpu, reached)
     return Estimate(recipe, base, rows, machine, costs, list(costs.stages(rows.counts, rows.missing, machine.devices)))
 
 

@@ -6,7 +6,7 @@ logits with the copies that the loss makes of them. The check prints this, and r
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -20,19 +20,25 @@ from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.metrics import POSITIONS
+from pop_lightning.evaluation.search import TOGETHER, Budget, screening_rows
 from pop_lightning.fitting.importance import RESIDUALS
 from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.regressions import ClosedFormFit, Shape, bytes_needed, objectives, passes
+from pop_lightning.fitting.selectors import SelectorFit
 from pop_lightning.fitting.training import CHUNK_LOGITS
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.positions import position_ids
 from pop_lightning.models.sizes import mlp_dim
-from pop_lightning.pruning.flops import count_prefill
+from pop_lightning.pruning.flops import count_prefill, speedup
 from pop_lightning.pruning.projections import KVProjections
+from pop_lightning.pruning.salient import watched
+from pop_lightning.pruning.selectors import selector_named
+from pop_lightning.pruning.selectors.learned import width
+from pop_lightning.run.depths import condition, ways
 from pop_lightning.run.inputs import scoring_module, training_module, trains, untrained_kinds
 from pop_lightning.run.recipe import Recipe
 
-_FLOAT = 4  # bytes
+_FLOAT, _DOUBLE = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Costs:
         boundaries: those of ``budget.boundaries`` that are measured.
         longest: the batch that memory is for.
         usual: the batch that operations are for.
+        reached: where a speedup is requested, the depth that reaches it by what runs in full.
         gpu: AdamW updates all parameters at once there; a CPU's bfloat16 product copies the head for every row.
 
     Attributes:
@@ -150,6 +157,7 @@ class Costs:
     longest: Batch
     usual: Batch
     gpu: bool = False
+    reached: Mapping[Kept, int] | None = None
 
     def __post_init__(self):
         self.layer, self.shape = Layer(self.decoder), Shape.of(self.decoder)
@@ -228,11 +236,44 @@ class Costs:
             asked += queries * layer.heads * (batch.tokens + width) + batch.rows * batch.tokens * 4 * layer.kv
         return self._trace(batch, min(depths)) + max((inputs + asked) * _FLOAT, self._passing(batch))
 
-    def evaluation_bytes(self, batch: Batch, first: int) -> int:
-        """Logits of the full model and of one variant; of a chunk of them six float32 values per logit."""
+    def evaluation_bytes(self, batch: Batch, plans: Sequence[PruningPlan]) -> int:
+        """Logits of the full model and of one variant, with six float32 values per logit of a chunk; or a selection."""
         chunk = min(POSITIONS, batch.rows * batch.response) * self.vocabulary
-        logits = 2 * self._logits(batch) * self.layer.itemsize + 6 * _FLOAT * chunk
-        return self._trace(batch, first) + max(self._passing(batch), logits)
+        logits = self._logits(batch) * self.layer.itemsize
+        selecting = (logits + self.selection_bytes(batch, plan) for plan in plans if plan.salient)
+        needed = max(self._passing(batch), 2 * logits + 6 * _FLOAT * chunk, *selecting)
+        return self._trace(batch, min(plan.depth for plan in plans)) + needed
+
+    def selection_bytes(self, batch: Batch, plan: PruningPlan) -> int:
+        """Projected keys and values of all pruned layers at once, and one layer over the tokens that run in full."""
+        layer, context = self.layer, batch.prompt - 1
+        rows = plan.boundary_of(batch.prompt) + plan.salient_of(batch.prompt) + batch.response - 1
+        held = context * (layer.hidden + (self.layers - plan.depth) * 2 * layer.kv) * layer.itemsize
+        if selector_named(plan.selector).fitted:
+            held += 2 * context * self._features(plan.depth) * _FLOAT
+        seen = batch.tokens * 2 * (layer.kv + layer.seen(True)) * layer.itemsize
+        masks = rows * batch.tokens * (1 + layer.itemsize)
+        running = rows * (3 * layer.mlp + 4 * layer.hidden) * layer.itemsize
+        return batch.rows * (held + seen + masks + running)
+
+    def _features(self, depth: int) -> int:
+        """What a fitted selector reads of a token."""
+        return width(self.decoder, watched(self.decoder, depth))
+
+    def selector_bytes(self, batch: Batch, depths: Sequence[int]) -> int:
+        """Projections of all pruned layers, their gradients and one layer's activations; or the features of a depth."""
+        layer, boundary = self.layer, max(1, self.recipe.fit_boundary)
+        context, tail = max(0, batch.prompt - boundary), batch.response + boundary - 1
+        needed = 0
+        for depth in depths:
+            pruned, features = self.layers - depth, self._features(depth) + 1
+            leaves = pruned * 2 * layer.kv * context * layer.itemsize
+            inputs = (pruned * tail + context) * layer.hidden * layer.itemsize
+            loss = 5 * _FLOAT * min(self._logits(batch), max(CHUNK_LOGITS, self.vocabulary))
+            backward = batch.rows * (2 * leaves + inputs + layer.saved(tail, tail + context)) + loss
+            read = batch.rows * context * features * (2 * _FLOAT + _DOUBLE) + features**2 * _DOUBLE
+            needed = max(needed, backward, read)
+        return self._trace(batch, min(depths)) + max(self._passing(batch), needed)
 
     def training_bytes(self, batch: Batch, depth: int) -> int:
         """A full pass without graph, and the pruned layers' activations with the loss of one chunk of positions."""
@@ -289,7 +330,7 @@ class Costs:
             devices: processes that share the rows of a training step.
         """
         recipe, deepest, kinds = self.recipe, min(self.depths), len(self.kinds)
-        tried, search = recipe.kept(self.boundaries), counts["search"]
+        tried, search = ways(recipe, self.decoder, self.boundaries), counts["search"]
         # A requested speedup leaves one depth once the boundary is chosen; it is counted as the deepest.
         decided = self.depths if recipe.budget.speedup is None else [deepest]
         if missing:
@@ -298,19 +339,21 @@ class Costs:
         if self.passes:
             yield self._closed_form_fit(counts["fit"])
             yield self._closed_form_choice(counts["tune"])
-        yield self._evaluation("search", search, [tried[0].at(depth) for depth in self.depths], kinds)
-        if len(tried) > 1:  # at most: plans that cannot win are left out
-            yield self._evaluation("search: plans", search, [k.at(d) for d in self.depths for k in tried[1:]])
+        if any(kept.salient and selector_named(kept.selector).fitted for kept in tried):
+            yield self._selector_fit(counts["fit"])
+        yield self.evaluation("search", search, [tried[0].at(depth) for depth in self.depths], kinds)
+        if len(tried) > 1:
+            yield from self._plans(tried, search)
         if self.trains and (trained := [depth for depth in decided if depth < self.layers - 1]):
             yield self._training(trained, devices)
-        yield self._evaluation("verify", counts["verify"], [tried[-1].at(depth) for depth in decided])
+        yield self.evaluation("verify", counts["verify"], [tried[-1].at(depth) for depth in decided])
         if self.boundaries:
             compared = dict.fromkeys([*map(Kept, self.boundaries), tried[-1]])
-            yield self._evaluation("boundaries", search, [kept.at(deepest) for kept in compared])
+            yield self.evaluation("boundaries", search, [kept.at(deepest) for kept in compared])
         # Every kind and the ablations at one depth; all are counted as reruns of the pruned layers.
         plan, compared = tried[-1].at(deepest), kinds + self.trains
         unpruned, ablation = PruningPlan(self.layers), replace(plan, boundary=0, salient=0)
-        comparison = self._evaluation("comparison", search, [*[plan] * (compared + 2), ablation, unpruned])
+        comparison = self.evaluation("comparison", search, [*[plan] * (compared + 2), ablation, unpruned])
         yield replace(comparison, kept=compared * self._maps([deepest]))
 
     def _maps(self, depths: Sequence[int]) -> int:
@@ -354,6 +397,29 @@ class Costs:
         step = self.full + self._regressions(largest)
         return Stage("closed form: fit", rows, operations, kept, needed, build, self.longest.rows, step)
 
+    def _selector_fit(self, rows: int) -> Stage:
+        """Every depth's sums: a backward pass to the projections, and a probing pass for the features."""
+        choices = [Choice(depth, self.kinds[-1]) for depth in self.depths]
+        measured = [[choice.depth for choice in each] for each in groups(self.decoder, choices, self.memory)]
+        boundary = max(1, self.recipe.fit_boundary)
+        per_depth = {}
+        for depth in self.depths:
+            forward, backward = self._rerun(PruningPlan(depth, boundary))
+            probing = count_prefill(self.decoder, PruningPlan(depth, boundary, 1), self.usual.prompt).projections
+            gram = 2 * max(0, self.usual.prompt - boundary) * (self._features(depth) + 1) ** 2
+            # Checkpointing runs the layers again; true keys and values are projected like the others.
+            per_depth[depth] = 2 * forward + backward + 4 * self.head + 2 * probing + gram
+
+        def held(depths: Sequence[int]) -> int:
+            return self._maps(depths) + sum((self._features(depth) + 1) ** 2 * _DOUBLE for depth in depths)
+
+        largest = max(measured, key=held)
+        needed = max(self.selector_bytes(self.longest, depths) for depths in measured)
+        operations = len(measured) * self.full + sum(per_depth.values())
+        build = partial(_fit_selectors, recipe=self.recipe, depths=largest)
+        step = self.full + sum(per_depth[depth] for depth in largest)
+        return Stage("selectors", rows, operations, held(largest), needed, build, self.longest.rows, step)
+
     def _closed_form_choice(self, rows: int) -> Stage:
         """Reuse at every depth and, where there is something to fit, every objective at every strength.
 
@@ -373,19 +439,49 @@ class Costs:
             sums = [sum(map(self._sums, group[number:])) for number in range(len(group))]
             made = max(made, *(min(self.memory, sum(pair)) for pair in zip(sums, options, strict=True)))
         made += 8 * width * (3 * width + 6 * self.layer.kv)  # a Gram matrix, its factor and solutions in float64
-        batch = max(made - measured, self.evaluation_bytes(self.longest, min(self.depths)))
+        batch = max(made - measured, self.evaluation_bytes(self.longest, plans))
         build, step = partial(_evaluate, plans=plans), full + sum(students)
         return Stage("closed form: choice", rows, operations, measured, batch, build, self.longest.rows, step)
 
-    def _evaluation(self, name: str, rows: int, plans: list[PruningPlan], kinds: int = 1) -> Stage:
-        """A measurement on a split, in as many passes as hold the projections of its variants in memory."""
-        choices = dict.fromkeys(Choice(plan.depth, str(kind)) for plan in plans for kind in range(kinds))
-        measured = list(groups(self.decoder, list(choices), self.memory))
+    def evaluation(
+        self, name: str, rows: int, plans: list[PruningPlan], kinds: int = 1, together: int | None = None
+    ) -> Stage:
+        """A measurement on a split, in as many passes as hold the projections of its variants in memory.
+
+        Args:
+            together: number of plans of one pass, whatever the memory; all unless given.
+        """
+        measured, at_once = [], together or len(plans)
+        for asked in (plans[start : start + at_once] for start in range(0, len(plans), at_once)):
+            choices = dict.fromkeys(Choice(plan.depth, str(kind)) for plan in asked for kind in range(kinds))
+            measured += groups(self.decoder, list(choices), self.memory)
         full, rerun = self.full + self.head, sum(self._rerun(plan)[0] + self.head for plan in plans)
         held = max(self._maps([choice.depth for choice in each]) for each in measured)
-        needed = self.evaluation_bytes(self.longest, min(plan.depth for plan in plans))
+        needed = self.evaluation_bytes(self.longest, plans)
         operations, build = len(measured) * full + kinds * rerun, partial(_evaluate, plans=plans)
         return Stage(name, rows, operations, held, needed, build, self.longest.rows, full + rerun)
+
+    def _plans(self, tried: list[Kept], search: int) -> Iterator[Stage]:
+        """What the search measures to choose the tokens that run in full, at most: plans that cannot win are left out.
+
+        The plans that are measured on all rows come in several passes, the fastest first, until one keeps the budget.
+        """
+        kinds = len(self.kinds)
+        if self.reached is not None:
+            reaching = [kept.at(self.reached[kept]) for kept in tried[1:] if kept in self.reached]
+            if reaching:
+                yield self.evaluation("search: plans", search, reaching, kinds)
+            return
+        worth = [depth for depth in self.depths if self.layers - depth >= self.recipe.budget.min_pruned]
+        plans = [kept.at(depth) for kept in tried[1:] for depth in worth]
+        plans.sort(key=lambda plan: -speedup(self.decoder, plan, self.usual.prompt))
+        limit = condition(self.recipe)
+        rows = None if limit is None else screening_rows(search, Budget(limit, self.recipe.budget.loss, print))
+        if rows is not None and len(plans) > TOGETHER:
+            yield self.evaluation("search: screening", rows, plans)
+        if plans:
+            yield self.evaluation("search: plans", search, plans, together=TOGETHER)
+            yield self.evaluation("search: chosen", search, [tried[-1].at(depth) for depth in self.depths], kinds)
 
     def _training(self, depths: Sequence[int], devices: int) -> Stage:
         settings, depth = self.recipe.projection, min(depths)
@@ -460,6 +556,11 @@ def _score(decoder: Decoder, batch: dict, recipe: Recipe) -> Callable[[], object
 def _fit(decoder: Decoder, batch: dict, recipe: Recipe, depths: list[int], grouping: str) -> Callable[[], object]:
     given = {"grouping": grouping, "queries": recipe.projection.queries}
     module = ClosedFormFit(decoder, depths, recipe.fit_boundary, **given)
+    return lambda: module.validation_step(batch, 0)
+
+
+def _fit_selectors(decoder: Decoder, batch: dict, recipe: Recipe, depths: list[int]) -> Callable[[], object]:
+    module = SelectorFit({depth: KVProjections(decoder, depth) for depth in depths}, recipe.fit_boundary)
     return lambda: module.validation_step(batch, 0)
 
 

@@ -6,12 +6,13 @@ The pipeline asks here for what it will do, the check for what a run would do.
 from collections.abc import Iterable, Sequence
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.plan import Kept, number_of
+from pop_lightning.core.plan import Kept, PruningPlan, number_of
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.bounds import Certifiable
 from pop_lightning.fitting.importance import candidates as place_candidates
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import speedup
+from pop_lightning.pruning.salient import check_salient
 from pop_lightning.run.recipe import Budget, Recipe
 
 
@@ -25,7 +26,7 @@ def check_target(recipe: Recipe, decoder: Decoder, kept: Sequence[Kept], tokens:
     """Refuse a target that no depth can reach, or that the verify rows cannot show to be kept.
 
     Args:
-        kept: ``Recipe.kept``, what may run in full.
+        kept: :func:`ways`, what may run in full.
         tokens: prompt length that a requested speedup is counted at.
         certifiable: what the verify split can show.
 
@@ -51,7 +52,7 @@ def to_measure(
     """Depths to fit and measure, shallowest pruning first: the given one, :func:`candidates`, or :func:`reaching`'s.
 
     Args:
-        kept: ``Recipe.kept``, what may run in full.
+        kept: :func:`ways`, what may run in full.
         tokens: prompt length that a requested speedup is counted at.
     """
     if recipe.depth is not None:
@@ -59,6 +60,30 @@ def to_measure(
     if recipe.budget.speedup is None:
         return candidates(recipe.budget, prefill_importance, decoder)
     return sorted(set(reaching(recipe.budget, decoder, kept, tokens).values()), reverse=True)
+
+
+def ways(recipe: Recipe, decoder: Decoder, boundaries: Sequence[int | float]) -> list[Kept]:
+    """:meth:`Recipe.kept`, without salient tokens where these are left to the search and the base cannot run them.
+
+    Args:
+        boundaries: :func:`listed_boundaries`.
+    """
+    kept = recipe.kept(boundaries)
+    if recipe.salient == "auto" and cannot_select(recipe, decoder):
+        return [each for each in kept if not each.salient] or kept
+    return kept
+
+
+def cannot_select(recipe: Recipe, decoder: Decoder) -> str | None:
+    """Why the base cannot run salient tokens; None where it can."""
+    # A check has no kernels, so the recipe says which attention a run would use.
+    if "flash" in (recipe.model.attn_implementation or ""):
+        return f"attn_implementation {recipe.model.attn_implementation!r} does not take a mask for each token"
+    try:
+        check_salient(decoder, PruningPlan(decoder.smallest_depth, salient=1))
+    except InputError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tokens: int) -> list[int | float]:

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def kept(self) -> list[Kept]:
-        return self.recipe.kept(self.listed_boundaries)
+        return candidates.ways(self.recipe, self.decoder, self.listed_boundaries)
 
     @property
     def certifiable(self) -> Certifiable:

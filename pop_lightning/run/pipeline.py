@@ -292,6 +292,8 @@ def search(run: Run, depths: list[int]) -> Found:
 
     budget = selection.Budget(candidates.condition(recipe), recipe.budget.loss, say)
     kinds, ways = untrained_kinds(recipe), run.kept
+    if len(ways) < len(recipe.kept(run.listed_boundaries)):
+        say(f"search: plans with salient tokens are left out: {candidates.cannot_select(recipe, run.decoder)}")
     reached = None
     if recipe.budget.speedup is not None:
         reached = candidates.reaching(recipe.budget, run.decoder, ways, run.tokens)

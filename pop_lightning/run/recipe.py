@@ -229,7 +229,7 @@ class Recipe:
     )
     output: Place = Field("runs/pop", description="folder of the run")
     boundary: Tokens | Literal["auto"] = Field(
-        1,
+        "auto",
         description="prompt tokens at the end that run in full, a number or a share; auto: one of budget.boundaries",
     )
     salient: Tokens | Literal["auto"] = Field(

@@ -57,6 +57,7 @@ def arguments(base: Path, data: Path, output: Path, **changes) -> list[str]:
         "budget.metric": "nll_increase",
         "budget.max_drop": 100.0,
         "budget.nll_cap": 101.0,
+        "boundary": 1,  # nothing else is searched unless a test asks for it
         "budget.candidates": "all",
         "projection.ridge": [0.1],
         "importance.rows": 8,

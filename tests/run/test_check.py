@@ -1,5 +1,6 @@
 """pop-fit --check: the rule of bytes against measured steps, its words for what does not fit, every recipe offline."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -11,11 +12,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from pop_lightning.cli import fit
 from pop_lightning.core.memory import peak_bytes
-from pop_lightning.core.plan import Kept, PruningPlan
+from pop_lightning.core.plan import Choice, Kept, PruningPlan
 from pop_lightning.evaluation.bounds import largest_certified_loss, rows_needed, smallest_certifiable
+from pop_lightning.evaluation.search import Budget, Measured, fastest_plan, screening_rows
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
-from pop_lightning.pruning.flops import prefill_flops
+from pop_lightning.pruning.flops import prefill_flops, speedup
 from pop_lightning.run import check
 from pop_lightning.run.check import Base, Machine, Rows, estimate
 from pop_lightning.run.costs import Batch, Costs, Stage
@@ -44,7 +46,17 @@ DEPTHS = [3, 2]
 COUNTS = {"fit": 30, "tune": 10, "search": 20, "verify": 40}
 WITHIN = 0.2
 # The choice's own step is an evaluation; what it holds besides are options that no single step makes.
-STEPS = ("responses: prompts", "responses: tokens", "scoring", "closed form: fit", "search", "training", "comparison")
+STEPS = (
+    "responses: prompts",
+    "responses: tokens",
+    "scoring",
+    "closed form: fit",
+    "selectors",
+    "search",
+    "search: screening",
+    "training",
+    "comparison",
+)
 
 
 def decoder(family, dtype=torch.float32, device="meta", attention="sdpa"):
@@ -53,7 +65,7 @@ def decoder(family, dtype=torch.float32, device="meta", attention="sdpa"):
 
 
 def recipe(**changes):
-    changes = {"importance__batch_size": "null"} | changes
+    changes = {"importance__batch_size": "null", "boundary": 1} | changes
     words = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
     return parse(["--recipe", "example", *words]).recipe
 
@@ -64,11 +76,12 @@ def stages(base, batch, boundaries=(), devices=1, missing=10, **changes):
     return {stage.name: stage for stage in made.stages(COUNTS, missing, devices)}
 
 
-def compare(family, dtype, batch, attention="sdpa", **changes):
+def compare(family, dtype, batch, attention="sdpa", only=STEPS, **changes):
     """Every stage's step as the pipeline runs it, built and run twice: sums and optimizer states stay."""
     real = decoder(family, dtype, "cpu", attention)
     expected = stages(decoder(family, dtype, "meta", attention), batch, **changes)
-    for name in expected.keys() & set(STEPS):
+    assert only is STEPS or expected.keys() >= set(only)
+    for name in expected.keys() & set(only):
         stage = expected[name]
 
         def twice(stage=stage):
@@ -95,6 +108,80 @@ def test_salient_tokens_need_what_the_rule_says(family):
     base = decoder(family)
     plain, selecting = (stages(base, batch, **changes | {"salient": value})["search"] for value in (0, 0.1))
     assert selecting.flops > plain.flops
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
+def test_a_selection_over_many_pruned_layers_needs_what_the_rule_says(monkeypatch, dtype, rows):
+    """Keys and values of all pruned layers at once outweigh a plain pass, and so do the features of a selector."""
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 12)
+    monkeypatch.setitem(SIZES, "vocab_size", 100)
+    changes = {"projection__kind": "reuse", "boundary": 16, "salient": 0.3, "selector": "learned"}
+    compare("llama", dtype, Batch(rows, 200, 10), only=("selectors", "search"), **changes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_screening_of_plans_needs_what_the_rule_says(family, monkeypatch):
+    monkeypatch.setitem(COUNTS, "search", 200)
+    changes = {"projection__kind": "reuse", "boundary": "auto", "salient": "auto", "budget__max_drop": 0.1}
+    batch = Batch(2, 300, 10)
+    compare(family, torch.float32, batch, only=("search: screening",), boundaries=[1, 16], **changes)
+
+
+@pytest.mark.parametrize("screened", [True, False])
+def test_the_plans_that_a_search_measures_at_most_are_counted(screened):
+    """Driven to its end: no plan keeps the budget, and none loses so much that the screening leaves it out."""
+    base, batch, kept = decoder("llama"), Batch(2, 120, 30), [Kept(1), Kept(4), Kept(16), Kept(64)]
+    settings = recipe(boundary="auto", budget__max_drop=0.01, budget__min_pruned=2)
+    depths, rows = [4, 3, 2, 1], 200 if screened else 150
+    costs = Costs(base, settings, depths, [1, 4, 16, 64], batch, batch)
+    found = {stage.name: stage for stage in costs.stages(COUNTS | {"search": rows}, 0)}
+    budget = Budget(0.01, settings.budget.loss, lambda line: None)
+    worth = [depth for depth in depths if base.num_layers - depth >= 2]
+    fewest = [Measured(Choice(depth, "closed_form"), 0.015, 0.05) for depth in worth]
+    speedups = {(depth, k): speedup(base, k.at(depth), batch.prompt) for k in kept for depth in worth}
+    limit = screening_rows(rows, budget)
+    assert (limit is not None) == screened
+    search, answer, done = fastest_plan(fewest, speedups, screened, budget), None, {True: [], False: []}
+    with contextlib.suppress(StopIteration):
+        while True:
+            request = search.send(answer)
+            done[request.screen].append(costs.evaluation("", rows, [k.at(depth) for depth, k in request.plans]))
+            answer = {plan: Measured(Choice(plan[0], "closed_form"), 0.015, 0.05) for plan in request.plans}
+    assert found["search: plans"].operations == pytest.approx(sum(stage.operations for stage in done[False]))
+    assert found["search: plans"].rows == rows
+    assert len(done[False]) == 2  # of at most eight plans each
+    if screened:
+        (screening,) = done[True]
+        assert found["search: screening"].operations == pytest.approx(screening.operations)
+        assert found["search: screening"].rows == limit == 100
+    else:
+        assert "search: screening" not in found
+    assert found["search: chosen"].rows == rows
+
+
+def test_a_requested_speedup_measures_one_depth_of_every_plan():
+    base, batch = decoder("llama"), Batch(2, 120, 30)
+    settings = recipe(boundary="auto", budget__speedup=1.2)
+    reached = {Kept(1): 3, Kept(4): 3, Kept(16): 2}  # 64 tokens in full reach it nowhere
+    costs = Costs(base, settings, [3, 2], [1, 4, 16, 64], batch, batch, reached=reached)
+    found = {stage.name: stage for stage in costs.stages(COUNTS, 0)}
+    measured = costs.evaluation("", COUNTS["search"], [Kept(4).at(3), Kept(16).at(2)], kinds=2)
+    assert found["search: plans"].operations == measured.operations
+    assert not {"search: screening", "search: chosen"} & set(found)
+
+
+def test_a_fitted_selector_is_a_stage_where_it_may_be_used():
+    base, batch = decoder("llama"), Batch(2, 120, 30)
+    assert "selectors" not in stages(base, batch)
+    assert "selectors" not in stages(base, batch, salient=4)
+    stage = stages(base, batch, salient=4, selector="learned")["selectors"]
+    features = SIZES["hidden_size"] + 2 * SIZES["num_attention_heads"] * 3 + 6  # at depth 2, three layers are pruned
+    sums = 8 * ((features + 1) ** 2 + (features + 1 - 2 * SIZES["num_attention_heads"]) ** 2)
+    maps = 4 * 2 * 48 * SIZES["hidden_size"] * (3 + 2)
+    assert sums < stage.kept <= 1.1 * (sums + maps)
+    assert stage.rows == COUNTS["fit"]
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.full), "gemma3"])

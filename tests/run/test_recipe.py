@@ -48,7 +48,7 @@ def printed(capsys, *argv):
 
 def test_defaults_are_the_documented_ones(write):
     recipe = parse(["--recipe", write(MINIMAL)]).recipe
-    assert (recipe.seed, recipe.output, recipe.boundary) == (0, "runs/pop", 1)
+    assert (recipe.seed, recipe.output, recipe.boundary, recipe.salient) == (0, "runs/pop", "auto", 0)
     assert (recipe.model.dtype, recipe.model.attn_implementation) == ("auto", None)
     assert (recipe.data.max_prompt_tokens, recipe.data.batch_size) == (2048, 8)
     assert recipe.to_dict()["data"]["splits"] == {"fit": 0.3, "tune": 0.1, "search": 0.2, "verify": 0.4}
@@ -538,10 +538,10 @@ def ways(boundaries=(1, 16), depth=None, **changes):
 
 def test_what_may_run_in_full_begins_with_the_fewest_tokens():
     budget = Budget(salient=[0.2, 0, 20])
-    assert ways() == [Kept(1)]
-    assert ways(boundary="auto") == [Kept(1), Kept(16)]
-    assert ways(salient="auto", budget=budget) == [Kept(1), Kept(1, 20), Kept(1, 0.2)]
-    assert ways(salient="auto", budget=Budget(salient=0)) == [Kept(1)]
+    assert ways() == [Kept(1), Kept(16)]
+    assert ways(boundary=1) == [Kept(1)]
+    assert ways(boundary=1, salient="auto", budget=budget) == [Kept(1), Kept(1, 20), Kept(1, 0.2)]
+    assert ways(boundary=1, salient="auto", budget=Budget(salient=0)) == [Kept(1)]
     assert ways(boundary="auto", salient=4, selector="recency") == [Kept(1, 4, "recency"), Kept(16, 4, "recency")]
 
 
