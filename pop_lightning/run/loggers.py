@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from pop_lightning.core.errors import InputError, first_sentence
+
 _COMPARED = ("loss", "bound", "kl", "agreement", "nll_increase", "exact_match")
 
 
@@ -34,6 +36,23 @@ class StageLogger(Logger):
         if name == "logger":  # while a copy is made, before there is one
             raise AttributeError(name)
         return getattr(self.logger, name)
+
+    @property
+    def experiment(self) -> Any:
+        """The logger's own, which the first access begins.
+
+        Raises:
+            InputError: it cannot begin, for example because a service needs an account.
+        """
+        try:
+            return self.logger.experiment
+        except AttributeError:
+            raise  # a logger without one
+        except Exception as error:
+            name, advice = type(self.logger).__name__, "change trainer.logger, or leave it out"
+            raise InputError(
+                f"{name} cannot begin a log: {first_sentence(error).removesuffix('.')}; {advice}."
+            ) from error
 
     @property
     def name(self) -> str | None:

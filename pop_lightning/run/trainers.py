@@ -121,7 +121,9 @@ class Trainers:
             status = "success"
         finally:
             for logger in self.loggers:
-                logger.finalize(status)
+                # Of a run that failed, its own error is what the user needs to see.
+                with contextlib.suppress(*[Exception] if status == "failed" else []):
+                    logger.finalize(status)
 
     @contextlib.contextmanager
     def processes(self):

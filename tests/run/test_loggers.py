@@ -6,6 +6,7 @@ import json
 import lightning
 import pytest
 import yaml
+from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pop_lightning.cli import fit
@@ -73,10 +74,48 @@ class Notes(lightning.Callback):
         self.seen.append((self.word, "tested", type(module).__name__))
 
 
+class Service(Logger):
+    """A logger as that of a service: it begins a run when its experiment is first asked for, and has no files."""
+
+    begun: list = []  # noqa: RUF012
+
+    def __init__(self, project: str, offline: bool = False):
+        super().__init__()
+        self.project, self.offline, self._run = project, offline, None
+
+    @property
+    def experiment(self) -> dict:
+        if self._run is None:
+            if not self.offline:
+                raise RuntimeError("No API key configured. Log in.\nand more lines")
+            self._run = {"project": self.project, "logged": [], "config": [], "ended": []}
+            self.begun.append(self._run)
+        return self._run
+
+    @property
+    def name(self):
+        return self.project
+
+    @property
+    def version(self):
+        return None
+
+    def log_metrics(self, metrics, step=None):
+        self.experiment["logged"].append({**metrics, "step": step})
+
+    def log_hyperparams(self, params, *_, **__):
+        self.experiment["config"].append(params)
+
+    def finalize(self, status):
+        self.experiment["ended"].append(status)
+
+
 def test_a_callback_and_two_loggers_by_class_see_every_stage(base, data, tmp_path):
     Notes.seen.clear()
+    Service.begun.clear()
     notes = {"class_path": f"{__name__}.Notes", "init_args": {"word": "mine"}}
-    loggers = ["lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"]
+    service = {"class_path": f"{__name__}.Service", "init_args": {"project": "mine", "offline": True}}
+    loggers = ["lightning.pytorch.loggers.CSVLogger", service]
     changes = {"trainer__callbacks": json.dumps([notes]), "trainer__logger": json.dumps(loggers)}
     depth = trained(base, data, tmp_path, **changes)["depth"]
     steps = [("mine", number, True) for number in (1, 2, 3)]
@@ -85,4 +124,33 @@ def test_a_callback_and_two_loggers_by_class_see_every_stage(base, data, tmp_pat
     header = file.read_text().partition("\n")[0]
     for name in ("rows", "of_the_callback"):
         assert f"training/lora-depth{depth}/{name}" in header
-    assert len({each.parent for each in (tmp_path / "run").rglob("events.out*")}) == 1
+    (run,) = Service.begun
+    assert (run["project"], run["ended"]) == ("mine", ["success"])
+    (config,) = run["config"]
+    assert config["projection"]["kind"] == "lora"
+    assert [each["step"] for each in run["logged"] if f"training/lora-depth{depth}/loss" in each] == [0, 1, 2]
+    names = {name for each in run["logged"] for name in each}
+    assert {"layers/prefill_importance", "curve/lora/kl", "verified/loss", "speedup/counted"} <= names
+
+
+def test_a_logger_that_cannot_begin_is_one_sentence(base, data, tmp_path, capsys):
+    logger = {"class_path": f"{__name__}.Service", "init_args": {"project": "mine"}}
+    assert fit.main(arguments(base, data, tmp_path / "run", trainer__logger=json.dumps(logger))) == 2
+    assert capsys.readouterr().err == (
+        "pop-fit: error: Service cannot begin a log: No API key configured. Log in; change trainer.logger, or leave it "
+        "out.\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_weights_and_biases_offline(base, data, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    init = {"project": "mine", "offline": True, "save_dir": str(tmp_path)}
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": init}
+    trained(base, data, tmp_path, trainer__logger=json.dumps(logger))
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    for name in ("layers/prefill_importance", "curve/lora/kl", "speedup/counted"):
+        assert name.encode() in content
