@@ -34,12 +34,12 @@ def confidence(value: float) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """A speedup: `1.52x`."""
+    """A speedup: ``1.52x``."""
     return DASH if value is None else f"{value:.2f}x"
 
 
 def count(value: int, noun: str) -> str:
-    """`1 layer`, `2 layers`."""
+    """``1 layer``, ``2 layers``."""
     return f"{value:,} {noun}" + ("" if value == 1 else "s")
 
 

@@ -30,28 +30,28 @@ def response_metrics(
     """Compare the pruned model with the full one on each row's response.
 
     Args:
-        logits: the pruned model's, `[batch, response, vocabulary]`; position r predicts `targets[:, r]`.
+        logits: the pruned model's, ``[batch, response, vocabulary]``; position r predicts ``targets[:, r]``.
         teacher_logits: the full model's, same shape.
-        targets: token ids `[batch, response]`; values outside the mask are never read (-100 is valid).
-        mask: `[batch, response]`, nonzero where a response token is predicted.
+        targets: token ids ``[batch, response]``; values outside the mask are never read (-100 is valid).
+        mask: ``[batch, response]``, nonzero where a response token is predicted.
         chunk_size: positions converted to float32 at a time; extra memory is a few times chunk_size * vocabulary * 4
             bytes instead of batch * response * vocabulary * 4.
 
     Returns:
-        One float32 tensor `[batch]` per name, each a mean over the row's response positions:
-        `kl` KL(teacher || student) in nats; `agreement` the share of positions where both argmaxes are equal;
-        `nll` and `teacher_nll` in nats per response token, `nll_increase` their difference; `exact_match` and
-        `teacher_exact_match` 1.0 where the argmax equals the target at every position. Given a correct prefix greedy
+        One float32 tensor ``[batch]`` per name, each a mean over the row's response positions:
+        ``kl`` KL(teacher || student) in nats; ``agreement`` the share of positions where both argmaxes are equal;
+        ``nll`` and ``teacher_nll`` in nats per response token, ``nll_increase`` their difference; ``exact_match`` and
+        ``teacher_exact_match`` 1.0 where the argmax equals the target at every position. Given a correct prefix greedy
         decoding emits the argmax, so by induction this is the event that greedy decoding reproduces the response token
         for token, its end token included. A position where the pruned model's logits are not finite counts as lost:
-        no agreement, no match, `LOST_NATS` nats.
+        no agreement, no match, ``LOST_NATS`` nats.
 
     Raises:
         InputError: shapes do not match, or a row has no response position.
     """
     if logits.shape != teacher_logits.shape or logits.shape[:2] != targets.shape or targets.shape != mask.shape:
         raise InputError(
-            f"The shapes do not match: logits {list(logits.shape)}, teacher_logits {list(teacher_logits.shape)}, "
+            f"the shapes do not match: logits {list(logits.shape)}, teacher_logits {list(teacher_logits.shape)}, "
             f"targets {list(targets.shape)}, mask {list(mask.shape)}; expected [B, R, V] twice, then [B, R] twice."
         )
     if chunk_size < 1:
@@ -60,7 +60,7 @@ def response_metrics(
     counts = mask.sum(dim=1)
     if (counts == 0).any():
         row = int((counts == 0).nonzero()[0])
-        raise InputError(f"Row {row} of the batch has no response position; leave out rows without a response.")
+        raise InputError(f"row {row} of the batch has no response position; leave out rows without a response.")
 
     # Values land in [B, R] and are summed per row: unlike index_add, that sums in the same order on any device.
     names = ("kl", "agreement", "nll", "teacher_nll", "hit", "teacher_hit")
@@ -101,7 +101,7 @@ def response_metrics(
 
 
 def row_loss(metrics: Mapping[str, Tensor], metric: str | BudgetMetric) -> Tensor:
-    """The loss ``[batch]`` that the budget bounds, from the metrics of `response_metrics`; see ``losses.py``."""
+    """The loss ``[batch]`` that the budget bounds, from the metrics of ``response_metrics``; see ``losses.py``."""
     return metric_named(metric).loss(metrics)
 
 
@@ -110,7 +110,7 @@ class Losses:
     """One variant's losses over a split: one value per prompt, because the rows of one prompt are not independent.
 
     Attributes:
-        values: the mean of `row_loss` over the rows of each prompt, in an order that depends on the prompts only.
+        values: the mean of ``row_loss`` over the rows of each prompt, in an order that depends on the prompts only.
         rows: number of rows; as many as values unless given.
     """
 
@@ -130,7 +130,7 @@ class Losses:
         return self.rows > len(self.values)
 
     def bound(self, metric: str | BudgetMetric, confidence: float, prompts: int | None = None) -> float:
-        """`upper_bound` of the mean; with ``prompts``, a forecast for this number of prompts with the same losses."""
+        """``upper_bound`` of the mean; with ``prompts``, a forecast for this number of prompts with the same losses."""
         return upper_bound(self.values, metric, confidence, averaged=self.averaged, draws=prompts)
 
     def clipped(self, cap: float) -> float:
@@ -139,24 +139,24 @@ class Losses:
 
 
 def prompt_means(values: Tensor, prompts: Tensor) -> Tensor:
-    """Means over each prompt's rows, float64 `[prompts]` in order of the prompt seeds; both arguments are `[rows]`."""
+    """Means over each prompt's rows, float64 ``[prompts]`` by prompt seed; both arguments are ``[rows]``."""
     _, where, rows = prompts.cpu().unique(return_inverse=True, return_counts=True)
     return torch.zeros(len(rows), dtype=torch.float64).index_add(0, where, values.cpu().double()) / rows
 
 
 def prompt_losses(rows: Mapping[str, Tensor], metric: str | BudgetMetric) -> Losses:
-    """The losses of `RowMetrics.compute`'s rows, averaged per prompt."""
+    """The losses of ``RowMetrics.compute``'s rows, averaged per prompt."""
     return Losses(tuple(prompt_means(row_loss(rows, metric), rows["prompt"]).tolist()), len(rows["prompt"]))
 
 
 def summary(
     rows: Mapping[str, Tensor], metric: str | BudgetMetric, confidence: float, prompts: int
 ) -> dict[str, float]:
-    """Summary of `RowMetrics.compute`'s rows, as plain data; every mean is over prompts.
+    """Summary of ``RowMetrics.compute``'s rows, as plain data; every mean is over prompts.
 
     Returns:
-        `rows` and `prompts`; means `kl`, `agreement`, `nll_increase` and `exact_match`; `loss`, its `bound`, and
-        `expected_bound`, the one that a verify split of `prompts` prompts would give with the same losses.
+        ``rows`` and ``prompts``; means ``kl``, ``agreement``, ``nll_increase`` and ``exact_match``; ``loss``, its
+        ``bound``, and ``expected_bound``, the one that a verify split of ``prompts`` prompts would give with the same losses.
     """
     losses = prompt_losses(rows, metric)
     means = {name: prompt_means(rows[name], rows["prompt"]).mean().item() for name in SHOWN}
@@ -174,10 +174,11 @@ class RowMetrics(Metric):
     """Keep one value per row and name, over batches and ranks, in an order that depends on the rows only.
 
     Args:
-        names: of the values in each `update`, for example `ROW_METRICS`.
+        names: of the values in each ``update``, for example ``ROW_METRICS``.
 
-    `compute` returns float32 tensors `[rows]` sorted by row seed (rows that share a seed by their values), so that
-    batch size, shuffling and the number of ranks change nothing, and the rows' prompts, int64 `[rows]`, as `prompt`.
+    ``compute`` returns float32 tensors ``[rows]`` sorted by row seed (rows that share a seed by their values), so that
+    batch size, shuffling and the number of ranks change nothing; and the rows' prompts, int64 ``[rows]``, as
+    ``prompt``.
     """
 
     full_state_update = False
@@ -193,13 +194,13 @@ class RowMetrics(Metric):
             self.add_state(f"value_{name}", default=[], dist_reduce_fx="cat")
 
     def update(self, values: Mapping[str, Tensor], row_seed: Tensor, prompt_seed: Tensor | None = None) -> None:
-        """Add the rows of one batch: `[batch]` values per name, the seeds of the rows and of their prompts (int64).
+        """Add the rows of one batch: ``[batch]`` values per name, the seeds of the rows and of their prompts (int64).
 
         Unless prompt seeds are given, every row counts as its own prompt.
         """
         for name in self.names:
             if name not in values:
-                raise InputError(f"The values of a batch do not include '{name}'; found {sorted(values)}.")
+                raise InputError(f"the values of a batch do not include '{name}'; found {sorted(values)}.")
             if values[name].shape != row_seed.shape or row_seed.ndim != 1:
                 raise InputError(
                     f"'{name}' has shape {list(values[name].shape)} and row_seed {list(row_seed.shape)}; "
@@ -212,7 +213,7 @@ class RowMetrics(Metric):
             getattr(self, f"value_{name}").append(values[name].detach().to(self.device, torch.float32))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the ranks' rows; torchmetrics calls this before `compute`."""
+        """Gather the ranks' rows; torchmetrics calls this before ``compute``."""
         if not self._is_synced and not self.row_seeds:
             # A rank without rows would send torchmetrics' default, an empty float32 tensor, into a gather of int64.
             for seeds in (self.row_seeds, self.prompt_seeds):
@@ -222,7 +223,7 @@ class RowMetrics(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """A float32 tensor `[rows]` of all rows per name, and `prompt`; empty tensors if there were no rows."""
+        """A float32 tensor ``[rows]`` of all rows per name, and ``prompt``; empty tensors if there were no rows."""
 
         if isinstance(self.row_seeds, list) and not self.row_seeds:
             empty = {name: torch.zeros(0, dtype=torch.float32, device=self.device) for name in self.names}

@@ -1,6 +1,6 @@
-"""Show a run to a person: `report.html` for the browser and a plain table for the terminal.
+"""Show a run to a person: ``report.html`` for the browser and a plain table for the terminal.
 
-The pipeline calls this file last, with the contents of `metrics.json` and `importance.json`. Nothing is measured or
+The pipeline calls this file last, with the contents of ``metrics.json`` and ``importance.json``. Nothing is measured or
 decided here; a figure that is missing (no benchmark, no comparison) leaves its section out.
 """
 
@@ -25,16 +25,17 @@ NOISY = 0.2  # a p90 this share above the median gets a warning
 def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path) -> None:
     """Write the self-contained page: one file, no script, no font, image or link from outside.
 
-    The resolved `recipe.yaml` next to it is shown on it.
+    The resolved ``recipe.yaml`` next to it is shown on it.
 
     Args:
-        metrics: the contents of `metrics.json`. `arithmetic`, `ttft`, `comparison` and `verified` may be None or empty.
-        importance: the contents of `importance.json`: `prefill` and `decode`, one value per layer; may be empty.
+        metrics: the contents of ``metrics.json``. ``arithmetic``, ``ttft``, ``comparison`` and ``verified`` may be None
+            or empty.
+        importance: the contents of ``importance.json``: ``prefill`` and ``decode``, one value per layer; may be empty.
         path: of the page. It is written under a temporary name next to it and renamed, so that a reader never
             sees half a page.
 
     Raises:
-        KeyError: a key of `metrics` is missing.
+        KeyError: a key of ``metrics`` is missing.
         OSError: the page cannot be written.
     """
     recipe = Path(path).with_name("recipe.yaml")
@@ -311,13 +312,13 @@ def noise(ttft: dict[str, Any] | None) -> str:
 
 
 def draws(found: dict[str, Any]) -> str:
-    """`600 verify rows`, with the number of prompts where several rows share one."""
+    """``600 verify rows``, with the number of prompts where several rows share one."""
     rows, prompts = count(found["rows"], "verify row"), found.get("prompts")
     return rows if prompts in (None, found["rows"]) else f"{rows} of {count(prompts, 'prompt')}"
 
 
 def verdict(passed: bool | None) -> str:
-    """A verify row's verdict in words; `measured` where the loss was not limited."""
+    """A verify row's verdict in words; ``measured`` where the loss was not limited."""
     return {True: "passed", False: "failed", None: "measured"}[passed]
 
 
@@ -365,7 +366,7 @@ def _render(metrics: dict[str, Any], importance: dict[str, Any], recipe: str | N
 
 
 def _about(metrics: dict[str, Any]) -> dict[str, str]:
-    """What was run on what; ``about`` in `metrics.json` has the model, the data, the date and the command."""
+    """What was run on what; ``about`` in ``metrics.json`` has the model, the data, the date and the command."""
     about = dict(metrics.get("about") or {})
     if metrics.get("device"):
         about["device"] = metrics["device"]

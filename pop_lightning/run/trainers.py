@@ -181,7 +181,7 @@ class Trainers:
 
         Args:
             loader: endless batches from the one with the given number on.
-            rounds: how often the training was or will be stopped and gone on with, this time included.
+            rounds: how often the training was or will be stopped and resumed, this time included.
             checkpoints: a folder that only this training uses.
             every: steps between checkpoints.
         """
