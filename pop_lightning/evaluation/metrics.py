@@ -156,7 +156,8 @@ def summary(
 
     Returns:
         ``rows`` and ``prompts``; means ``kl``, ``agreement``, ``nll_increase`` and ``exact_match``; ``loss``, its
-        ``bound``, and ``expected_bound``, the one that a verify split of ``prompts`` prompts would give with the same losses.
+        ``bound``, and ``expected_bound``, the one that a verify split of ``prompts`` prompts would give with the same
+        losses.
     """
     losses = prompt_losses(rows, metric)
     means = {name: prompt_means(rows[name], rows["prompt"]).mean().item() for name in SHOWN}

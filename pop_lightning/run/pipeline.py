@@ -210,9 +210,9 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
     """The kind that needs no training at every depth, each choice about it made on the tune split."""
     recipe, settings, start = run.recipe, run.recipe.projection, start_kind(run.recipe)
     kept = {depth: run.folder.has_projections(Choice(depth, start)) for depth in depths}
-    if all(kept.values()) and run.folder.read("state/ridge.json"):
+    if all(kept.values()) and run.folder.read("state/fitted.json"):
         return
-    ridges = {}
+    fitted_how = {}
     needed = f"projection.memory_gib ({settings.memory_gib:g}) or data.batch_size ({recipe.data.batch_size})"
     with memory_advice(f"lower {needed}, {RESUME}"):
         for fitted in kind_named(start).fit(
@@ -224,12 +224,12 @@ def fit_untrained(run: Run, depths: list[int]) -> None:
             tune_rows=run.data.loader("tune"),
             validate=lambda what, module, rows: run.trainers.make(what).validate(module, rows, verbose=False),
         ):
-            ridges[fitted.depth] = fitted.how
-            if not kept[fitted.depth]:  # else a run that stopped before ridge.json had the same
+            fitted_how[fitted.depth] = fitted.how
+            if not kept[fitted.depth]:  # else a run that stopped before fitted.json had the same
                 run.folder.write_projections(Choice(fitted.depth, start), fitted.projections)
             del fitted  # not held through the next pass
-    if ridges:
-        run.folder.write("state/ridge.json", ridges)
+    if fitted_how:
+        run.folder.write("state/fitted.json", fitted_how)
 
 
 def fit_selectors(run: Run, depths: list[int]) -> None:
@@ -306,7 +306,8 @@ def search(run: Run, depths: list[int]) -> Found:
         plans += measure(run, "searching plans", asked, "state/search-plans.json")
         kept = _kept_of_least_loss(run, plans, reached, budget)
     else:
-        kept = _kept_within_budget(run, plans, screened, depths, budget)
+        kept, further, screened = _kept_within_budget(run, plans, depths, budget)
+        plans += further
         known = {(entry["depth"], entry["projection"]) for entry in plans if Kept.of(entry) == kept}
         rest = [(choice, kept) for choice, _ in every if (choice.depth, choice.projection) not in known]
         if rest:
@@ -347,31 +348,34 @@ def _kept_of_least_loss(run: Run, plans: list[dict], reached: dict[Kept, int], b
 
 
 def _kept_within_budget(
-    run: Run, plans: list[dict], screened: list[dict], depths: list[int], budget: selection.Budget
-) -> Kept:
+    run: Run, plans: list[dict], depths: list[int], budget: selection.Budget
+) -> tuple[Kept, list[dict], list[dict]]:
     """Carry out :func:`~pop_lightning.evaluation.search.fastest_plan`.
 
     Args:
-        plans: what was measured with the fewest tokens in full; further measurements are added.
-        screened: measurements on a part of the rows are added here.
+        plans: what was measured with the fewest tokens in full.
+
+    Returns:
+        The tokens in full; further measurements on all rows, and those on a part of them.
     """
+    further, screened = [], []
     worth = [depth for depth in depths if run.decoder.num_layers - depth >= run.recipe.budget.min_pruned]
     if not worth:
         budget.say(f"search: no depth prunes {run.recipe.budget.min_pruned} layers: {run.kept[0]} is chosen")
-        return run.kept[0]
+        return run.kept[0], further, screened
     fewest = [Measured.of(entry) for entry in plans if _may_be_exported(run, entry)]
     speedups = {(depth, kept): run.speedup(depth, kept) for kept in run.kept for depth in worth}
     rows = selection.screening_rows(len(run.data.rows_of("search")), budget)
-    search, measured = selection.fastest_plan(fewest, speedups, rows is not None, budget), None
+    requests, measured = selection.fastest_plan(fewest, speedups, rows is not None, budget), None
     for number in itertools.count(1):
         try:
-            request = search.send(measured)
+            request = requests.send(measured)
         except StopIteration as end:
-            return end.value
+            return end.value, further, screened
         asked = [(Choice(depth, start_kind(run.recipe)), kept) for depth, kept in request.plans]
         what, limit = ("screening plans", rows) if request.screen else ("searching plans", None)
         entries = measure(run, what, asked, f"state/search-plans{number}.json", limit)
-        (screened if request.screen else plans).extend(entries)
+        (screened if request.screen else further).extend(entries)
         measured = {(entry["depth"], Kept.of(entry)): Measured.of(entry) for entry in entries}
 
 
@@ -388,7 +392,7 @@ def measure(
     budget, prompts = run.recipe.budget, run.data.prompts_of("verify")
 
     def compute() -> dict:
-        ridges, curve = run.folder.read("state/ridge.json"), []
+        fitted_how, curve = run.folder.read("state/fitted.json"), []
         choices = list(dict.fromkeys(choice for choice, _ in asked))
         for group in groups(run.decoder, choices, run.recipe.projection.memory_bytes):
             variants = {}
@@ -401,7 +405,7 @@ def measure(
             depths = ", ".join(dict.fromkeys(str(choice.depth) for choice in group))
             for entry in evaluate(run, f"{what} at depth {depths}", variants, limit).values():
                 for key in kind_named(entry["projection"]).chosen:
-                    entry[key] = ridges[str(entry["depth"])][key]
+                    entry[key] = fitted_how[str(entry["depth"])][key]
                 curve.append(entry)
         return {"curve": curve}
 
@@ -497,24 +501,12 @@ def _exported(run: Run, metrics: dict) -> bool:
 
 def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) -> dict:
     """The contents of ``metrics.json``, and the report that shows them."""
-    recipe, layers, tokens, prompts = run.recipe, run.decoder.num_layers, run.tokens, run.data.prompts_of
-    used, certifiable = {choice.depth: choice for choice in found.sequence}, run.certifiable
+    recipe, prompts, used = run.recipe, run.data.prompts_of, {choice.depth: choice for choice in found.sequence}
     shown = used[budget.depth] if budget.depth is not None else nearest(run, found.curve)
-    plan = found.kept.at(shown.depth)
-    full, pruned = (prefill_flops(run.decoder, each, tokens) for each in (PruningPlan(layers), plan))
-    listed = run.listed_boundaries
-    compared = {*map(Kept, listed), found.kept} if listed else ()
-    boundaries = (
-        measure(run, "comparing boundaries", [(shown, kept) for kept in in_order(compared)]) if compared else []
-    )
-    comparison = compare(run, shown, found)
-    run.trainers.progress.say("timing the prefill")
-    projections = run.variant(shown, found.kept).projections
-    generator = StageAwareGenerator(run.decoder.model, plan, projections, run.data.tokenizer, run.data.vision)
     metrics = {
         "format": 1,
         "depth": budget.depth,
-        "layers": layers,
+        "layers": run.decoder.num_layers,
         **found.kept.to_dict(),
         "projection": shown.projection,
         "budget": {key: value for key, value in recipe.to_dict()["budget"].items() if key != "candidates"}
@@ -522,38 +514,19 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
         "rows": {name: len(run.data.rows_of(name)) for name in ("fit", "tune", "search", "verify")}
         | {"unusable": dict(run.data.report.unusable)},
         "prompts": {name: prompts(name) for name in ("search", "verify")},
-        "smallest_certifiable_drop": certifiable.smallest,
-        "largest_certified_loss": certifiable.largest_loss,
+        "smallest_certifiable_drop": run.certifiable.smallest,
+        "largest_certified_loss": run.certifiable.largest_loss,
         "verified": budget.promise(),
         "verification": [
             asdict(verdict) | {"projection": used[verdict.depth].projection} for verdict in budget.verdicts
         ],
         "curve": found.curve,
-        "plans": [
-            {
-                name: entry[name]
-                for name in ("depth", "projection", "boundary", "salient", "loss", "kl")
-                if name in entry
-            }
-            | {"speedup": run.speedup(entry["depth"], Kept.of(entry))}
-            for entry in found.plans
-        ],
-        "boundaries": [entry | {"speedup": run.speedup(shown.depth, Kept.of(entry))} for entry in boundaries],
+        "plans": measured_plans(run, found),
+        "boundaries": compare_boundaries(run, shown, found),
         "decisions": found.decisions + budget.decisions,
-        "comparison": comparison,
-        "arithmetic": {
-            "depth": shown.depth,
-            "prompt_tokens": tokens,
-            "full_flops": full,
-            "pruned_flops": pruned,
-            "saved": 1 - pruned / full,
-            "ratio": full / pruned,
-        },
-        # A base in shards spends its time gathering them, which is not the latency of a served model.
-        "ttft": None
-        if run.trainers.shards_base
-        else distributed.from_first(lambda: measure_ttft(generator, tokens)),  # the others would compete
-        "examples": None if run.trainers.shards_base else distributed.from_first(lambda: examples(run, generator)),
+        "comparison": compare(run, shown, found),
+        "arithmetic": arithmetic(run, found.kept.at(shown.depth)),
+        **latency_and_examples(run, shown, found),
         "about": about(run),
         "versions": versions(),
         "device": str(run.decoder.model.device),
@@ -561,6 +534,58 @@ def summarize(run: Run, found: Found, budget: AccuracyBudget, importance: dict) 
     if distributed.is_first():
         write_report(metrics, importance, run.folder / "report.html")
     return metrics
+
+
+def measured_plans(run: Run, found: Found) -> list[dict]:
+    """What the search measured of each plan, with its counted speedup."""
+    names = ("depth", "projection", "boundary", "salient", "loss", "kl")
+    return [
+        {name: entry[name] for name in names if name in entry}
+        | {"speedup": run.speedup(entry["depth"], Kept.of(entry))}
+        for entry in found.plans
+    ]
+
+
+def compare_boundaries(run: Run, shown: Choice, found: Found) -> list[dict]:
+    """The same depth with every listed boundary, on the search split; empty if the recipe lists none."""
+    if not run.listed_boundaries:
+        return []
+    compared = in_order({*map(Kept, run.listed_boundaries), found.kept})
+    entries = measure(run, "comparing boundaries", [(shown, kept) for kept in compared])
+    return [entry | {"speedup": run.speedup(shown.depth, Kept.of(entry))} for entry in entries]
+
+
+def arithmetic(run: Run, plan: PruningPlan) -> dict:
+    """Counted operations of the prefill of a prompt of median length."""
+    unpruned = PruningPlan(run.decoder.num_layers)
+    full, pruned = (prefill_flops(run.decoder, each, run.tokens) for each in (unpruned, plan))
+    return {
+        "depth": plan.depth,
+        "prompt_tokens": run.tokens,
+        "full_flops": full,
+        "pruned_flops": pruned,
+        "saved": 1 - pruned / full,
+        "ratio": full / pruned,
+    }
+
+
+def latency_and_examples(run: Run, shown: Choice, found: Found) -> dict:
+    """The measured TTFT, and answers of both models; None on a base in shards.
+
+    Such a base spends its time gathering weights, which is not the latency of a served model.
+    """
+    if run.trainers.shards_base:
+        return {"ttft": None, "examples": None}
+    run.trainers.progress.say("timing the prefill")
+    projections = run.variant(shown, found.kept).projections
+    generator = StageAwareGenerator(
+        run.decoder.model, found.kept.at(shown.depth), projections, run.data.tokenizer, run.data.vision
+    )
+    # The first process only: the others would compete.
+    return {
+        "ttft": distributed.from_first(lambda: measure_ttft(generator, run.tokens)),
+        "examples": distributed.from_first(lambda: examples(run, generator)),
+    }
 
 
 def nearest(run: Run, curve: list[dict]) -> Choice:

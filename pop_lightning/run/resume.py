@@ -17,7 +17,7 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
         ("seed", "model.dtype", "data.splits.", "data.max_response_tokens"),
     ),
     ("importance.json",): ("layers were scored with it", ("importance.", "boundary")),
-    ("state/closed_form-*", "state/ridge.json", "state/selector-*"): (
+    ("state/closed_form-*", "state/fitted.json", "state/selector-*"): (
         "the closed form was fitted with it",
         ("projection.ridge", "projection.grouping", "projection.queries", "projection.refit", "projection.memory_gib",
          "boundary", "depth", "budget.candidates", "budget.min_pruned", "budget.speedup"),
@@ -38,7 +38,7 @@ _DEPENDS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # The tokens that run in full decide which depths reach a requested speedup, and so which were fitted.
 _AT_A_SPEEDUP: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
-    ("state/closed_form-*", "state/ridge.json"): (
+    ("state/closed_form-*", "state/fitted.json"): (
         "the closed form was fitted at the depths that it leads to", ("budget.boundaries", "salient", "budget.salient")
     ),
 }  # fmt: skip

@@ -107,7 +107,7 @@ def test_two_processes_choose_the_plan_of_one(runs, work, tmp_path, target):
 
 MOMENTS = {
     "scored": "importance.json",
-    "fitted": "state/ridge.json",
+    "fitted": "state/fitted.json",
     "training": "checkpoints/full-depth1/last.ckpt",
     "trained": "state/full-depth1-steps6.safetensors",
     "searched": "state/search.json",

@@ -190,7 +190,7 @@ def test_an_artifact_that_is_gone_or_damaged_is_written_again_from_state(finishe
     [
         ("importance.json", "cut"),
         ("importance.json", "another number"),
-        ("state/ridge.json", "empty"),
+        ("state/fitted.json", "empty"),
         ("state/search.json", "another number"),
         ("state/closed_form-depth2.safetensors", "zeros"),
         ("state/closed_form-depth2.safetensors", "flipped"),
@@ -252,7 +252,7 @@ def test_projections_that_were_written_stay_where_the_fit_was_stopped_before_its
         assert fit.main(arguments(base, data, output)) == 130
     written = {path: path.stat().st_mtime_ns for path in (output / "state").glob("*.safetensors")}
     assert len(written) == 2
-    assert not (output / "state/ridge.json").exists()
+    assert not (output / "state/fitted.json").exists()
     assert fit.main([*arguments(base, data, output), "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert exported(output) == exported(finished)
