@@ -92,7 +92,7 @@ def test_equal_models_lose_nothing_and_ruled_out_tokens_give_no_nan():
 def test_response_metrics_refuses_what_does_not_fit():
     student, teacher, targets, mask = example()
     mask[2] = False
-    with pytest.raises(InputError, match="Row 2"):
+    with pytest.raises(InputError, match="row 2"):
         response_metrics(student, teacher, targets, mask)
     with pytest.raises(InputError, match="shapes"):
         response_metrics(student, teacher[:, :3], targets, mask)
