@@ -478,7 +478,7 @@ def _options(found: Estimate, limit: float) -> str:
 
 
 def _remarks(found: Estimate) -> Iterator[str]:
-    """What the figures leave open: images, the closed form's groupings, how often the budget asks for a training."""
+    """What the figures leave open: images, the closed form's groupings, how much the budget measures and trains."""
     costs, budget, limit = found.costs, found.recipe.budget, found.recipe.projection.memory_gib
     if found.base.decoder.vision_tokens:
         yield "images and videos: the vision tower's weights are counted, its activations are not."
@@ -494,6 +494,11 @@ def _remarks(found: Estimate) -> Iterator[str]:
         plain = prefill_flops(found.base.decoder, PruningPlan(costs.layers), costs.usual.tokens)
         fit = next(stage.operations for stage in found.stages if stage.name == "closed form: fit")
         yield f"{text}. Its operations are {fit / plain:.2f}x those of one forward pass over the fit rows."
+    if any(stage.name == "search: plans" for stage in found.stages) and budget.speedup is None:
+        yield (
+            "search of plans: counted at most, as if none kept the budget; with numbers for boundary and salient the "
+            "search is over depths only."
+        )
     if costs.trains:
         depths = "the deepest" if budget.speedup is not None else f"each of {len(costs.depths)} depths"
         yield (

@@ -550,9 +550,13 @@ def compare_boundaries(run: Run, shown: Choice, found: Found) -> list[dict]:
     """The same depth with every listed boundary, on the search split; empty if the recipe lists none."""
     if not run.listed_boundaries:
         return []
-    compared = in_order({*map(Kept, run.listed_boundaries), found.kept})
-    entries = measure(run, "comparing boundaries", [(shown, kept) for kept in compared])
-    return [entry | {"speedup": run.speedup(shown.depth, Kept.of(entry))} for entry in entries]
+    rows, compared = len(run.data.rows_of("search")), in_order({*map(Kept, run.listed_boundaries), found.kept})
+    # What the search has measured, unless it was only screened.
+    known = {Kept.of(each): each for each in found.plans if Choice.of(each) == shown and each["rows"] == rows}
+    missing = [(shown, kept) for kept in compared if kept not in known]
+    if missing:
+        known |= {Kept.of(each): each for each in measure(run, "comparing boundaries", missing)}
+    return [known[kept] | {"speedup": run.speedup(shown.depth, kept)} for kept in compared]
 
 
 def arithmetic(run: Run, plan: PruningPlan) -> dict:

@@ -249,7 +249,7 @@ def test_loss_and_cost_at_each_boundary_are_measured_at_the_chosen_depth(run):
     assert "counted speedup" in (output / "report.html").read_text()
 
 
-def test_an_automatic_boundary_makes_a_deeper_pruning_possible(run, untrained):
+def test_an_automatic_boundary_makes_a_deeper_pruning_possible(run, untrained, capsys):
     limit = 0.8 * untrained[2]["expected_bound"]  # boundary 1 misses it at depth 2
     code, output, metrics = run(boundary="auto", budget__boundaries=[1, 4, 8], budget__max_drop=limit, **TIGHT)
     chosen = metrics["boundary"]
@@ -257,6 +257,15 @@ def test_an_automatic_boundary_makes_a_deeper_pruning_possible(run, untrained):
     assert {entry["boundary"] for entry in metrics["curve"]} == {chosen}
     assert not decided(metrics, "search: boundary 1 keeps the budget")
     assert decided(metrics, f"search: boundary {chosen} is chosen")
+    assert "comparing boundaries" not in capsys.readouterr().out  # the search has measured them
+    shown = metrics["arithmetic"]["depth"]
+    searched = {
+        plan["boundary"]: plan["loss"]
+        for plan in metrics["plans"]
+        if (plan["depth"], plan["projection"]) == (shown, metrics["projection"])
+    }
+    assert {each["boundary"]: each["loss"] for each in metrics["boundaries"]} == searched
+    assert list(searched) == [1, 4, 8]
     if code == 0:
         assert StageAwareGenerator.from_artifact(output / "artifact").plan == PruningPlan(2, chosen)
 

@@ -294,6 +294,7 @@ def test_every_recipe_is_checked_and_printed_offline(name, offline, unmeasured, 
     assert ("assumed: bundled shape" in shown) == (name != "tiny")
     for stage in ("scoring", "search", "verify", "comparison"):
         assert f"\n{stage}" in shown
+    assert ("search of plans: counted at most" in shown) == (parse(["--recipe", name]).recipe.boundary == "auto")
     limit = parse(["--recipe", name]).recipe.projection.memory_gib
     kept = re.findall(r"^closed form: (?:fit|choice) .*?(\S+) +\S+ +\S+$", shown, re.MULTILINE)
     assert len(kept) == 2
