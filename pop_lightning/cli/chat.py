@@ -5,21 +5,25 @@ from collections.abc import Callable
 from contextlib import closing
 
 from pop_lightning.core.errors import InputError, Spelling
+from pop_lightning.data.images import RowImage
 from pop_lightning.generation.chat import Chat, Turn
 
-HELP = """/full  the plain model answers from here on
-/pop   the pruned model answers from here on
-/new   begin a new conversation
-/quit  end (or Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/full        the plain model answers from here on
+/pop         the pruned model answers from here on
+/image PATH  show an image with the next message; repeatable
+/new         begin a new conversation
+/quit        end (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def converse(chat: Chat, spelling: Spelling, read: Callable[[str], str] = input) -> None:
+def converse(chat: Chat, spelling: Spelling, read: Callable[[str], str] = input, *, allow_urls: bool = False) -> None:
     """Read what the user says and print answers until ``/quit`` or the end of the input.
 
     Args:
         spelling: of recipe keys in errors.
         read: a line of input, after a prompt.
+        allow_urls: whether images may be URLs.
     """
+    waiting: list[RowImage] = []  # images for the next message
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         print(HELP, file=sys.stderr)
@@ -30,10 +34,19 @@ def converse(chat: Chat, spelling: Spelling, read: Callable[[str], str] = input)
             break
         if text == "/quit":
             break
-        if text.startswith("/"):
-            print(_obey(chat, text), file=sys.stderr)
-        elif text:
-            _answer(chat, text, spelling)
+        try:
+            if text.partition(" ")[0] == "/image":
+                path = text.removeprefix("/image").strip()
+                waiting.append(_image(chat, path, allow_urls))
+                print(f"image {len(waiting)} of the next message: {path}", file=sys.stderr)
+            elif text.startswith("/"):
+                if text == "/new":
+                    waiting.clear()
+                print(_obey(chat, text), file=sys.stderr)
+            elif text and _answer(chat, text, waiting):
+                waiting.clear()
+        except InputError as error:
+            print(error.render(spelling), file=sys.stderr)
 
 
 def _obey(chat: Chat, command: str) -> str:
@@ -47,19 +60,26 @@ def _obey(chat: Chat, command: str) -> str:
     return HELP
 
 
-def _answer(chat: Chat, text: str, spelling: Spelling) -> None:
+def _image(chat: Chat, path: str, allow_urls: bool) -> RowImage:
+    if not path:
+        raise InputError("/image needs the path of an image, as in /image photo.png.")
+    if path[0] == path[-1] and path[0] in "'\"":  # as terminals write a file that is dropped on them
+        path = path[1:-1]
+    return chat.open(path, "/image", allow_urls=allow_urls)
+
+
+def _answer(chat: Chat, text: str, images: list[RowImage]) -> bool:
+    """Print the answer and its cost; False if it was interrupted, so that its images can be shown again."""
     try:
-        with closing(chat.ask(text)) as pieces:
+        with closing(chat.ask(text, images)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print("\n(stopped; this turn is not part of the conversation)", file=sys.stderr)
-        return
-    except InputError as error:
-        print(error.render(spelling), file=sys.stderr)
-        return
+        return False
     print()
     print(cost(chat.turn), file=sys.stderr)
+    return True
 
 
 def cost(turn: Turn) -> str:

@@ -95,7 +95,7 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
 
 
-def _add_generation(parser: argparse.ArgumentParser, *, longest: int = 64, urls: bool = True) -> None:
+def _add_generation(parser: argparse.ArgumentParser, *, longest: int = 64) -> None:
     parser.add_argument(
         "--max_new_tokens",
         type=_whole(1),
@@ -103,8 +103,7 @@ def _add_generation(parser: argparse.ArgumentParser, *, longest: int = 64, urls:
         metavar="N",
         help=f"longest answer, in tokens (default: {longest})",
     )
-    if urls:
-        parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
+    parser.add_argument("--allow_urls", action="store_true", help="fetch images and videos that are named by URL")
     sampling = parser.add_argument_group("sampling (default: greedy)")
     sampling.add_argument("--temperature", type=_number(0, float("inf")), metavar="T", help="0 is greedy (default: 1)")
     sampling.add_argument("--top_p", type=_number(0, 1), metavar="P", help="from the most likely tokens of this mass")
@@ -211,7 +210,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, required=True)
     parser.add_argument("--system", metavar="TEXT", help="the system's message")
     parser.add_argument("--full", action="store_true", help="begin with the plain model")
-    _add_generation(parser, longest=512, urls=False)
+    _add_generation(parser, longest=512)
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -226,7 +225,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     chat = Chat(generator, system=arguments.system, max_new_tokens=arguments.max_new_tokens, sampling=sampling)
     chat.use(full=arguments.full)
     with memory_advice("begin a new conversation, choose a narrower --dtype or another --device"):
-        converse(chat, FLAGS)
+        converse(chat, FLAGS, allow_urls=arguments.allow_urls)
     return 0
 
 

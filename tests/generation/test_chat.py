@@ -1,11 +1,15 @@
 """Conversations: history, the cache reused between turns, and what a turn is said to cost."""
 
 import builtins
+import inspect
 import io
+import re
 import sys
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoProcessor
 
 from pop_lightning import InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.cli import generate
@@ -15,6 +19,7 @@ from pop_lightning.generation.chat import Chat, Turn
 from pop_lightning.models.loading import load_model, load_tokenizer
 from pop_lightning.pruning.flops import prefill_flops, turn_flops
 
+from tests.helpers import vision
 from tests.helpers.workbench import save_base, save_tokenizer
 
 TEMPLATE = (
@@ -160,7 +165,7 @@ def test_commands_answers_and_costs_in_a_terminal(chat, capsys):
         "(12 tokens, 0 of them cached",
         "(4 tokens, 0 of them cached",
     ]
-    assert "/quit  end" in err
+    assert "/quit        end" in err
     assert "the plain model answers" in err
     assert next(lines) == "never"
 
@@ -200,3 +205,108 @@ def test_the_command_reads_lines_from_a_pipe(folder, tmp_path, monkeypatch, caps
     assert out.count("\n") == 2
     assert ">" not in out
     assert "(15 tokens, 0 of them cached; TTFT" in err
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=vision.FAMILIES)
+def seeing(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeing") / request.param
+    vision.save_base(folder, request.param)
+    vision.save_pictures(folder / "pictures")
+    generator = StageAwareGenerator(load_model(str(folder)), PruningPlan(2))
+    generator.save_pretrained(folder / "artifact")
+    return folder
+
+
+# Without the special tokens, which a random model writes too and which its text does not show.
+ONLY_WORDS = {"do_sample": False, "suppress_tokens": [0, 1, 2, 3, *range(vision.OPEN, vision.VIDEO + 1)]}
+
+
+def pictures(folder, *numbers):
+    return [str(folder / "pictures" / f"{number}.png") for number in numbers]
+
+
+def without_a_cache(chat):
+    """The last answer, generated from the whole conversation by a model and processor of their own."""
+    base = chat.generator.name_or_path
+    processor, model = AutoProcessor.from_pretrained(base), load_model(base)
+    text = processor.apply_chat_template(chat.messages[:-1], add_generation_prompt=True, tokenize=False)
+    opened = [Image.open(image.source).convert("RGB") for image in chat.images]
+    inputs = processor(text=[text], images=opened, add_special_tokens=False, return_tensors="pt")
+    inputs = {name: value for name, value in inputs.items() if name in inspect.signature(model.forward).parameters}
+    output = model.generate(**inputs, max_new_tokens=6, pad_token_id=0, **ONLY_WORDS)
+    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_images_of_several_turns_reach_the_plain_model_as_its_processor_gives_them(seeing):
+    chat = Chat(StageAwareGenerator.from_artifact(seeing / "artifact"), max_new_tokens=6, sampling=ONLY_WORDS)
+    chat.use(full=True)
+    turns = [(WORDS, [0]), ("w20 w21", []), ("w30", [1, 2]), ("w31", [])]
+    cached = []
+    for text, numbers in turns:
+        images = [chat.open(path) for path in pictures(seeing, *numbers)]
+        assert "".join(chat.ask(text, images)).split() == without_a_cache(chat).split()
+        cached.append(chat.turn.cached)
+    assert cached == sorted(cached)
+    assert len(set(cached)) == len(turns)
+    assert [len(chat.images), len(chat.messages)] == [3, 8]
+
+
+def test_images_run_through_the_pruned_layers_only_at_the_boundary(seeing):
+    chat = Chat(StageAwareGenerator.from_artifact(seeing / "artifact"), max_new_tokens=6, sampling=ONLY_WORDS)
+    for text, numbers in ((WORDS, [0]), ("w30", [1])):
+        images = [chat.open(path) for path in pictures(seeing, *numbers)]
+        rows = []
+        hook = chat.generator.decoder.layers[-1].register_forward_pre_hook(
+            lambda _, given, rows=rows: rows.append(given[0].shape[1])
+        )
+        list(chat.ask(text, images))
+        hook.remove()
+        assert set(rows) == {1}
+    assert chat.turn.cached > 0
+
+
+def test_another_image_in_the_history_is_read_again(seeing):
+    chat = Chat(StageAwareGenerator.from_artifact(seeing / "artifact"), max_new_tokens=6, sampling=ONLY_WORDS)
+    same, other = pictures(seeing, 0, 0), pictures(seeing, 1)
+    list(chat.ask(WORDS, [chat.open(same[0])]))
+    chat.images[0] = chat.open(same[1])
+    list(chat.ask("w20"))
+    assert chat.turn.cached > 0
+    if seeing.name == "gemma3":  # images of every size have as many tokens
+        chat.images[0] = chat.open(other[0])
+        list(chat.ask("w20"))
+        assert chat.turn.cached == 0
+
+
+def test_the_terminal_shows_images_by_path(seeing, capsys, monkeypatch):
+    first, second = pictures(seeing, 0, 1)
+    damaged = seeing / "damaged.png"
+    damaged.write_bytes(b"not an image")
+    typed = [f"/image {first}", f"/image '{second}'", "/image none.png", f"/image {damaged}", "/image"]
+    typed += ["/image https://example.org/a.png", WORDS, "w20", "/image", f"/image {first}", "/new", "w21"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
+    chats = []
+    monkeypatch.setattr(Chat, "clear", lambda self, clear=Chat.clear: (chats.append(self), clear(self)))
+    shown, ask = [], Chat.ask
+    monkeypatch.setattr(Chat, "ask", lambda self, text, images: (shown.append(len(images)), ask(self, text, images))[1])
+    assert generate.main(["chat", "--artifact", str(seeing / "artifact"), "--max_new_tokens", "4"]) == 0
+    assert shown == [2, 0, 0]
+    assert chats[0].images == []
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 3
+    assert f"image 2 of the next message: '{second}'\n" in err
+    assert "/image: the file 'none.png' does not exist.\n" in err
+    assert "/image is damaged or not an image: its format is unknown.\n" in err
+    assert err.count("/image needs the path of an image, as in /image photo.png.\n") == 2
+    assert "URLs are not fetched by default; set --allow_urls or give the image as a file.\n" in err
+
+
+def test_a_model_of_text_refuses_an_image_in_one_sentence(chat, capsys):
+    lines = iter(["/image photo.png", "w20", "/quit"])
+    converse(chat, as_recipe, lambda prompt: next(lines))
+    sentence, turn = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"/image cannot be shown: the base \(.+\) reads only text\.", sentence)
+    assert turn.startswith("(")
