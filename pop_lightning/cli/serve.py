@@ -2,12 +2,18 @@
 
 import argparse
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from pop_lightning.cli import importing, run
 from pop_lightning.core import completion
 from pop_lightning.core.errors import InputError, first_sentence
+
+METRICS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +75,24 @@ def _overrides(words: list[str]) -> tuple[dict, list[str]]:
     return found, rest
 
 
+@contextmanager
+def _shared_metrics() -> Iterator[None]:
+    """Inside, counters of the engine's process are part of the server's ``/metrics``.
+
+    They reach it through a folder that must be named before anything imports prometheus_client. vLLM does the same
+    where it has several API servers.
+    """
+    if METRICS in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="pop-serve-") as folder:
+        os.environ[METRICS] = folder
+        try:
+            yield
+        finally:
+            del os.environ[METRICS]
+
+
 def _serve(words: list[str]) -> None:
     """Run vLLM's server until a signal ends it.
 
@@ -107,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
             from pop_lightning.serving import private
         private.check_installed()
         words = _words(own, others)
-        _serve(words)
+        with _shared_metrics():
+            _serve(words)
 
     return run("pop-serve", body)
 

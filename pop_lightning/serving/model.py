@@ -63,7 +63,7 @@ class PrunedModel(nn.Module):
         for each in self.pruned:
             each.attn.attn_backend = pruned_backend(each.attn.attn_backend)
         self.projections: Projections | None = None
-        self.report = Report(self.plan.depth, len(inner.layers))
+        self.report = Report(self.plan.depth, len(inner.layers), public=private.tensor_rank() == 0)
         runner.hook(v2=vllm_config.use_v2_model_runner)
 
     # --- loading --------------------------------------------------------------------------------------------------

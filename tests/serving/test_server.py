@@ -79,6 +79,13 @@ def _is_up(address):
         return False
 
 
+def counted(address):
+    """Context and kept tokens that ``/metrics`` reports."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
+        values = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+    return [int(float(values[f"pop:{kind}_tokens_total"])) for kind in ("context", "kept")]
+
+
 def post(address, **body):
     """The lines of a completion's answer."""
     request = urllib.request.Request(
@@ -119,6 +126,17 @@ def test_many_streams_at_once_answer_as_pop_generate_does(generator, server):
     assert cold == wanted
     assert warm == wanted
     assert f"context tokens ran through {DEPTH} of" in log.read_text()
+
+
+def test_metrics_count_context_and_kept_tokens(generator, server):
+    address, _ = server
+    length = 20  # less than a block: nothing of it is in the prefix cache
+    before = counted(address)
+    post(address, prompt=[5 + number for number in range(length)])
+    context = generator.plan.context_of(length)
+    assert [after - first for after, first in zip(counted(address), before, strict=True)] == [context, length - context]
+    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
+        assert "vllm:prompt_tokens_total{" in answer.read().decode()
 
 
 @pytest.mark.parametrize("body", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}])
