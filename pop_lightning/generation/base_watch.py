@@ -7,10 +7,9 @@ prefilled with its old weights and decoded with its new ones.
 import torch
 from torch import Tensor, nn
 
-from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.decoder import PLAIN_DTYPES, Decoder
 
 _SAMPLES = 64  # elements of each weight, at most
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class BaseWatch:
@@ -84,7 +83,7 @@ def _parts(decoder: Decoder, layers: range) -> list[nn.Module]:
 
 def _is_readable(weight: Tensor) -> bool:
     """Whether the elements can be read: not quantized, in shards, or offloaded."""
-    plain = type(weight) is nn.Parameter and weight.dtype in _PLAIN and weight.dim() in (1, 2)
+    plain = type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and weight.dim() in (1, 2)
     return plain and weight.numel() > 0 and not weight.is_meta
 
 

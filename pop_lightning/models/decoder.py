@@ -31,6 +31,9 @@ from pop_lightning.models.layer_parts import (
 from pop_lightning.models.positions import Positions
 from pop_lightning.models.vision_tokens import VisionTokens
 
+# Of weights that can be read as numbers; quantizations store others, some of them in plain parameters.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class AffineMap:
@@ -347,8 +350,11 @@ class Decoder:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantized, not offloaded."""
+    weight = linear.weight
+    if type(linear) is not nn.Linear or type(weight) not in (nn.Parameter, Tensor):
+        return False
     # An offloaded weight waits on the meta device for its hook.
-    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not linear.weight.is_meta
+    return not weight.is_meta and weight.dtype in PLAIN_DTYPES
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Every feature of ``generate`` over the pruned prefill: equal to the two-pass reference, or refused by name."""
 
 import copy
+import functools
 import importlib.util
 import itertools
 
@@ -750,6 +751,26 @@ def test_a_quantized_base(tmp_path, kind, integration):
     assert set(generator.projections.maps) == ({"2", "3"} if kind == "replaced" else set())
     ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
     assert torch.equal(ours, reference(ids, mask, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["reuse", "replaced"])
+def test_weights_that_are_whole_numbers_in_plain_layers(kind):
+    """As compressed-tensors stores them: only the forward that it gives a layer knows their scale."""
+    model = base("llama")
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            scale = linear.weight.abs().max() / 127
+            linear.weight = torch.nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+            linear.forward = functools.partial(_scaled, linear, scale)
+    ids, mask = ragged([LONG, 9])
+    generator, reference = generators(model, 1, 4, kind)
+    assert set(generator.projections.maps) == ({"2", "3"} if kind == "replaced" else set())
+    ours = generator.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours, reference(ids, mask, **GREEDY))
+
+
+def _scaled(linear, scale, x):
+    return torch.nn.functional.linear(x, linear.weight * scale, linear.bias)
 
 
 @pytest.mark.parametrize("kind", ["reuse", "replaced"])
