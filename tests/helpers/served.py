@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -71,11 +73,20 @@ MORE = {
 }
 
 
-def build(family: str, folder: Path, plan: PruningPlan, *, fitted: bool = True, seed: int = 0) -> StageAwareGenerator:
+def build(
+    family: str,
+    folder: Path,
+    plan: PruningPlan,
+    *,
+    fitted: bool = True,
+    seed: int = 0,
+    change: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> StageAwareGenerator:
     """A random model in ``folder/base`` and its artifact in ``folder/artifact``; returns the generator of both.
 
     Args:
         fitted: perturbed projections in place of reuse.
+        change: of the model's weights, before anything is made of them.
     """
     torch.manual_seed(seed)
     model = randomize((FAMILIES | MORE)[family](), family)
@@ -84,6 +95,7 @@ def build(family: str, folder: Path, plan: PruningPlan, *, fitted: bool = True, 
             parameter.data.mul_((64 / model.config.hidden_size) ** 0.5)  # activations of one size in all of them
     if not model.config.tie_word_embeddings:
         model.lm_head.weight.data.mul_(0.3)  # logits of ordinary size, or their last bit is 1e-5
+    change(model)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "base")
     model.set_attn_implementation("eager")
