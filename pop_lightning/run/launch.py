@@ -190,8 +190,8 @@ def joined(strategy: DDPStrategy):
         first, bad_input = distributed.is_first(), isinstance(error, InputError)
         if TorchElasticEnvironment.detect() and not (first and bad_input):
             # The launcher's SIGTERM cuts this short where the error only follows from the end of another process, or
-            # where the first process has the same one and prints it.
-            time.sleep(1 if first else 5)
+            # where the first process has the same one and prints it, on a busy machine some seconds later.
+            time.sleep(1 if first else 15)
         if first or not bad_input:
             raise
         if not isinstance(error, distributed.ReportedByFirst):
