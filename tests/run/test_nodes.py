@@ -96,8 +96,8 @@ def wholes(runs, work):
         if (launcher, strategy) not in made:
             output = work / f"{launcher}-{strategy}"
             command = command_of(runs, output, strategy)
-            output = finish(LAUNCHERS[launcher](runs, [command] * NODES, strategy), [0, 0])
-            made[launcher, strategy] = output, [out for out, _ in output]
+            nodes = finish(LAUNCHERS[launcher](runs, [command] * NODES, strategy), [0, 0])
+            made[launcher, strategy] = output, [out for out, _ in nodes]
         return made[launcher, strategy]
 
     return whole
@@ -115,10 +115,10 @@ def wholes(runs, work):
     ],
 )
 def test_two_nodes_give_the_results_of_one_process(runs, work, wholes, launcher, strategy):
-    output, output = wholes(launcher, strategy)
+    output, printed = wholes(launcher, strategy)
     assert_same_run(output, runs["one"], work / "base")
     # One of them writes and talks, whatever its rank on its own node.
-    assert sorted("artifact: " in out for out in output) == [False, True]
+    assert sorted("artifact: " in out for out in printed) == [False, True]
     assert list(output.rglob(".*")) == []
 
 
