@@ -350,8 +350,10 @@ class Decoder:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer's weight can be read as numbers (in shards: once gathered): not quantized, not offloaded."""
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)  # packed ones have other names
     if type(linear) is not nn.Linear or type(weight) not in (nn.Parameter, Tensor):
+        return False
+    if hasattr(linear, "quantization_scheme"):  # of compressed-tensors: its forward may round inputs as well
         return False
     # An offloaded weight waits on the meta device for its hook.
     return not weight.is_meta and weight.dtype in PLAIN_DTYPES

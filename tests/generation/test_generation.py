@@ -754,14 +754,22 @@ def test_a_quantized_base(tmp_path, kind, integration):
 
 
 @pytest.mark.parametrize("kind", ["reuse", "replaced"])
-def test_weights_that_are_whole_numbers_in_plain_layers(kind):
-    """As compressed-tensors stores them: only the forward that it gives a layer knows their scale."""
+@pytest.mark.parametrize("stored", ["whole numbers", "packed", "rounded inputs"])
+def test_plain_layers_whose_weight_is_not_all(kind, stored):
+    """As compressed-tensors leaves them: only the forward that it gives a layer computes what the layer means."""
     model = base("llama")
     for layer in model.model.layers:
         for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             scale = linear.weight.abs().max() / 127
-            linear.weight = torch.nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
-            linear.forward = functools.partial(_scaled, linear, scale)
+            whole = (linear.weight / scale).round().to(torch.int8)
+            linear.forward = functools.partial(_scaled, whole, scale, linear.bias)
+            if stored == "whole numbers":
+                linear.weight = torch.nn.Parameter(whole, requires_grad=False)
+            elif stored == "packed":
+                del linear.weight
+            else:
+                linear.quantization_scheme = "W8A8"
+                linear.forward = functools.partial(_scaled, whole, scale, linear.bias, levels=127)
     ids, mask = ragged([LONG, 9])
     generator, reference = generators(model, 1, 4, kind)
     assert set(generator.projections.maps) == ({"2", "3"} if kind == "replaced" else set())
@@ -769,8 +777,10 @@ def test_weights_that_are_whole_numbers_in_plain_layers(kind):
     assert torch.equal(ours, reference(ids, mask, **GREEDY))
 
 
-def _scaled(linear, scale, x):
-    return torch.nn.functional.linear(x, linear.weight * scale, linear.bias)
+def _scaled(whole, scale, bias, x, levels=None):
+    if levels is not None:
+        x = (x * levels).round() / levels
+    return torch.nn.functional.linear(x, whole * scale, bias)
 
 
 @pytest.mark.parametrize("kind", ["reuse", "replaced"])
