@@ -29,7 +29,7 @@ def text(result: dict[str, Any]) -> str:
     blocks = [
         compared_table(result).text(),
         shares_table(result).text(),
-        frontier_table(result).text("frontier:"),
+        frontier_table(result).titled("frontier:").text(),
         f"{rows} rows of {prompts} prompts, teacher-forced; brackets: 95% intervals, paired with the full model. TTFT: "
         f"{result['prompt_tokens']} tokens, medians of {result['settings']['repeats']} rounds.",
         *result["notes"],

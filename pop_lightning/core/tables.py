@@ -1,6 +1,6 @@
 """Tables: one set of rows for the terminal (drawn by rich), for pages, and as Markdown to copy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from textwrap import dedent
@@ -37,15 +37,14 @@ class Table:
         left = tuple(at for at, place in enumerate(places) if place in self.left)
         return replace(self, header=list(names), rows=rows, left=left)
 
-    def text(self, title: str | None = None) -> str:
-        """For the terminal.
-
-        Args:
-            title: in front of the first column's name.
-        """
+    def titled(self, title: str) -> "Table":
+        """With ``title`` in front of the first column's name."""
         first, *others = self.header
-        header = [" ".join(filter(None, [title, first])), *others]
-        return text_table(header, [list(map(_plain, row)) for row in self.rows], self.left)
+        return replace(self, header=[f"{title} {first}", *others])
+
+    def text(self) -> str:
+        """For the terminal."""
+        return text_table(self.header, [list(map(_plain, row)) for row in self.rows], self.left)
 
     def markdown(self) -> str:
         """For issues and notes."""
@@ -74,6 +73,11 @@ class Table:
         return f"<{tag}{kind}>{escape(content)}</{tag}>"
 
 
+def joined(blocks: Iterable[Table | str]) -> str:
+    """Paragraphs and tables as text, with empty lines between them."""
+    return "\n\n".join(each.text() if isinstance(each, Table) else each for each in blocks) + "\n"
+
+
 def _plain(cell: str) -> str:
     return cell.striptags() if isinstance(cell, Markup) else cell
 
@@ -85,7 +89,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: tuple
         table.add_column(name, justify="left" if index in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=StringIO(), width=_WIDE, color_system=None, markup=False, highlight=False, emoji=False)
+    # In a notebook rich would display the table instead of writing it.
+    plain = {"color_system": None, "markup": False, "highlight": False, "emoji": False, "force_jupyter": False}
+    console = Console(file=StringIO(), width=_WIDE, **plain)
     console.print(table)
     lines = (line.rstrip() for line in console.file.getvalue().splitlines())
     return dedent("\n".join(filter(None, lines)))

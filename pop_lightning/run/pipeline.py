@@ -16,6 +16,7 @@ from pop_lightning.callbacks.export_artifact import export
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
+from pop_lightning.core.notebook import show
 from pop_lightning.core.plan import Choice, Kept, PruningPlan, in_order
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.data.examples import check_source
@@ -48,7 +49,7 @@ from pop_lightning.run.inputs import (
 )
 from pop_lightning.run.progress import Progress
 from pop_lightning.run.recipe import Recipe
-from pop_lightning.run.report import print_table, write_report
+from pop_lightning.run.report import summary, write_report
 from pop_lightning.run.trainers import Trainers
 
 EXPORTED, NOTHING_QUALIFIES = 0, 3
@@ -172,7 +173,7 @@ def run_stages(run: Run) -> int:
             run.trainers.log_results(metrics, importance)
     if distributed.is_first() and not (folder / "report.html").is_file():
         write_report(metrics, importance, folder / "report.html")
-    print(print_table(metrics))
+    show(summary(metrics))
     print(f"total time: {run.trainers.progress.total()}")
     print(f"report: {folder / 'report.html'}")
     if metrics["depth"] is None:

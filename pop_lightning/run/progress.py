@@ -1,18 +1,26 @@
 """What a person sees of a run at work: the stage, its number, its speed, and the time left.
 
-On a terminal every pass over rows has a bar. Elsewhere (logs, pipes) nothing is printed about stages unless
-``--verbose`` asks for it: a line when each begins.
+On a terminal and in a notebook every pass over rows has a bar. Elsewhere (logs, pipes) nothing is printed about stages
+unless ``--verbose`` asks for it: a line when each begins.
 """
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm import tqdm
+from tqdm import TqdmExperimentalWarning
+
+with warnings.catch_warnings():
+    # In a notebook a widget, where ipywidgets is installed; everywhere else the plain bar.
+    warnings.simplefilter("ignore", TqdmExperimentalWarning)
+    from tqdm.autonotebook import tqdm
+
+from pop_lightning.core.notebook import in_notebook
 
 _WIDEST = 60  # characters of a bar's name
 
@@ -32,8 +40,8 @@ class Progress:
 
     @property
     def interactive(self) -> bool:
-        """Whether standard output is a terminal, which can show bars."""
-        return sys.stdout.isatty()
+        """Whether standard output is a terminal or a notebook's cell, which can show bars."""
+        return sys.stdout.isatty() or in_notebook()
 
     @property
     def current(self) -> str:

@@ -43,24 +43,24 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
     write_text(Path(path), _render(metrics, importance, shown))
 
 
-def print_table(metrics: dict[str, Any]) -> str:
-    """The run as plain text for the terminal: the measurements on search and verify rows, and the choice."""
+def summary(metrics: dict[str, Any]) -> list[Table | str]:
+    """The run for the terminal: tables of the measurements on search and verify rows, and the choice."""
     losses = ("KL", "agreement", "NLL increase", "loss", "bound")
-    blocks = [_curve_table(metrics).only("depth", "projection", *losses).text()]
+    blocks: list[Table | str] = [_curve_table(metrics).only("depth", "projection", *losses)]
     if metrics.get("verification"):
         columns = ("depth", "projection", "loss", "bound", "verdict")
-        blocks.append(_verification_table(metrics).only(*columns).text("verify rows:"))
+        blocks.append(_verification_table(metrics).only(*columns).titled("verify rows:"))
     if metrics.get("boundaries"):
         salient = ["salient"] * _has_salient(metrics)
         columns = ("boundary", *salient, "KL", "agreement", "loss", "bound", "counted speedup")
         depth = metrics["boundaries"][0]["depth"]
-        blocks.append(_boundary_table(metrics).only(*columns).text(f"depth {depth}:"))
+        blocks.append(_boundary_table(metrics).only(*columns).titled(f"depth {depth}:"))
     if metrics.get("comparison"):
         columns = ("comparison", "depth", "exact match", "agreement", "KL")
-        blocks.append(_comparison_table(metrics).only(*columns).text())
+        blocks.append(_comparison_table(metrics).only(*columns))
     blocks += filter(None, [speedups(metrics)])
     blocks.append(" ".join(filter(None, [headline(metrics), advice(metrics)])))
-    return "\n\n".join(blocks) + "\n"
+    return blocks
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def page(content: str, about: dict[str, str]) -> str:
 
 
 def test_a_table_has_the_same_cells_in_every_form():
-    assert TABLE.text("first:").splitlines()[0].split() == ["first:", "name", "depth", "what"]
+    assert TABLE.titled("first:").text().splitlines()[0].split() == ["first:", "name", "depth", "what"]
     assert TABLE.text().splitlines()[-1].split()[:2] == ["c", "9"]
     assert TABLE.markdown().splitlines() == [
         "| name | depth | what |",

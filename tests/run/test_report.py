@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from pop_lightning.core.numbers import number, percent
+from pop_lightning.core.tables import joined
 from pop_lightning.run import report
-from pop_lightning.run.report import advice, amount, headline, print_table, write_report
+from pop_lightning.run.report import advice, amount, headline, summary, write_report
 
 from tests.helpers.browser import assert_fits
 
@@ -255,7 +256,7 @@ def test_salient_tokens_are_a_column_and_a_frontier_only_where_some_plan_has_the
         return {"depth": depth, "projection": "closed_form", "loss": loss, "kl": loss, "speedup": speedup} | kept
 
     metrics["plans"] = [plan(8, 0.001, 1.45, boundary=1), plan(6, 0.02, 1.8, boundary=1)]
-    for shown in (written(metrics, tmp_path), print_table(metrics)):
+    for shown in (written(metrics, tmp_path), joined(summary(metrics))):
         assert "salient" not in shown
         assert "Frontier" not in shown
     selected = {"boundary": 1, "salient": 0.1, "selector": "attention"}
@@ -264,7 +265,7 @@ def test_salient_tokens_are_a_column_and_a_frontier_only_where_some_plan_has_the
     page = written(metrics, tmp_path)
     assert "<th>salient</th>" in page
     assert "Frontier" in page
-    assert "salient" in print_table(metrics)
+    assert "salient" in joined(summary(metrics))
 
 
 def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
@@ -307,7 +308,7 @@ def test_a_requested_speedup_is_the_headline_and_the_loss_is_not_limited(metrics
     assert "Target: a counted prefill speedup of 1.40x" in page
     assert "budget 1.00%" not in page
     assert "measured</span></td>" in page
-    assert "measured" in print_table(metrics)
+    assert "measured" in joined(summary(metrics))
 
 
 def test_noisy_times_carry_a_warning(metrics, tmp_path):
@@ -369,7 +370,7 @@ def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(metrics, tmp_
 
 
 def test_terminal_table_holds_curve_comparison_and_choice(metrics):
-    lines = print_table(metrics).splitlines()
+    lines = joined(summary(metrics)).splitlines()
     assert lines[0].split() == ["depth", "projection", "KL", "agreement", "NLL", "increase", "loss", "bound"]
     assert [line.split()[:2] for line in lines[2:4]] == [["11", "closed_form"], ["11", "reuse"]]
     assert next(line for line in lines if line.split()[:2] == ["8", "closed_form"]).split()[2:] == [
@@ -380,16 +381,16 @@ def test_terminal_table_holds_curve_comparison_and_choice(metrics):
     assert any(line.split()[:1] == ["16"] and line.endswith("1.43x") for line in lines)
     assert any(line.startswith("layers removed") and "32.10%" in line for line in lines)
     assert lines[-1].startswith("Context tokens run through 8 of 12 layers")
-    assert print_table(nothing_qualified(metrics)).splitlines()[-1].startswith("No depth qualified")
+    assert joined(summary(nothing_qualified(metrics))).splitlines()[-1].startswith("No depth qualified")
 
 
 def test_the_terminal_has_the_measured_speedup_next_to_the_counted_one(metrics):
     start = "Prefill of 1,024 prompt tokens at depth 8: 1.45x counted in operations"
-    assert f"{start}, 1.42x measured (412 ms to 291 ms, cpu (2 threads)).\n" in print_table(metrics)
+    assert f"{start}, 1.42x measured (412 ms to 291 ms, cpu (2 threads)).\n" in joined(summary(metrics))
     metrics["ttft"]["pruned_p90_ms"] = 500.0
-    assert "(2 threads)). The times are noisy" in print_table(metrics)
+    assert "(2 threads)). The times are noisy" in joined(summary(metrics))
     metrics["ttft"] = None
-    assert f"{start}; not timed.\n" in print_table(metrics)
+    assert f"{start}; not timed.\n" in joined(summary(metrics))
 
 
 def test_a_bound_of_clipped_losses_says_so(metrics, tmp_path):
