@@ -213,6 +213,8 @@ def headline(metrics: dict[str, Any]) -> str:
     start = f"Context tokens run through {depth} of {layers} layers"
     if metrics.get("salient"):
         start += f", except for {in_words(metrics['salient'])} selected among them"
+    if metrics.get("boundary", 1) not in (0, 1):
+        start += f", the last {in_words(metrics['boundary'])} through all"
     if requested := budget.get("speedup"):
         counted = metrics["arithmetic"]
         start = (

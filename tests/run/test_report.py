@@ -268,6 +268,20 @@ def test_salient_tokens_are_a_column_and_a_frontier_only_where_some_plan_has_the
     assert "salient" in joined(summary(metrics))
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"boundary": 16}, "8 of 12 layers, the last 16 prompt tokens through all: the"),
+        (
+            {"boundary": 0.05, "salient": 4},
+            "8 of 12 layers, except for 4 prompt tokens selected among them, the last 5% of the prompt through all",
+        ),
+    ],
+)
+def test_the_result_says_which_tokens_run_in_full(metrics, kept, said):
+    assert said in headline(metrics | kept)
+
+
 def test_page_says_that_nothing_qualified_and_what_to_change(metrics, tmp_path):
     metrics = nothing_qualified(metrics) | {"smallest_certifiable_drop": 0.0295}
     metrics["rows"]["verify"] = 100
