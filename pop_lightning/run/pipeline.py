@@ -82,8 +82,6 @@ def fit(
         KeyboardInterrupt: Ctrl-C, also where Lightning caught it first.
     """
     quiet_lightning()
-    for source in recipe.data.sources:  # before the minutes that a large base may need to load
-        check_source(source)
     if push is not None:
         hub.check_push(push)
     progress = Progress(stages(recipe), verbose)
@@ -93,6 +91,8 @@ def fit(
         asked = [flag for flag, given in flags.items() if given]
         return trainers.start(*asked, *(["--push", push] if push is not None else []))
     with trainers.processes():
+        # Before the minutes that a large base may need to load; one node may lack what another one has.
+        distributed.first_then_others(lambda: [check_source(source) for source in recipe.data.sources])
         folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
         with folder.at_work():
             with progress.stage(LOADING):

@@ -254,7 +254,7 @@ def test_processes_stop_together_on_bad_input_and_without_a_depth(runs, tmp_path
     for key, wrong in wrongs.items():
         _, err = runs.finish(runs.start(runs.command(tmp_path / "bad", "ddp", **wrong)), code=2)
         (line,) = [line for line in err.splitlines() if line.startswith("pop-fit: ")]
-        assert line.startswith(f"pop-fit: error: --{key} ")
+        assert line.startswith(f"pop-fit: error: {key} ")
         assert "on process" not in line
         assert "Traceback" not in err
         assert not (tmp_path / "bad").exists()
