@@ -146,6 +146,7 @@ def test_a_damaged_folder_is_resumed_to_the_same_results_or_refused(made, base, 
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3000)  # ten runs of two processes
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
 def test_a_damaged_checkpoint_of_deepspeed_is_resumed_to_the_same_results_or_refused(runs, tmp_path, strategy):
     """Its checkpoints are folders of several files, and two processes must come to one decision about them."""
