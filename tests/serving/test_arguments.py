@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,3 +231,17 @@ def test_pop_serve_passes_everything_else_on(folder, capsys, monkeypatch):
     assert overrides["a"] == 1
     assert overrides["architectures"] == ["PopLlamaForCausalLM"]
     assert words[3:] == ["--port", "80", "--max-model-len=99"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_pop_serve_names_a_folder_for_the_counters_of_all_processes(folder, capsys, monkeypatch, tmp_path, given):
+    seen = []
+    monkeypatch.setattr(private, "check_installed", lambda: None)
+    monkeypatch.setattr(serve, "_serve", lambda words: seen.append(Path(os.environ[serve.METRICS])) or seen[0].stat())
+    monkeypatch.delenv(serve.METRICS, raising=False)
+    if given:
+        monkeypatch.setenv(serve.METRICS, str(tmp_path))
+    assert run(capsys, folder / "artifact")[0] == 0
+    assert (seen == [tmp_path]) == given
+    assert seen[0].exists() == given
+    assert (serve.METRICS in os.environ) == given
