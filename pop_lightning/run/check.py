@@ -7,6 +7,7 @@ and its time. Offline; nothing is written. ``python -m pop_lightning.run.check``
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -406,6 +407,8 @@ def check(recipe: Recipe) -> int:
     machine = found.machine
     if machine.bytes is not None and (not machine.gpu or machine.found >= machine.devices):
         Trainers(recipe)  # refuses what does not run on this machine
+    if not too_much and sys.stderr.isatty():
+        print("running one step of every stage ...", file=sys.stderr)
     measured = "it does not fit" if too_much else measure(found)
     certified, enough = _certifiable(found)
     notes = [_memory(found), *_remarks(found), certified, _time(found, measured)]
