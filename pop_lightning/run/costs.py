@@ -32,8 +32,7 @@ from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.flops import count_prefill, speedup
 from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.pruning.salient import watched
-from pop_lightning.pruning.selectors import selector_named
-from pop_lightning.pruning.selectors.learned import width
+from pop_lightning.pruning.selectors import learned, selector_named
 from pop_lightning.run.depths import condition, ways
 from pop_lightning.run.inputs import scoring_module, training_module, trains, untrained_kinds
 from pop_lightning.run.recipe import Recipe
@@ -258,7 +257,7 @@ class Costs:
 
     def _features(self, depth: int) -> int:
         """What a fitted selector reads of a token."""
-        return width(self.decoder, watched(self.decoder, depth))
+        return learned.width(self.decoder, watched(self.decoder, depth))
 
     def selector_bytes(self, batch: Batch, depths: Sequence[int]) -> int:
         """Projections of all pruned layers, their gradients and one layer's activations; or the features of a depth."""
@@ -438,7 +437,7 @@ class Costs:
             measured = max(measured, min(self.memory, options[-1]))
             sums = [sum(map(self._sums, group[number:])) for number in range(len(group))]
             made = max(made, *(min(self.memory, sum(pair)) for pair in zip(sums, options, strict=True)))
-        made += 8 * width * (3 * width + 6 * self.layer.kv)  # a Gram matrix, its factor and solutions in float64
+        made += _DOUBLE * width * (3 * width + 6 * self.layer.kv)  # a Gram matrix, its factor and solutions in float64
         batch = max(made - measured, self.evaluation_bytes(self.longest, plans))
         build, step = partial(_evaluate, plans=plans), full + sum(students)
         return Stage("closed form: choice", rows, operations, measured, batch, build, self.longest.rows, step)

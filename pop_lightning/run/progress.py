@@ -6,19 +6,13 @@ unless ``--verbose`` asks for it: a line when each begins.
 
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm import TqdmExperimentalWarning
-
-with warnings.catch_warnings():
-    # In a notebook a widget, where ipywidgets is installed; everywhere else the plain bar.
-    warnings.simplefilter("ignore", TqdmExperimentalWarning)
-    from tqdm.autonotebook import tqdm
+from tqdm.auto import tqdm  # in a notebook a widget, where ipywidgets is installed; elsewhere the plain bar
 
 from pop_lightning.core.notebook import in_notebook
 

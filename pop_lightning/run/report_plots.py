@@ -13,7 +13,7 @@ from pop_lightning.evaluation.losses import metric_named
 
 
 def importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
-    """The contents of `importance.json` by layer; the layers above ``depth`` are marked."""
+    """The contents of ``importance.json`` by layer; the layers above ``depth`` are marked."""
 
     def draw(axes: Axes, theme: Theme) -> None:
         stages = {stage: [float(value) for value in importance[stage]] for stage in ("prefill", "decode")}
@@ -55,7 +55,7 @@ def importance_plot(importance: dict[str, Any], depth: int | None) -> Markup:
 
 
 def loss_plot(metrics: dict[str, Any], limit: float | None) -> Markup:
-    """The measured depths of `metrics.json`; ``limit`` is the loss that the budget allows, if it limits any."""
+    """The measured depths of ``metrics.json``; ``limit`` is the loss that the budget allows, if it limits any."""
     curve, metric = metrics["curve"], metrics["budget"]["metric"]
 
     def draw(axes: Axes, theme: Theme) -> None:

@@ -20,7 +20,7 @@ import torch
 from pop_lightning.core.plan import Choice, Kept
 from pop_lightning.core.tables import text_table
 from pop_lightning.evaluation.bounds import smallest_certifiable
-from pop_lightning.evaluation.losses import METRICS, metric_named
+from pop_lightning.evaluation.losses import METRICS, BudgetMetric, metric_named
 from pop_lightning.evaluation.metrics import Losses, prompt_means
 from pop_lightning.evaluation.search import Budget, Measured, Plan, fastest_plan, screening_rows, untrained
 from pop_lightning.evaluation.verdicts import fixed_sequence
@@ -90,6 +90,11 @@ def draw(rng: np.random.Generator, metric: str, law: str, prompts: int, mean: fl
     return Losses((kind.cap * values).tolist(), rows)
 
 
+def budget_of(kind: BudgetMetric, prompts: int, confidence: float) -> float:
+    """The budget that ``prompts`` are given: more than they can certify at best, and less than all losses."""
+    return min(0.3 * kind.cap, BUDGET * smallest_certifiable(prompts, kind, confidence, averaged=True))
+
+
 def speedup(depth: int, kept: Kept) -> float:
     """In layers times tokens."""
     plan = kept.at(depth)
@@ -116,7 +121,7 @@ def simulate(
     """
     kind = metric_named(metric)
     rng = np.random.default_rng([seed, prompts, *law.encode(), *metric.encode()])
-    max_drop = min(0.3 * kind.cap, BUDGET * smallest_certifiable(prompts, kind, claimed, averaged=True))
+    max_drop = budget_of(kind, prompts, claimed)
     budget = Budget(max_drop, kind, lambda line: None)
     ways = SEARCHES[search]
     truth = {(depth, kept): TRUE[depth] * LEFT[kept] * max_drop for kept in ways for depth in TRUE}

@@ -19,10 +19,9 @@ import numpy as np
 
 from pop_lightning.core.numbers import percent
 from pop_lightning.core.tables import text_table
-from pop_lightning.evaluation.bounds import smallest_certifiable
 from pop_lightning.evaluation.losses import metric_named
 from pop_lightning.evaluation.metrics import Losses
-from pop_lightning.studies.promise import BUDGET
+from pop_lightning.studies.promise import budget_of
 
 PROMPTS = (24, 100, 400)
 TRUE = 1.02  # the mean that is not clipped, in budgets
@@ -71,7 +70,7 @@ def simulate(law: str, prompts: int, draws: int, confidence: float = 0.95, seed:
     """Bounds of ``draws`` verify splits whose losses have a mean of 1.02 budgets, unclipped."""
     make, clipped = LAWS[law]
     rng = np.random.default_rng([seed, prompts, *law.encode()])
-    max_drop = min(0.3 * METRIC.cap, BUDGET * smallest_certifiable(prompts, METRIC, confidence))
+    max_drop = budget_of(METRIC, prompts, confidence)
     mean = TRUE * max_drop
     bounds = [Losses(make(rng, prompts, mean).tolist()).bound(METRIC, confidence) for _ in range(draws)]
     true = clipped(mean, METRIC.cap)
