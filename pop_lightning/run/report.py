@@ -161,7 +161,7 @@ def _outcome_table(metrics: dict[str, Any]) -> Table:
     if verified:
         metric = verified["metric"]
         loss, bound = amount(verified["value"], metric), amount(verified["bound"], metric)
-        rows.append([f"loss of {metric}, verify rows", DASH, loss, f"at most {bound}"])
+        rows.append([f"loss of {metric}, verify rows", DASH, loss, f"bound {bound}"])
     if chosen:
         rows += [
             ["agreement, search rows", percent(1.0), percent(chosen.get("agreement")), DASH],
