@@ -18,6 +18,7 @@ from pop_lightning.evaluation.losses import BudgetMetric
 CLOSE = 2.0  # more steps, or more rows, are worthwhile while the loss is at most this many times the budget
 TOGETHER = 8  # plans that are measured in one pass, the fastest first
 SCREENING = 100  # the fewest rows on which plans are screened
+FINALISTS = 32  # the most plans that are measured on all rows after a screening, so in four passes at most
 # Losses and KLs that differ by less are equal. Sums in float32 that are added up in another order differ by some 1e-7,
 # and the projections fitted to them change a loss by some 1e-5 of it.
 EQUAL, EQUAL_SHARE = 1e-6, 1e-3
@@ -289,9 +290,9 @@ def fastest_plan(
     More tokens lose less at a depth and cost more, so they pay off if they make a deeper pruning possible. Yields the
     plans to measure and is sent their measurements. Only plans that are faster than the best with the fewest tokens are
     measured: first all of them on a part of the rows, if there are enough rows, where those that lose more than
-    :data:`CLOSE` times the budget are left out; then the others, the fastest first and :data:`TOGETHER` in one pass,
-    until one keeps the budget. Of equally fast plans the first in ``speedups``. If none keeps the budget at any depth,
-    the fewest tokens.
+    :data:`CLOSE` times the budget are left out, and all but the :data:`FINALISTS` that lose least; then the others, the
+    fastest first and :data:`TOGETHER` in one pass, until one keeps the budget. Of equally fast plans the first in
+    ``speedups``. If none keeps the budget at any depth, the fewest tokens.
 
     Args:
         fewest: measurements with the fewest tokens, which ``speedups`` lists first.
@@ -312,7 +313,10 @@ def fastest_plan(
         some = yield PlansToMeasure(tuple(waiting), screen=True)
         close = [plan for plan in waiting if some[plan].loss <= CLOSE * budget.max_drop]
         budget.say(f"search: {len(close)} of {len(waiting)} faster plans lose little on a part of the rows")
-        waiting = close
+        if len(close) > FINALISTS:
+            budget.say(f"search: the {FINALISTS} that lose least are measured on all rows")
+        least_loss = sorted(close, key=lambda plan: (some[plan].loss, -speedups[plan]))[:FINALISTS]
+        waiting = [plan for plan in close if plan in least_loss]
     waiting.sort(key=lambda plan: -speedups[plan])
     while waiting:
         together, waiting = waiting[:TOGETHER], waiting[TOGETHER:]

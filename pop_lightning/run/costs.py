@@ -20,7 +20,7 @@ from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.evaluate import Evaluation, Variant, groups
 from pop_lightning.evaluation.metrics import POSITIONS
-from pop_lightning.evaluation.search import TOGETHER, Budget, screening_rows
+from pop_lightning.evaluation.search import FINALISTS, TOGETHER, Budget, screening_rows
 from pop_lightning.fitting.importance import RESIDUALS
 from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.regressions import ClosedFormFit, Shape, bytes_needed, objectives, passes
@@ -478,6 +478,7 @@ class Costs:
         rows = None if limit is None else screening_rows(search, Budget(limit, self.recipe.budget.loss, print))
         if rows is not None and len(plans) > TOGETHER:
             yield self.evaluation("search: screening", rows, plans)
+            plans = plans[-FINALISTS:]  # at most, and those that cost most
         if plans:
             yield self.evaluation("search: plans", search, plans, together=TOGETHER)
             yield self.evaluation("search: chosen", search, [tried[-1].at(depth) for depth in self.depths], kinds)

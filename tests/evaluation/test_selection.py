@@ -183,6 +183,23 @@ def test_plans_are_screened_and_then_measured_from_the_fastest_until_one_keeps_t
     assert sum(len(request.plans) for request in fastest(losses, speedups)[1]) > 16  # nothing was left out
 
 
+def test_after_a_screening_only_the_plans_that_lose_least_are_measured_on_all_rows():
+    depths, boundaries = range(1, 21), [Kept(k) for k in (4, 8, 16)]
+    speedups = {(depth, FEW): 30 - depth for depth in depths}
+    speedups |= {(depth, kept): 30 - depth - kept.boundary / 100 for kept in boundaries for depth in depths}
+    losses = {FEW: dict.fromkeys(depths, 0.5)}
+    losses |= {kept: {depth: 0.019 - depth / 10_000 for depth in depths} for kept in boundaries}  # none keeps 1%
+    chosen, (screen, *passes) = fastest(losses, speedups, screened=True)
+    assert chosen == FEW
+    assert len(screen.plans) == 60
+    assert [len(request.plans) for request in passes] == [8, 8, 8, 8]
+    measured_on_all = [plan for request in passes for plan in request.plans]
+    assert min(depth for depth, _ in measured_on_all) == 10  # 11 to 20 are 30 plans, two of depth 10 are the fastest
+    assert [plan for plan in measured_on_all if plan[0] == 10] == [(10, boundaries[0]), (10, boundaries[1])]
+    losses |= {kept: dict.fromkeys(depths, 0.0) for kept in boundaries}
+    assert fastest(losses, speedups, screened=True)[1][1].plans[0] == (1, boundaries[0])  # of equal ones the fastest
+
+
 @pytest.mark.parametrize(("rows", "max_drop", "expected"), [(300, 0.01, 100), (199, 0.01, None), (5000, 0.001, 1000)])
 def test_screening_needs_enough_rows_for_one_loss_to_decide_nothing(rows, max_drop, expected):
     assert selection.screening_rows(rows, budget(max_drop)[0]) == expected
