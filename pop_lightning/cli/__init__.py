@@ -77,8 +77,11 @@ def _process() -> tuple[int, bool]:
 def importing():
     """Around the seconds in which libraries load: Ctrl-C and SIGTERM end the process at once, as the system would.
 
-    Nothing has begun that would have to be undone, and an import that is cut short can raise anything.
+    Nothing has begun that would have to be undone, and an import that is cut short can raise anything. Torch reads its
+    log level when it loads: its C++ warnings, such as the profiler's of memory that a measured call did not allocate,
+    mean nothing to a user.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return _handling({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
 
 

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         with importing():
             from pop_lightning.run.invocation import parse
         invocation = parse(words)
+        quiet_bars()
         if invocation.check:
             with importing():
                 from pop_lightning.run import check
@@ -28,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
         with importing():
             from pop_lightning.run import pipeline
 
-        quiet_bars()
         return pipeline.fit(
             invocation.recipe,
             resume=invocation.resume,

@@ -37,6 +37,18 @@ def test_what_only_prints_imports_nothing_heavy(module, argv):
     assert done.stdout
 
 
+def test_the_profilers_warning_of_memory_from_before_does_not_reach_the_user():
+    code = (
+        "from pop_lightning.cli import importing\n"
+        "with importing():\n    import torch\n"
+        "from pop_lightning.core.memory import peak_bytes\n"
+        "before = [torch.ones(1000, 1000)]\n"
+        "print(peak_bytes(before.clear, torch.device('cpu')))"
+    )
+    done = python(code, env={key: value for key, value in os.environ.items() if key != "TORCH_CPP_LOG_LEVEL"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
 @pytest.mark.parametrize(
     "body", ["for number in range(100000): print('a line', number)", "print('a line ' * 100000); sys.exit(0)"]
 )

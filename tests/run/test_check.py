@@ -325,7 +325,8 @@ def test_a_step_of_every_stage_is_measured_on_a_small_base_and_nothing_is_writte
     rows = save_rows(tmp_path / "rows.jsonl", responses=False)
     words = arguments(base, rows, output, data__max_response_tokens=9, projection__kind="lora")
     assert fit.main([*words, "--check"]) == 0
-    shown = capsys.readouterr().out
+    shown, errors = capsys.readouterr()
+    assert not errors  # no bar of another library, since this is a log
     assert "its own config" in shown
     assert "longest batch 24 + 9 tokens" in shown
     assert "measured GiB" in shown
