@@ -77,7 +77,7 @@ def test_the_template_states_the_defaults_and_every_key(write):
         for key, value in values.items()
         if value != defaults[section][key]
     }
-    assert differing == {"model.base", "model.dtype", "data.calibration", "importance.batch_size"}
+    assert differing == {"model.base", "data.calibration", "importance.batch_size"}
     stated = yaml.safe_load(
         (invocation.importlib.resources.files("pop_lightning.recipes") / "example.yaml").read_text()
     )
