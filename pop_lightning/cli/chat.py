@@ -88,5 +88,7 @@ def cost(turn: Turn) -> str:
     if turn.ttft is None:
         return f"({read}; an empty answer)"
     ours, other = ("pruned", "plain") if turn.pruned else ("plain", "pruned")
-    estimate = f"about {1000 * turn.other:.0f} ms {other}, estimated from counted operations"
-    return f"({read}; TTFT {1000 * turn.ttft:.0f} ms {ours}, {estimate})"
+    measured = f"{read}; TTFT {1000 * turn.ttft:.0f} ms {ours}"
+    if turn.other is None:
+        return f"({measured})"
+    return f"({measured}, about {1000 * turn.other:.0f} ms {other}, estimated from counted operations)"

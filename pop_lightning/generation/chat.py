@@ -30,7 +30,8 @@ class Turn:
         ttft: seconds until the first token; None for an empty answer.
         pruned: whether the prefill was pruned.
         other: estimated seconds that the other model, plain or pruned, would have taken with the same cache: ``ttft``
-            times the ratio of counted operations.
+            times the ratio of counted operations. None for an empty answer, and where the turn brought images, since
+            the vision tower's operations are not counted.
     """
 
     tokens: int
@@ -142,7 +143,7 @@ class Chat:
         self.messages, self.images = [*asked, {"role": "assistant", "content": content}], shown
         self._cache, self._seen, self._prompt = cache, list(shown), len(ids)
         self._held = [*ids, *answer][: cache.get_seq_length()]
-        self.turn = self._cost(len(ids), cached, stream.ttft)
+        self.turn = self._cost(len(ids), cached, stream.ttft, bool(new))
 
     def _read(self, messages: list[dict], images: list[RowImage]) -> list[int]:
         """The token ids of a conversation up to where the answer starts."""
@@ -198,9 +199,10 @@ class Chat:
             return False
         return self._cache.get_seq_length() == tokens
 
-    def _cost(self, tokens: int, cached: int, ttft: float | None) -> Turn:
+    def _cost(self, tokens: int, cached: int, ttft: float | None, read_images: bool) -> Turn:
         decoder, plan = self.generator.decoder, self.generator.plan
         plain = turn_flops(decoder, PruningPlan(decoder.num_layers), tokens, cached)
         ratio = plain / turn_flops(decoder, plan, tokens, cached)
-        other = None if ttft is None else ttft / ratio if self.full else ttft * ratio
+        known = ttft is not None and not read_images  # the vision tower is in the time and not in the count
+        other = None if not known else ttft / ratio if self.full else ttft * ratio
         return Turn(tokens, cached, ttft, not self.full, other)

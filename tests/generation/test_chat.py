@@ -177,6 +177,7 @@ def test_what_a_turn_cost_says_that_the_other_time_is_an_estimate():
     assert cost(Turn(9, 0, 0.05, False, 0.03)).endswith(
         "TTFT 50 ms plain, about 30 ms pruned, estimated from counted operations)"
     )
+    assert cost(Turn(9, 0, 0.05, True, None)) == "(9 tokens, 0 of them cached; TTFT 50 ms pruned)"
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_conversation(chat, capsys, monkeypatch):
@@ -249,6 +250,7 @@ def test_images_of_several_turns_reach_the_plain_model_as_its_processor_gives_th
         images = [chat.open(path) for path in pictures(seeing, *numbers)]
         assert "".join(chat.ask(text, images)).split() == without_a_cache(chat).split()
         cached.append(chat.turn.cached)
+        assert (chat.turn.other is None) == bool(numbers)  # the vision tower's time is not the decoder's
     assert cached == sorted(cached)
     assert len(set(cached)) == len(turns)
     assert [len(chat.images), len(chat.messages)] == [3, 8]
