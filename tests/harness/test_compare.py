@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 import pop_lightning.harness
 from pop_lightning import PruningPlan, StageAwareGenerator
-from pop_lightning.cli import generate, lm_eval
+from pop_lightning.cli import generate
 from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.evaluation.paired import bootstrap_interval, paired_interval
 from pop_lightning.harness.compare import Tasks, compare, table
@@ -178,16 +179,29 @@ def test_a_group_has_both_aggregates(folder, tmp_path):
 
 
 @pytest.mark.full  # lm-eval's command always reads all of its tasks
-def test_lm_evals_own_command_knows_the_model(artifact, folder, tmp_path, monkeypatch, capsys):
-    command = ["--model", "pop", "--model_args", f"artifact={artifact}", "--tasks", "choose", "--limit", "2"]
-    command += ["--include_path", str(folder), "--output_path", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
-    assert lm_eval.main() == 0
+def test_lm_evals_own_command_knows_the_model(artifact, folder, tmp_path):
+    command = [Path(sys.executable).with_name("lm_eval"), "--model", "pop", "--model_args", f"artifact={artifact}"]
+    command += ["--tasks", "choose", "--limit", "2", "--include_path", str(folder), "--output_path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     (results,) = tmp_path.rglob("results_*.json")
     assert json.loads(results.read_text())["config"]["pop"]["depth"] == 3
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *command[:3], "artifact=nowhere", *command[4:]])
-    assert lm_eval.main() == 2
-    assert "lm-eval: error: " in capsys.readouterr().err
+    done = subprocess.run([*command[:4], "artifact=nowhere", *command[5:]], capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert "InputError: nowhere is not a folder" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("imports", "expected"),
+    [("lm_eval, torch", [True, True, False]), ("torch, lm_eval.api.registry, lm_eval.models", [False, True, False])],
+)
+def test_the_model_is_known_by_name_where_lm_eval_imports_torch(imports, expected):
+    code = (
+        f"import sys, {imports}; from lm_eval.api.registry import model_registry as known\n"
+        "print(['pop' in known, 'hf' in known, 'pop_lightning.harness.model' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{expected}\n", done.stderr
 
 
 CODE_EVAL = """
