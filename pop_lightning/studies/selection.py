@@ -92,8 +92,12 @@ class Selections(Evaluation):
         return student_logits(variant.projections, variant.plan, trace, mask, prompt, scores=scores)
 
 
-def run(settings: Settings, tokens: Sequence[int]) -> list[dict[str, Any]]:
+def run(settings: Settings, tokens: Sequence[int], measured_on: str | None = None) -> list[dict[str, Any]]:
     """One entry for each depth, number of selected tokens and way to select them.
+
+    Args:
+        tokens: numbers of selected tokens.
+        measured_on: rows to measure on instead of those that were held out, as ``settings.calibration``.
 
     Raises:
         InputError: base, rows or settings do not fit.
@@ -101,8 +105,10 @@ def run(settings: Settings, tokens: Sequence[int]) -> list[dict[str, Any]]:
     quiet_lightning()
     decoder = Decoder(load_model(settings.base).to(quiet_trainer().strategy.root_device))
     check_decoder(decoder)
-    rows = rows_of_study(settings, load_tokenizer(settings.base), decoder)
-    usual = int(torch.tensor([len(row.prompt_ids) for row in rows]).median())
+    tokenizer = load_tokenizer(settings.base)
+    rows = rows_of_study(settings, tokenizer, decoder)
+    others = rows_of_study(replace(settings, calibration=measured_on), tokenizer, decoder) if measured_on else rows
+    usual = int(torch.tensor([len(row.prompt_ids) for row in others]).median())
     measured: dict[tuple[int, int, str], list[tuple[Tensor, dict[str, Tensor]]]] = {}
     for seed in settings.report_seeds:
         split = Split(settings, decoder, rows, seed)
@@ -123,7 +129,8 @@ def run(settings: Settings, tokens: Sequence[int]) -> list[dict[str, Any]]:
                 scores[depth, number, "gradient"] = gradient_scores
         named = {str(key): variant for key, variant in variants.items()}
         evaluation = Selections(decoder, named, {str(key): function for key, function in scores.items()})
-        split.validate(f"measuring {len(named)} variants on verify", evaluation, split.loader("verify"))
+        held_out = Split(settings, decoder, others, seed).loader("verify")
+        split.validate(f"measuring {len(named)} variants on verify", evaluation, held_out)
         for key in variants:
             measured.setdefault(key, []).append(evaluation.rows(str(key)))
     return [
@@ -181,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare ways to select salient tokens at equal cost.")
     parser.add_argument("--base", required=True)
     parser.add_argument("--calibration", required=True)
+    parser.add_argument("--measured_on", metavar="FILE", help="rows to measure on (default: held out from those)")
     parser.add_argument("--depths", type=json.loads, required=True, help="a list, such as [1,2]")
     parser.add_argument("--tokens", type=json.loads, default=[5, 20, 40], help="numbers of selected tokens")
     parser.add_argument("--boundary", type=int, default=1)
@@ -189,10 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="use that many rows")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     options = vars(parser.parse_args(argv))
-    tokens, output = options.pop("tokens"), options.pop("output")
+    tokens, output, measured_on = (options.pop(name) for name in ("tokens", "output", "measured_on"))
 
     def body() -> int:
-        entries = run(Settings(output="", tuning_seeds=[], steps=0, **options), tokens)
+        entries = run(Settings(output="", tuning_seeds=[], steps=0, **options), tokens, measured_on)
         print(table(entries))
         if output is not None:
             output.write_text(json.dumps(entries, indent=1), encoding="utf-8")

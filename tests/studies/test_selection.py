@@ -51,3 +51,17 @@ def test_every_way_is_measured_and_with_all_tokens_selected_each_is_the_full_mod
         assert entries[900, way]["kl"]["mean"] < 1e-6 < entries[2, way]["kl"]["mean"]
         assert entries[2, way]["speedup"] > entries[900, way]["speedup"]
     assert "oracle" in capsys.readouterr().out
+
+
+def test_rows_of_another_file_can_be_measured(tmp_path):
+    base, data = save_base(tmp_path / "base"), save_rows(tmp_path / "rows.jsonl", rows=40)
+    others, output = save_rows(tmp_path / "others.jsonl", rows=40, seed=1), tmp_path / "selection.json"
+
+    def measured(more: str) -> list[dict]:
+        words = f"--base {base} --calibration {data} --depths [1] --tokens [2] --output {output} {more}"
+        assert main(words.split()) == 0
+        return json.loads(output.read_text())
+
+    held_out = measured("")
+    assert measured(f"--measured_on {data}") == held_out
+    assert measured(f"--measured_on {others}")[0]["kl"] != held_out[0]["kl"]
