@@ -61,7 +61,8 @@ class DataReport:
             parts.append(f"not used: {self.left_out}")
         if self.ignored:
             parts.append(
-                "keys not read: " + ", ".join(f"{show(key)[1:-1]} ({n} rows)" for key, n in self.ignored.items())
+                "keys that are not used: "
+                + ", ".join(f"{show(key)[1:-1]} ({n} rows)" for key, n in self.ignored.items())
             )
         return ", ".join(parts)
 

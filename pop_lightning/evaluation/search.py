@@ -264,7 +264,7 @@ def least_loss(
         return previous.loss - latest.loss > 0.1 * abs(previous.loss)
 
     for untrained_kind in fitted:
-        budget.report(untrained_kind, "fitted")
+        budget.report(untrained_kind, "without training")
     best = budget.best(fitted)
     if training is not None:
         best = yield from training.rounds(best, budget, falling)
@@ -330,8 +330,9 @@ def fastest_plan(
     for kept in dict.fromkeys(kept for _, kept in measured):
         if plans := keeping(plan for plan in measured if plan[1] == kept):
             depth, _ = best = max(plans, key=speedups.__getitem__)
-            budget.say(f"search: {kept} keeps the budget at depth {depth}, {speedups[best]:.2f}x fewer operations")
-    budget.say(f"search: {chosen[1]} is chosen, the largest speedup")
+            counted = f"{speedups[best]:.2f}x fewer operations"
+            budget.say(f"search: {kept} is expected to keep the budget at depth {depth}, {counted}")
+    budget.say(f"search: {chosen[1]} is chosen, the largest speedup; the verify rows decide the depth")
     return chosen[1]
 
 

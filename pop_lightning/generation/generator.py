@@ -106,6 +106,13 @@ class StageAwareGenerator:
         self._mark = f"{self.plan.fingerprint} {projections.fingerprint}"
         self._watch = BaseWatch(self.decoder, self.plan.pruned(self.decoder.num_layers))
 
+    def __repr__(self) -> str:
+        plan, layers = self.plan, self.decoder.num_layers
+        kept = f", salient {plan.salient} ({plan.selector})" if plan.salient else ""
+        return (
+            f"StageAwareGenerator({self.decoder.name}, depth {plan.depth} of {layers}, boundary {plan.boundary}{kept})"
+        )
+
     def _follow_base(self) -> None:
         """Adapt to changes of the base since the last call: it may have been moved, cast, adapted or trained.
 

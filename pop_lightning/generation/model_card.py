@@ -65,8 +65,8 @@ def _result(verified: dict[str, Any], sources: list[str], split: str | None) -> 
         dataset_type=sources[0] if len(sources) == 1 and _is_hub_id(sources[0]) else "calibration",
         dataset_name=f"{name} (held-out verify split)",
         dataset_split=split,
-        metric_type=str(verified.get("metric")),
-        metric_name=f"{verified.get('metric')} against the unpruned model",
+        metric_type=f"{verified.get('metric')}_loss",  # of which 0 is the best, unlike of the metric itself
+        metric_name=f"loss of {verified.get('metric')} against the unpruned model",
         metric_value=verified.get("value"),
         metric_args={key: value for key, value in verified.items() if key not in _PROMISE[:2] and value is not None},
     )

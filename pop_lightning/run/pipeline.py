@@ -47,7 +47,7 @@ from pop_lightning.run.inputs import (
     untrained_kinds,
     versions,
 )
-from pop_lightning.run.progress import Progress
+from pop_lightning.run.progress import Progress, script
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.report import summary, write_report
 from pop_lightning.run.trainers import Trainers
@@ -180,7 +180,7 @@ def run_stages(run: Run) -> int:
         return NOTHING_QUALIFIES
     artifact = folder / "artifact"
     print(f"artifact: {artifact}")
-    print(f'next: pop-generate prompt "..." --artifact {shlex.quote(str(artifact))}')
+    print(f'next: {script("pop-generate")} prompt --artifact {shlex.quote(str(artifact))} --prompt "..."')
     return EXPORTED
 
 

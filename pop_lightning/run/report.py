@@ -46,7 +46,7 @@ def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path
 def summary(metrics: dict[str, Any]) -> list[Table | str]:
     """The run for the terminal: tables of the measurements on search and verify rows, and the choice."""
     losses = ("KL", "agreement", "NLL increase", "loss", "bound")
-    blocks: list[Table | str] = [_curve_table(metrics).only("depth", "projection", *losses)]
+    blocks: list[Table | str] = [_curve_table(metrics).only("depth", "projection", *losses).titled("search rows:")]
     if metrics.get("verification"):
         columns = ("depth", "projection", "loss", "bound", "verdict")
         blocks.append(_verification_table(metrics).only(*columns).titled("verify rows:"))
@@ -54,10 +54,10 @@ def summary(metrics: dict[str, Any]) -> list[Table | str]:
         salient = ["salient"] * _has_salient(metrics)
         columns = ("boundary", *salient, "KL", "agreement", "loss", "bound", "counted speedup")
         depth = metrics["boundaries"][0]["depth"]
-        blocks.append(_boundary_table(metrics).only(*columns).titled(f"depth {depth}:"))
+        blocks.append(_boundary_table(metrics).only(*columns).titled(f"search rows, depth {depth}:"))
     if metrics.get("comparison"):
         columns = ("comparison", "depth", "exact match", "agreement", "KL")
-        blocks.append(_comparison_table(metrics).only(*columns))
+        blocks.append(_comparison_table(metrics).only(*columns).titled("search rows:"))
     blocks += filter(None, [speedups(metrics)])
     blocks.append(" ".join(filter(None, [headline(metrics), advice(metrics)])))
     return blocks
@@ -228,7 +228,7 @@ def headline(metrics: dict[str, Any]) -> str:
     most, alone = verified["bound"], ""
     if not _unconditional(budget):
         # Which depth is chosen depends on the bounds, so the chosen one's own bound holds less often than stated.
-        most, alone = budget["max_drop"], f"; bound of this depth by itself {amount(verified['bound'], metric)}"
+        most, alone = budget["max_drop"], f"; {amount(verified['bound'], metric)} if no other depth had been tested"
     return (
         f"{start}{'; ' if requested else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(most, metric)} with {confidence(verified['confidence'])} confidence "

@@ -109,6 +109,10 @@ def frontier_plot(metrics: dict[str, Any], limit: float | None) -> Markup | None
             [max(0.0, _plotted(plan["loss"])) for plan in others],
             linestyle="", marker=".", color=theme.muted, label="measured plans",
         )  # fmt: skip
+        for plan in plans:
+            if plan["depth"] == metrics["depth"] and Kept.of(plan) == Kept.of(metrics):
+                place = plan["speedup"], max(0.0, _plotted(plan["loss"]))
+                axes.plot(*place, linestyle="", marker="*", markersize=12, color=theme.ink, label="exported")
         if limit is not None:
             axes.axhline(limit, color=theme.limit, linewidth=1.4, label=f"budget {metric_named(metric).amount(limit)}")
         axes.set_ylim(bottom=-0.06 * _loss_axis(axes, metric, limit))

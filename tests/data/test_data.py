@@ -294,14 +294,14 @@ def test_completions_of_trl_are_responses(tmp_path):
 
 def test_keys_that_are_not_read_are_named(tmp_path):
     data = load(write(tmp_path / "rows.jsonl", [row | {"answer": "w2", "id": 1} for row in pairs(9)]))
-    assert "keys not read: answer (9 rows), id (9 rows)" in str(data.report)
+    assert "keys that are not used: answer (9 rows), id (9 rows)" in str(data.report)
 
 
 def test_keys_that_are_not_read_are_named_after_the_full_model_has_answered(tmp_path):
     rows = [{"prompt": row["prompt"], "answer": "w2"} for row in pairs(9)]
     data = load(write(tmp_path / "rows.jsonl", rows))
     data.fill_responses(lambda batch: [(token(1), EOS) for _ in batch], tmp_path / "responses.json")
-    assert "keys not read: answer (9 rows)" in str(data.report)
+    assert "keys that are not used: answer (9 rows)" in str(data.report)
 
 
 @pytest.mark.parametrize("kind", ["array.json", "table.csv", "table.parquet", "lines.jsonl"])

@@ -506,7 +506,8 @@ def test_the_card_is_the_hubs(folder, tmp_path):
     data = ModelCard.load(folder / "README.md").data
     assert (data.library_name, data.base_model, data.base_model_relation) == ("pop-lightning", "some/base", "adapter")
     (result,) = data.eval_results
-    assert (result.metric_type, result.metric_value) == ("agreement", 0.9987)
+    assert (result.metric_type, result.metric_value) == ("agreement_loss", 0.9987)
+    assert result.metric_name == "loss of agreement against the unpruned model"
     assert result.metric_args == {"bound": 0.0042, "rows": 600, "confidence": 0.95, "max_drop": 0.01}
     local = write(tmp_path / "local", base=None, recipe={"data": {"calibration": ["org/set", "x.txt"]}}, measured={})
     edited = model_card(PLAN, "reuse", base_identity(model(), str(tmp_path)), {}, {})

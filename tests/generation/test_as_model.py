@@ -69,6 +69,10 @@ def test_a_pipeline_saves_an_artifact_with_its_tokenizer(generator, tmp_path):
     assert (tmp_path / "tokenizer.json").is_file()
 
 
+def test_a_generator_shows_its_plan(generator):
+    assert repr(generator) == "StageAwareGenerator(LlamaForCausalLM, depth 1 of 4, boundary 1)"
+
+
 def test_what_a_caller_reads_of_a_model(generator):
     model = generator.model
     for name in ("config", "generation_config", "device", "dtype", "name_or_path"):

@@ -86,7 +86,7 @@ def test_an_artifact_is_published_whole_with_a_card_in_the_hubs_own_fields(hub, 
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "pop-lightning"
     (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value, result.metric_args["bound"]) == ("agreement", 0.002, 0.009)
+    assert (result.metric_type, result.metric_value, result.metric_args["bound"]) == ("agreement_loss", 0.002, 0.009)
     assert result.dataset_type == "org/rows"
     assert f'StageAwareGenerator.from_artifact("{REPO}")' in card.text
     assert f'custom_generate="{REPO}"' in card.text

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from pop_lightning.cli import fit
-from pop_lightning.run.progress import Progress, duration
+from pop_lightning.run.progress import Progress, duration, script
 
 from tests.helpers.workbench import arguments
 
@@ -32,7 +32,21 @@ def test_a_log_holds_results_and_the_next_command(base, data, tmp_path, capfd):
     total, report, artifact, following = out.splitlines()[-4:]
     assert re.fullmatch(r"total time: \d+ s( \(.+\))?", total)
     assert (report, artifact) == (f"report: {tmp_path}/a run/report.html", f"artifact: {tmp_path}/a run/artifact")
-    assert following == f"next: pop-generate prompt \"...\" --artifact '{tmp_path}/a run/artifact'"
+    assert following == f"next: {script('pop-generate')} prompt --artifact '{tmp_path}/a run/artifact' --prompt \"...\""
+
+
+def test_a_command_is_named_by_its_path_where_the_shell_would_not_find_it(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    installed = tmp_path / "bin" / "pop-generate"
+    installed.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert script("pop-generate") == str(installed)
+    assert script("pop-serve") == "pop-serve"  # not installed there
+    monkeypatch.chdir(tmp_path)
+    assert script("pop-generate") == "bin/pop-generate"
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert script("pop-generate") == "pop-generate"
 
 
 def test_verbose_names_every_stage_in_a_log(base, data, tmp_path, capsys):

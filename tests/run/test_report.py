@@ -126,6 +126,11 @@ def metrics():
     return copy.deepcopy(METRICS)
 
 
+def pictures(page: str) -> str:
+    """The plots of a page, as SVG."""
+    return "".join(base64.b64decode(found).decode() for found in re.findall(r"svg\+xml;base64,([^\"]+)", page))
+
+
 def written(metrics, folder, importance=IMPORTANCE):
     write_report(metrics, importance, folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -224,7 +229,7 @@ def test_page_shows_the_figures_it_was_given(metrics, tmp_path):
     for text in (
         "Context tokens run through 8 of 12 layers: the loss of agreement is 0.12%",
         "and at most 1.00% with 95% confidence",
-        "332 verify rows; bound of this depth by itself 0.95%",
+        "332 verify rows; 0.95% if no other depth had been tested",
         "2.9 TFLOP",
         "31.03% less",
         "412 ms (p90 440 ms)",
@@ -266,6 +271,9 @@ def test_salient_tokens_are_a_column_and_a_frontier_only_where_some_plan_has_the
     assert "<th>salient</th>" in page
     assert "Frontier" in page
     assert "salient" in joined(summary(metrics))
+    assert "exported" in pictures(page)
+    metrics |= {"boundary": 99}  # a plan that was not measured without training
+    assert "exported" not in pictures(written(metrics, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +393,8 @@ def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(metrics, tmp_
 
 def test_terminal_table_holds_curve_comparison_and_choice(metrics):
     lines = joined(summary(metrics)).splitlines()
-    assert lines[0].split() == ["depth", "projection", "KL", "agreement", "NLL", "increase", "loss", "bound"]
+    columns = ["depth", "projection", "KL", "agreement", "NLL", "increase", "loss", "bound"]
+    assert lines[0].split() == ["search", "rows:", *columns]
     assert [line.split()[:2] for line in lines[2:4]] == [["11", "closed_form"], ["11", "reuse"]]
     assert next(line for line in lines if line.split()[:2] == ["8", "closed_form"]).split()[2:] == [
         "0.00187", "99.89%", "0.00088", "0.11%", "0.91%",
