@@ -267,7 +267,7 @@ def _data(arguments: argparse.Namespace) -> int:
         from pop_lightning.core.memory import memory_advice
         from pop_lightning.core.pages import circumstances
         from pop_lightning.generation import comparison_page
-        from pop_lightning.generation.batch import check_files, generate_file, page_of
+        from pop_lightning.generation.batch import check_files, figures_of, generate_file, page_of
 
     given = vars(arguments)
     generator = _generator(
@@ -284,9 +284,14 @@ def _data(arguments: argparse.Namespace) -> int:
             sampling=sampling,
             about=about | circumstances("pop-generate", "generate_file in Python"),
         )
-    print(json.dumps(summary, indent=1), flush=True)
+    # A person at a terminal reads the tables; a script reads JSON from standard output.
+    tables_only = arguments.compare and sys.stdout.isatty()
+    if not tables_only:
+        print(json.dumps(summary, indent=1), flush=True)
     if arguments.compare:
-        print(f"\n{comparison_page.text(summary['compared'])}page: {page_of(Path(arguments.output))}", file=sys.stderr)
+        output = Path(arguments.output).expanduser()
+        shown = f"{comparison_page.text(summary['compared'])}page: {page_of(output)}\nfigures: {figures_of(output)}"
+        print(f"\n{shown}", file=sys.stdout if tables_only else sys.stderr)
     return 0
 
 

@@ -12,11 +12,16 @@ WARMUP = 2  # rounds before those that are timed
 
 
 def alternate(
-    runs: Mapping[str, Mapping[str, Callable[[], object]]], device: torch.device, repeats: int, warmup: int = WARMUP
+    runs: Mapping[str, Mapping[str, Callable[[], object]]],
+    device: torch.device,
+    repeats: int,
+    warmup: int = WARMUP,
+    on_round: Callable[[], object] | None = None,
 ) -> dict[str, list[tuple[float, list[float]]]]:
     """Time ``runs``, each a row of steps, in turn after warm-up: ``{run: [(total ms, [ms per step]) per round]}``.
 
-    Who goes first changes from round to round, so that no run always follows the same other one.
+    Who goes first changes from round to round, so that no run always follows the same other one. ``on_round`` is called
+    after every round, those of warm-up too, while nothing is timed.
     """
     names = list(runs)
     laps: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in names}
@@ -26,6 +31,8 @@ def alternate(
             one = lap(list(runs[name].values()), device)
             if index >= warmup:
                 laps[name].append(one)
+        if on_round is not None:
+            on_round()
     return laps
 
 

@@ -3,17 +3,17 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.core.files import check_writable, write_text
+from pop_lightning.core.files import check_writable, write_json, write_text
 from pop_lightning.core.journal import Busy, Journal
 from pop_lightning.data.batches import collate
 from pop_lightning.data.examples import read_examples
@@ -39,9 +39,15 @@ def check_files(data: str, output: str | Path, *, compare: bool = False, overwri
     """
     read_examples(data)
     output = Path(output).expanduser()
-    if compare and page_of(output) == output:
-        raise InputError(f"--output {output} is the name of the page of --compare; name a file that ends in .jsonl.")
-    for path in [output] + [page_of(output)] * compare:
+    more = {"page": page_of(output), "figures": figures_of(output)} if compare else {}
+    for what, path in more.items():
+        if path == output:
+            raise InputError(
+                f"--output {output} is the name of the {what} of --compare; name a file that ends in .jsonl."
+            )
+        if path.resolve() == Path(data).expanduser().resolve():
+            raise InputError(f"--compare would write its {what} over --data {data}; choose another --output.")
+    for path in [output, *more.values()]:
         with _writing(path):
             if path.is_dir():
                 raise InputError(f"--output {path} is a folder; name a file.")
@@ -53,6 +59,11 @@ def check_files(data: str, output: str | Path, *, compare: bool = False, overwri
 def page_of(output: Path) -> Path:
     """Where the page of a comparison is written."""
     return output.with_suffix(".html")
+
+
+def figures_of(output: Path) -> Path:
+    """Where the figures of a comparison are written as JSON."""
+    return output.with_suffix(".json")
 
 
 @contextmanager
@@ -88,7 +99,7 @@ def generate_file(
     Args:
         data: as ``data.calibration``; a row's ``response``, where it has one, is the reference.
         compare: also run the unpruned model, measure the differences (:mod:`~pop_lightning.generation.comparison`)
-            and write them as a page next to ``output``.
+            and write them as a page and as JSON next to ``output``.
         allow_urls: fetch images and videos that rows name by URL.
         limit: generate for that many usable rows, the first ones.
         sampling: arguments of ``generate`` such as ``do_sample`` and ``temperature``; greedy unless given.
@@ -143,6 +154,7 @@ def generate_file(
             if compare:
                 page = comparison_page.render_page(summary, records, generator, about or {})
                 write_text(page_of(output), page)
+                write_json(figures_of(output), summary)
             write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
             partial.unlink()
     return summary
@@ -240,15 +252,22 @@ def _answer_all(
     journal.records = [record for record in journal.records if not any(record["row"] in each for _, each in todo)]
     cost = [len(row.prompt_ids) + answer.max_new_tokens for row in rows]
     done = sum(cost) - sum(cost[place] for _, places in todo for place in places)
-    # In tokens rather than rows, because long prompts come first and need longest.
-    with tqdm(total=sum(cost), initial=done, unit="token", unit_scale=True, desc="answers", disable=None) as bar:
+    times = comparison.ROUNDS * sum(place in timed for _, places in todo for place in places)
+    rounds = comparison.ROUNDS * len(timed)
+    # In tokens rather than rows, because long prompts come first and need longest. None: shown on a terminal only.
+    with (
+        tqdm(total=sum(cost), initial=done, unit="token", unit_scale=True, desc="answers", disable=None) as bar,
+        tqdm(total=rounds, initial=rounds - times, unit="round", desc="TTFT", disable=not times or None) as timing,
+    ):
+        answer.on_round = timing.update
+        bar.set_postfix_str(f"{len(journal.records)}/{len(rows)} rows")
         for number, places in todo:
-            bar.set_postfix_str(f"{len(journal.records)}/{len(rows)} rows")
             if seed is not None:
                 torch.manual_seed(hash63(seed, number))
             records = answer([rows[place] for place in places], [place in timed for place in places])
             with _writing(journal.path):
                 journal.add([{"row": place} | record for place, record in zip(places, records, strict=True)])
+            bar.set_postfix_str(f"{len(journal.records)}/{len(rows)} rows", refresh=False)
             bar.update(sum(cost[place] for place in places))
 
 
@@ -258,6 +277,9 @@ class Answers:
     Args:
         compare: let the full model answer as well, and measure the differences.
         sampling: arguments of ``generate``; greedy unless given.
+
+    Attributes:
+        on_round: called after every round of a row's TTFT, those of warm-up too.
     """
 
     def __init__(
@@ -271,6 +293,7 @@ class Answers:
     ):
         self.generator, self.tokenizer, self.compare = generator, tokenizer, compare
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or GREEDY
+        self.on_round: Callable[[], object] | None = None
         self.ends = {tokenizer.eos_token_id} | end_tokens(generator.model)
 
     def __call__(self, rows: Sequence[Row], timed: Sequence[bool] = ()) -> list[dict[str, Any]]:
@@ -290,7 +313,7 @@ class Answers:
                 record |= {f"full_{name}": of(text, record["response"]) for name, of in _AGAINST_REFERENCE.items()}
             record |= comparison.answers(full[at], pruned[at], text, record["generated"]) | forced[at]
             if timed and timed[at]:
-                record |= comparison.ttft(self.generator, row, pad)
+                record |= comparison.ttft(self.generator, row, pad, self.on_round)
         return records
 
     def ids(self, batch: dict, full: bool = False) -> list[list[int]]:

@@ -7,7 +7,7 @@ and *times* to the first token.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -27,6 +27,7 @@ from pop_lightning.pruning.passes import student_logits, teacher_pass
 CONFIDENCE = 0.95
 SHOWN = 600  # characters of a prompt on a page, its end
 REPEATS, WARMUP = 3, 1  # timed rounds of a row's prefill, and untimed ones before them
+ROUNDS = REPEATS + WARMUP
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,14 @@ def teacher_forced(generator: StageAwareGenerator, rows: Sequence[Row], pad_toke
     return found
 
 
-def ttft(generator: StageAwareGenerator, row: Row, pad_token_id: int) -> dict[str, float]:
-    """Milliseconds of one prefill of the row's prompt by itself: medians of rounds in which both models take turns."""
+def ttft(
+    generator: StageAwareGenerator, row: Row, pad_token_id: int, on_round: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """Milliseconds of one prefill of the row's prompt by itself: medians of rounds in which both models take turns.
+
+    Args:
+        on_round: called after each of the :data:`ROUNDS` rounds.
+    """
     batch = collate([replace(row, response_ids=())], pad_token_id, generator.vision)
     inputs = generator.decoder.inputs(batch)
 
@@ -114,7 +121,7 @@ def ttft(generator: StageAwareGenerator, row: Row, pad_token_id: int) -> dict[st
             return generator.prefill(**inputs)
 
     runs = {"full_ttft_ms": {"prefill": full}, "ttft_ms": {"prefill": lambda: generator.prefill(**inputs)}}
-    laps = alternate(runs, generator.device, REPEATS, WARMUP)
+    laps = alternate(runs, generator.device, REPEATS, WARMUP, on_round)
     return {name: statistics.median(total for total, _ in each) for name, each in laps.items()}
 
 

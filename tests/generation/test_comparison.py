@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,7 +161,9 @@ def test_times_are_medians_of_rounds_in_which_both_models_take_turns(generator, 
     )
     monkeypatch.setattr(clock.time, "perf_counter", iter(float(tick) for tick in range(1000)).__next__)
     rows, _ = batch._read_rows(generator, generator.tokenizer, str(whole[0] / "out.jsonl"), NEW, False, None)
-    times = comparison.ttft(generator, rows[0], 0)
+    rounds = []
+    times = comparison.ttft(generator, rows[0], 0, lambda: rounds.append(len(turns)))
+    assert rounds == [2, 4, 6, 8], "after both models' turns"
     assert turns == [False, True, True, False] * 2
     assert times["ttft_ms"] == times["full_ttft_ms"] > 0
 
@@ -190,7 +194,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_rows(generator
     assert {k: v for k, v in summary["compared"].items() if k != "ttft"} == {
         k: v for k, v in whole[1]["compared"].items() if k != "ttft"
     }
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json", "out.jsonl"]
 
 
 def test_a_batch_that_was_cut_is_answered_again(generator, data, tmp_path, whole, monkeypatch):
@@ -265,8 +269,42 @@ def test_the_command_prints_numbers_and_writes_the_page(generator, data, tmp_pat
     assert "common prefix" in shown.err
     assert f"page: {tmp_path / 'out.html'}" in shown.err
     assert "rows.jsonl line 1" in output.read_text()
+    assert shown.err.endswith(f"figures: {tmp_path / 'out.json'}\n")
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(shown.out)
     output.unlink()
     assert generate.main(command) == 2
     assert "out.html exists already; give --overwrite" in capsys.readouterr().err
-    assert generate.main([*command[:5], str(tmp_path / "out.html"), *command[6:]]) == 2
-    assert "is the name of the page of --compare" in capsys.readouterr().err
+    (tmp_path / "out.html").unlink()
+    assert generate.main(command) == 2
+    assert "out.json exists already; give --overwrite" in capsys.readouterr().err
+    for name, what in (("out.html", "page"), ("out.json", "figures")):
+        assert generate.main([*command[:5], str(tmp_path / name), *command[6:]]) == 2
+        assert f"is the name of the {what} of --compare" in capsys.readouterr().err
+
+
+def test_figures_are_not_written_over_the_rows(generator, data, tmp_path, capsys):
+    generator.save_pretrained(tmp_path / "artifact")
+    rows = tmp_path / "out.json"
+    rows.write_text(before := Path(data).read_text())
+    command = ["data", str(rows), "--artifact", str(tmp_path / "artifact"), "--output", str(tmp_path / "out.jsonl")]
+    assert generate.main([*command, "--compare", "--overwrite"]) == 2
+    assert f"--compare would write its figures over --data {rows}" in capsys.readouterr().err
+    assert rows.read_text() == before
+
+
+def test_a_terminal_has_tables_without_json_and_bars_that_reach_the_end(generator, data, tmp_path, monkeypatch, capsys):
+    generator.save_pretrained(tmp_path / "artifact")
+    command = ["data", data, "--artifact", str(tmp_path / "artifact"), "--output", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    command += ["--compare", "--max_new_tokens", "4", "--batch_size", "4", "--timed_rows", "3"]
+    assert generate.main(command) == 0
+    shown, bars = capsys.readouterr()
+    assert "{" not in shown
+    assert "common prefix" in shown
+    assert shown.endswith(f"page: {tmp_path / 'out.html'}\nfigures: {tmp_path / 'out.json'}\n")
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == ROWS
+    last = {name: re.findall(rf"{name}: .*?\]", bars)[-1] for name in ("answers", "TTFT")}
+    assert "100%" in last["answers"]
+    assert f"{ROWS}/{ROWS} rows" in last["answers"]
+    assert f"{3 * comparison.ROUNDS}/{3 * comparison.ROUNDS} " in last["TTFT"]
