@@ -7,7 +7,6 @@ and its time. Offline; nothing is written. ``python -m pop_lightning.run.check``
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from pop_lightning.core.bundled import resolve_bundled
@@ -56,6 +56,7 @@ USABLE = 0.94  # of a device's memory: the CUDA context, libraries and fragmenta
 # By the GB that a GPU is sold with: GiB that PyTorch finds on it, on the least of the common ones of that size.
 CARDS = {24: 22, 40: 39, 48: 44, 80: 79, 141: 139}
 _GIB = 2**30
+_BAR = "{l_bar}{bar}| [{elapsed}]"  # stages differ too much for a time that is left
 _SLOW_STEP = 2e12  # operations of a step that is too slow to try on a CPU
 
 
@@ -366,19 +367,20 @@ def measure(found: Estimate) -> dict[str, tuple[int, float]] | str:
     except InputError as error:
         return f"the base does not load here: {error}".rstrip(".")
     decoder.model.eval().requires_grad_(False)
-    measured = {}
-    for stage, longest in zip(
-        found.stages, replace(costs, usual=costs.longest).stages(found.rows.counts, found.rows.missing), strict=True
-    ):
-        step = stage.build(decoder, replace(costs.longest, rows=stage.size).collated(machine.device))
-        step()  # makes the running sums and the optimizer states, which stay
-        peak = peak_bytes(step, machine.device)
-        start = time.perf_counter()
-        step()
-        if machine.gpu:
-            torch.cuda.synchronize(machine.device)
-        measured[stage.name] = peak, (time.perf_counter() - start) * stage.flops / longest.step_flops
-        del step
+    measured, many = {}, len(found.stages)
+    longest = replace(costs, usual=costs.longest).stages(found.rows.counts, found.rows.missing)
+    with tqdm(zip(found.stages, longest, strict=True), total=many, bar_format=_BAR, disable=None, leave=False) as bar:
+        for number, (stage, same) in enumerate(bar, 1):
+            bar.set_description(f"one step of stage {number} of {many}: {stage.name}")
+            step = stage.build(decoder, replace(costs.longest, rows=stage.size).collated(machine.device))
+            step()  # makes the running sums and the optimizer states, which stay
+            peak = peak_bytes(step, machine.device)
+            start = time.perf_counter()
+            step()
+            if machine.gpu:
+                torch.cuda.synchronize(machine.device)
+            measured[stage.name] = peak, (time.perf_counter() - start) * stage.flops / same.step_flops
+            del step
     return measured
 
 
@@ -407,8 +409,6 @@ def check(recipe: Recipe) -> int:
     machine = found.machine
     if machine.bytes is not None and (not machine.gpu or machine.found >= machine.devices):
         Trainers(recipe)  # refuses what does not run on this machine
-    if not too_much and sys.stderr.isatty():
-        print("running one step of every stage ...", file=sys.stderr)
     measured = "it does not fit" if too_much else measure(found)
     certified, enough = _certifiable(found)
     notes = [_memory(found), *_remarks(found), certified, _time(found, measured)]

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import socket
+import sys
 
 import pytest
 import torch
@@ -337,6 +338,18 @@ def test_a_step_of_every_stage_is_measured_on_a_small_base_and_nothing_is_writte
         assert float(cells[6]) > float(cells[2]), line  # measured, and the base's own share of it
         assert cells[-1] in ("s", "min"), line
     assert [path.name for path in output.iterdir()] == ["something"]
+
+
+def test_a_terminal_has_a_bar_with_the_name_of_the_stage(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert fit.main([*arguments(base, data, tmp_path / "run"), "--check"]) == 0
+    shown, bar = capsys.readouterr()
+    assert "stage 1 of" not in shown
+    named = re.findall(r"one step of stage (\d+) of (\d+): ([^|]*?): +\d+%", bar)
+    numbers, totals, names = zip(*dict.fromkeys(named), strict=True)
+    assert [int(number) for number in numbers] == list(range(1, int(totals[0]) + 1))
+    assert set(totals) == {str(len(numbers))}
+    assert all(f"\n{name} " in shown for name in names), "the table has a line of every stage"
 
 
 def test_a_misfit_names_the_key_and_a_value_that_fits(base, data, unmeasured, tmp_path, monkeypatch, capsys):
