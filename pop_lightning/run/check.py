@@ -23,12 +23,13 @@ from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import device_bytes, peak_bytes
 from pop_lightning.core.numbers import millions
-from pop_lightning.core.plan import PruningPlan
+from pop_lightning.core.plan import Kept, PruningPlan
 from pop_lightning.core.quiet import quiet_lightning
 from pop_lightning.core.tables import text_table
 from pop_lightning.data.examples import check_source, read_examples
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.data.processor import vision_processor
+from pop_lightning.data.report import DataReport
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.bounds import certifiable, rows_needed
 from pop_lightning.fitting.regressions import GROUPINGS, held_bytes
@@ -45,7 +46,16 @@ from pop_lightning.models.loading import (
 )
 from pop_lightning.pruning.flops import prefill_flops
 from pop_lightning.run.costs import Batch, Costs, Stage
-from pop_lightning.run.depths import check_images, condition, listed_boundaries, reaching, to_measure, ways
+from pop_lightning.run.depths import (
+    check_context,
+    check_images,
+    condition,
+    listed_boundaries,
+    reaching,
+    to_measure,
+    ways,
+    without_context,
+)
 from pop_lightning.run.invocation import build, bundled_recipes, parse
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.strategies import DEEPSPEED
@@ -120,6 +130,7 @@ class Rows:
         missing: rows that the full model still has to answer; 0 where that is not known.
         assumed: what is not known, as a sentence; None where the rows were read.
         media: rows with images or videos.
+        report: of the rows that were read, with those that are not used; None where they were not read.
     """
 
     counts: dict[str, int]
@@ -130,6 +141,7 @@ class Rows:
     missing: int = 0
     assumed: str | None = None
     media: Sequence[Row] = ()
+    report: DataReport | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, base: Base) -> "Rows":
@@ -176,6 +188,7 @@ class Rows:
             int(data.report.prompt_tokens["median"]),
             sum(row.response_ids is None for row in rows),
             media=[row for row in rows if row.media],
+            report=data.report,
         )
 
     @classmethod
@@ -258,7 +271,7 @@ def _count(devices: Any, found: int) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A recipe's stages on its machine; all of it follows from :func:`estimate`."""
+    """A recipe's stages on its machine, and what may run in full; all of it follows from :func:`estimate`."""
 
     recipe: Recipe
     base: Base
@@ -266,6 +279,7 @@ class Estimate:
     machine: Machine
     costs: Costs
     stages: list[Stage]
+    kept: list[Kept]
 
     def bytes(self, stage: Stage) -> int:
         """Most bytes on one device during a stage."""
@@ -289,13 +303,15 @@ def estimate(recipe: Recipe, base: Base, rows: Rows, machine: Machine) -> Estima
     decoder, size = base.decoder, recipe.data.batch_size
     listed = listed_boundaries(recipe.budget, decoder, rows.media, rows.median)
     kept = ways(recipe, decoder, listed)
+    check_context(recipe, kept, rows.longest[0])
     check_images(recipe, decoder, rows.media, {each.boundary for each in kept}, machine.shards)
     # Importance is not known yet, so it is assumed to be equal.
     depths = to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, rows.median)
     reached = reaching(recipe.budget, decoder, kept, rows.median) if recipe.budget.speedup is not None else None
     batches = Batch(size, *rows.longest), Batch(size, *rows.usual)
     costs = Costs(decoder, recipe, depths, listed, *batches, machine.gpu, reached)
-    return Estimate(recipe, base, rows, machine, costs, list(costs.stages(rows.counts, rows.missing, machine.devices)))
+    stages = list(costs.stages(rows.counts, rows.missing, machine.devices))
+    return Estimate(recipe, base, rows, machine, costs, stages, kept)
 
 
 def ways_out(found: Estimate, limit: float) -> Iterator[tuple[str, Estimate]]:
@@ -426,12 +442,14 @@ def _heading(found: Estimate) -> str:
     elif isinstance(budget.candidates, list) or budget.candidates == "all":
         placed = ""
     kind = "GPU" if machine.gpu else "CPU"
+    data = f"data: {rows.report}\n" if rows.report else ""
     many = f"{machine.devices} {kind}s, trainer.strategy {machine.strategy}" if machine.devices > 1 else f"one {kind}"
     return (
         f"base: {base.name}, {base.decoder.num_layers} layers, {millions(base.parameters)} parameters, "
         f"{_gib(base.bytes)} GiB in {str(base.dtype).removeprefix('torch.')} ({where})\n"
         f"rows: {', '.join(f'{name} {count}' for name, count in rows.counts.items())} "
         f"({f'assumed: {rows.assumed}' if rows.assumed else lengths})\n"
+        f"{data}"
         f"depths: {', '.join(map(str, found.costs.depths))}{placed}\n"
         f"runs on: {many}"
     )
@@ -481,8 +499,10 @@ def _options(found: Estimate, limit: float) -> str:
 
 
 def _remarks(found: Estimate) -> Iterator[str]:
-    """What the figures leave open: images, the closed form's groupings, how much the budget measures and trains."""
+    """What the figures leave open: boundaries, images, groupings, how much the budget measures and trains."""
     costs, budget, limit = found.costs, found.recipe.budget, found.recipe.projection.memory_gib
+    if line := without_context(found.recipe, found.kept, found.rows.median):
+        yield f"{line}."
     if found.base.decoder.vision_tokens:
         yield "images and videos: the vision tower's weights are counted, its activations are not."
     if costs.passes:

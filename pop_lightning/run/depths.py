@@ -93,6 +93,40 @@ def listed_boundaries(budget: Budget, decoder: Decoder, rows: Iterable[Row], tok
     return sorted(possible, key=lambda k: number_of(k, tokens))
 
 
+def check_context(recipe: Recipe, kept: Sequence[Kept], longest: int) -> None:
+    """Raise :class:`InputError` where every prompt would run in full, so that no plan prunes anything.
+
+    Args:
+        kept: :func:`ways`, what may run in full.
+        longest: tokens of the longest prompt.
+    """
+    if any(number_of(each.boundary, longest) < longest for each in kept):
+        return
+    what, advice = f"boundary {kept[0].boundary} leaves no", "a smaller boundary"
+    if recipe.boundary == "auto" and recipe.depth is None:
+        what, advice = f"none of budget.boundaries {recipe.budget.boundaries} leaves a", "smaller ones"
+    raise InputError(
+        f"{what} context in any row, whose longest prompt has {longest} tokens: give {advice} or longer prompts."
+    )
+
+
+def without_context(recipe: Recipe, kept: Sequence[Kept], tokens: int) -> str | None:
+    """Which of ``budget.boundaries`` the search leaves out because they leave no context in a prompt of ``tokens``.
+
+    Returns:
+        A line for the user; None where the boundary is given, or all of them leave a context.
+    """
+    used = {each.boundary for each in kept}
+    short = [k for k in dict.fromkeys(recipe.budget.boundaries) if k not in used and number_of(k, tokens) >= tokens]
+    if recipe.boundary != "auto" or recipe.depth is not None or not short:
+        return None
+    leave = "leaves" if len(short) == 1 else "leave"
+    return (
+        f"boundaries: {', '.join(map(str, short))} of budget.boundaries {leave} no context in a prompt of {tokens} "
+        f"tokens (the rows' median), so the search uses {', '.join(map(str, sorted(used)))}"
+    )
+
+
 def check_images(
     recipe: Recipe, decoder: Decoder, rows: Iterable[Row], boundaries: Iterable[int | float], shards: bool
 ) -> None:

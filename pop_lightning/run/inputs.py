@@ -122,6 +122,8 @@ def load(recipe: Recipe, folder: RunFolder, trainers: Trainers) -> Run:
             )
     print(f"data: {calibration.report}")
     check_rows(run)
+    if line := candidates.without_context(recipe, run.kept, run.tokens):
+        print(line)
     if candidates.condition(recipe) is not None:
         print(f"budget: {run.certifiable}")
     folder.settle()
@@ -153,6 +155,7 @@ def check_same_input(run: Run) -> None:
 def check_rows(run: Run) -> None:
     """Refuse a budget or boundary that the rows do not allow, and sums that do not fit in memory, before scoring."""
     recipe, decoder, kept = run.recipe, run.decoder, run.kept
+    candidates.check_context(recipe, kept, int(run.data.report.prompt_tokens["max"]))
     # The deepest candidate is the same for every importance, and needs most.
     depths = candidates.to_measure(recipe, decoder, [1.0] * decoder.num_layers, kept, run.tokens)
     kind_named(start_kind(recipe)).passes(decoder, depths, recipe.projection)

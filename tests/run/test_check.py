@@ -19,7 +19,7 @@ from pop_lightning.evaluation.search import Budget, Measured, fastest_plan, scre
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import prefill_flops, speedup
-from pop_lightning.run import check
+from pop_lightning.run import check, pipeline
 from pop_lightning.run.check import Base, Machine, Rows, estimate
 from pop_lightning.run.costs import Batch, Costs, Stage
 from pop_lightning.run.depths import reaching
@@ -464,6 +464,54 @@ def test_a_base_of_several_processes_is_not_loaded(base, monkeypatch, settings, 
 
     monkeypatch.setattr(check, "load_model", load)
     assert said in check.measure(checked_on_gpus(base, **settings | {"trainer.accelerator": "cpu"}))
+
+
+@pytest.mark.parametrize("flags", [["--check"], []])
+def test_a_boundary_that_leaves_no_context_is_refused(base, data, tmp_path, unmeasured, capsys, flags):
+    words = [*arguments(base, data, tmp_path / "run"), *flags]
+    said = "context in any row, whose longest prompt has 24 tokens: give"
+    for given, named in (
+        (["--boundary", "24"], f"boundary 24 leaves no {said} a smaller boundary"),
+        (["--boundary", "0.99"], f"boundary 0.99 leaves no {said} a smaller boundary"),
+        (["--boundary", "auto", "--budget.boundaries", "[24, 600]"], f"boundaries [24, 600] leaves a {said} smaller"),
+    ):
+        assert fit.main([*words, *given]) == 2
+        assert named in capsys.readouterr().err
+        assert not (tmp_path / "run" / "importance.json").exists()
+
+
+def test_a_boundary_that_leaves_a_context_in_the_longest_row_only_is_used(base, data, tmp_path, unmeasured):
+    assert fit.main([*arguments(base, data, tmp_path / "run", boundary=23), "--check"]) == 0
+
+
+@pytest.fixture
+def only_loaded(monkeypatch):
+    """A run that ends when it has loaded the base and the rows."""
+    monkeypatch.setattr(pipeline, "run_stages", lambda run: pipeline.NOTHING_QUALIFIES)
+
+
+def test_boundaries_that_the_search_leaves_out_are_named(base, data, tmp_path, unmeasured, only_loaded, capsys):
+    words = arguments(base, data, tmp_path / "run", boundary="auto", budget__boundaries=[1, 2, 600])
+    said = re.compile(r"boundaries: 600 of budget\.boundaries leaves no context in a prompt of \d+ tokens .*uses 1, 2")
+    assert fit.main([*words, "--check"]) == 0
+    assert said.search(capsys.readouterr().out)
+    assert fit.main(words) == pipeline.NOTHING_QUALIFIES
+    assert said.search(capsys.readouterr().out)
+    assert fit.main([*words, "--check", "--budget.boundaries", "[1, 2]"]) == 0
+    assert "boundaries: " not in capsys.readouterr().out
+
+
+def test_a_check_names_the_rows_that_are_not_used_as_the_run_does(
+    base, data, tmp_path, unmeasured, only_loaded, capsys
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(data.read_text() + '{"prompt": 3}\n')
+    words = arguments(base, rows, tmp_path / "run")
+    assert fit.main([*words, "--check"]) == 0
+    (checked,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data: "))
+    assert "not used: 1 rows that cannot be read (first: data.calibration" in checked
+    assert fit.main(words) == pipeline.NOTHING_QUALIFIES
+    assert checked in capsys.readouterr().out.splitlines()
 
 
 def test_a_requested_speedup_decides_the_depths_and_the_loss_is_not_limited(base, data, tmp_path, unmeasured, capsys):
