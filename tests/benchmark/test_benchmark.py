@@ -71,7 +71,7 @@ def test_a_grid_on_a_base_model_has_every_point_and_every_file(base, tmp_path, c
         assert len(point["decode"]["full_ms"]) == len(point["decode"]["pruned_ms"]) == 2
     assert result["settings"] == {"boundary": 1, "salient": 0, "repeats": 2, "warmup": 2, "decode": 2}
     assert result["machine"]["threads"] == torch.get_num_threads()
-    assert result["machine"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["machine"]["versions"]["torch"])
     assert result["model"]["parameters"] == sum(p.numel() for p in decoder.model.parameters())
     page = (output / "benchmark.html").read_text()
     assert page.count("<picture>") == 2, "one plot per batch size"

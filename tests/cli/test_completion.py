@@ -88,4 +88,4 @@ def test_another_shell_is_refused(command, capsys):
 
 def test_the_server_accepts_the_flag_as_vllm_writes_its_own(capsys):
     assert serve.main(["--print-completion", "bash"]) == 0
-    assert "complete -o" in capsys.readouterr().out
+    assert "-F _shtab_pop_serve pop-serve" in capsys.readouterr().out
