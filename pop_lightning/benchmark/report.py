@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from pop_lightning.core.clock import noise
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_json, write_text, write_whole
 from pop_lightning.core.numbers import millions
@@ -22,13 +23,14 @@ from pop_lightning.core.plots import Theme, picture
 from pop_lightning.core.tables import Table
 
 JSON, PLOT, PAGE = "benchmark.json", "benchmark.png", "benchmark.html"
+ROUNDING = 0.0005  # half of the last digit that a share of a bound is shown with
 PAIRS = "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections."
 
 
 def table(result: dict[str, Any]) -> str:
-    """The model and machine, then two tables with one line per point: times, and rates and memory."""
-    times, rates = times_table(result), rates_table(result)
-    return "\n".join([*_subject(result), "", times.text(), "", rates.text(), PAIRS]) + "\n"
+    """The model and machine, two tables with one line per point (times, and rates and memory), and :func:`doubts`."""
+    times, rates, found = times_table(result), rates_table(result), doubts(result)
+    return "\n".join([*_subject(result), "", times.text(), "", rates.text(), PAIRS, *filter(None, [found])]) + "\n"
 
 
 def _subject(result: dict[str, Any]) -> list[str]:
@@ -85,6 +87,45 @@ def _rates(point: dict[str, Any]) -> list[str]:
     ]
 
 
+def doubts(result: dict[str, Any]) -> str:
+    """What shows that times varied, at the point where it is largest, and what to do; empty where nothing does.
+
+    That is rounds that differ, a pruned prefill faster than the work that it cannot avoid, and more than was counted.
+    """
+    points = result["points"]
+    places = [
+        f"at batch {point['batch']}, {point['prompt_tokens']} tokens, depth {point['depth']}/{point['layers']} "
+        if len(points) > 1
+        else ""
+        for point in points
+    ]
+    spreads = {}
+    for at, point in zip(places, points, strict=True):
+        spreads |= {f"{at}the {name} prefill": point[name]["ttft_ms"] for name in ("full", "pruned")}
+        spreads[f"{at}the measured bound"] = point["bound"]["ms"]
+    found = [noise(spreads)]
+    reached, at = max((point["of_measured_bound"], at) for point, at in zip(points, places, strict=True))
+    if reached - 1 > ROUNDING:
+        found.append(
+            f"Times varied by at least {reached - 1:.1%}: {at}the pruned prefill reached {reached:.1%} of the measured "
+            "bound, which it cannot exceed."
+        )
+    above, at, name = max(
+        (value / point["bound"]["counted"] - 1, at, name)
+        for point, at in zip(points, places, strict=True)
+        for name, value in (("measured bound", point["bound"]["measured"]), ("ratio", point["ratio"]))
+    )
+    if above > ROUNDING:
+        found.append(
+            f"Times varied by about {above:.1%}, or the work that pruning leaves out takes longer per operation than "
+            f"the rest: {at}the {name} is that much above the counted bound."
+        )
+    if not any(found):
+        return ""
+    advice = f"Repeat on an idle machine, or with more --repeats than {result['settings']['repeats']}."
+    return " ".join(filter(None, [*found, advice]))
+
+
 def make_folder(folder: str | Path) -> Path:
     """Make the output folder before anything is measured, so that a missing permission does not waste an hour.
 
@@ -139,6 +180,7 @@ def _page(result: dict[str, Any], about: Mapping[str, str]) -> str:
         longest=longest,
         plots=plots,
         times=times_table(result),
+        doubts=doubts(result),
         rates=rates_table(result),
         pairs=PAIRS,
         settings=result["settings"],

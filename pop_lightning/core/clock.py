@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 WARMUP = 2  # rounds before those that are timed
+NOISY = 0.2  # a p90 this share above the median makes a ratio of medians unreliable
 
 
 def alternate(
@@ -70,6 +71,19 @@ def synchronize(device: torch.device) -> None:
 def spread(values: list[float]) -> dict[str, Any]:
     p90 = statistics.quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
     return {"median": statistics.median(values), "p90": p90, "all": values}
+
+
+def noise(spreads: Mapping[str, Mapping[str, float]]) -> str:
+    """A sentence where times vary so much that their ratios are unreliable, on those that vary most; else empty.
+
+    Args:
+        spreads: ``median`` and ``p90``, as in :func:`spread`, by the name of what was timed: ``the full prefill``.
+    """
+    above = {name: each["p90"] / each["median"] - 1 for name, each in spreads.items()}
+    name = max(above, key=above.__getitem__, default=None)
+    if name is None or above[name] <= NOISY:
+        return ""
+    return f"The times are noisy: {name}'s p90 lies {above[name]:.0%} above its median."
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:

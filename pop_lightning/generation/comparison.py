@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from pop_lightning.core.clock import alternate
+from pop_lightning.core.clock import alternate, spread
 from pop_lightning.data.batches import collate
 from pop_lightning.data.rows import Row
 from pop_lightning.evaluation.answers import common_prefix, rouge_l, token_f1
@@ -107,11 +107,15 @@ def teacher_forced(generator: StageAwareGenerator, rows: Sequence[Row], pad_toke
 
 def ttft(
     generator: StageAwareGenerator, row: Row, pad_token_id: int, on_round: Callable[[], object] | None = None
-) -> dict[str, float]:
-    """Milliseconds of one prefill of the row's prompt by itself: medians of rounds in which both models take turns.
+) -> dict[str, Any]:
+    """Milliseconds of one prefill of the row's prompt by itself, in rounds in which both models take turns.
 
     Args:
         on_round: called after each of the :data:`ROUNDS` rounds.
+
+    Returns:
+        The medians ``full_ttft_ms`` and ``ttft_ms``, and those of the single rounds as lists, ``full_ttft_rounds_ms``
+        and ``ttft_rounds_ms``.
     """
     batch = collate([replace(row, response_ids=())], pad_token_id, generator.vision)
     inputs = generator.decoder.inputs(batch)
@@ -120,9 +124,12 @@ def ttft(
         with generator.full_model():
             return generator.prefill(**inputs)
 
-    runs = {"full_ttft_ms": {"prefill": full}, "ttft_ms": {"prefill": lambda: generator.prefill(**inputs)}}
+    runs = {"full_ttft": {"prefill": full}, "ttft": {"prefill": lambda: generator.prefill(**inputs)}}
     laps = alternate(runs, generator.device, REPEATS, WARMUP, on_round)
-    return {name: statistics.median(total for total, _ in each) for name, each in laps.items()}
+    rounds = {name: [total for total, _ in each] for name, each in laps.items()}
+    return {f"{name}_ms": statistics.median(each) for name, each in rounds.items()} | {
+        f"{name}_rounds_ms": each for name, each in rounds.items()
+    }
 
 
 def outcome(record: Mapping[str, Any]) -> str:
@@ -160,8 +167,9 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``confidence`` and, by the measure's name, ``rows``, ``full``, ``pruned``, ``difference``, ``changed`` (rows
         where both models differ) and, from two rows on, ``low``, ``high`` and ``method`` of the interval. ``ttft`` has
-        ``rows``, the medians ``full_ms`` and ``pruned_ms``, and ``ratio`` (full / pruned, the geometric mean over rows)
-        with its interval.
+        ``rows``, the medians ``full_ms`` and ``pruned_ms``, ``ratio`` (full / pruned, the geometric mean over rows)
+        with its interval, and ``full_spread`` and ``pruned_spread`` (``median`` and ``p90`` of all rounds, each divided
+        by its row's median).
     """
     found: dict[str, Any] = {"confidence": CONFIDENCE}
     for measure in (each for group in GROUPS.values() for each in group):
@@ -195,6 +203,12 @@ def _summarize_times(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The interval is one of the mean log ratio, because ratios multiply."""
     full, pruned = ([row[name] for row in rows] for name in ("full_ttft_ms", "ttft_ms"))
     entry = {"rows": len(rows), "full_ms": statistics.median(full), "pruned_ms": statistics.median(pruned)}
+    for name, key in (("full", "full_ttft"), ("pruned", "ttft")):
+        # Rows from a journal of an older version have no rounds.
+        shares = [lap / row[f"{key}_ms"] for row in rows for lap in row.get(f"{key}_rounds_ms", ())]
+        if shares:
+            found = spread(shares)
+            entry[f"{name}_spread"] = {"median": found["median"], "p90": found["p90"]}
     logs = [math.log(value) for value in pruned], [math.log(value) for value in full]
     entry["ratio"] = math.exp(statistics.fmean(logs[1]) - statistics.fmean(logs[0]))
     if len(rows) < 2:

@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from pop_lightning.core.clock import noise
 from pop_lightning.core.numbers import number, percent, ratio
 from pop_lightning.core.pages import render
 from pop_lightning.core.plots import Theme, picture
@@ -42,6 +43,7 @@ def render_page(
         compared=compared,
         summary=summary,
         times=times_table(compared) if "ttft" in compared else None,
+        noise=times_noise(compared),
         times_plot=_times_plot([record for record in records if "ttft_ms" in record]),
         repeats=REPEATS,
         methods=sorted({each["method"] for each in compared.values() if isinstance(each, dict) and "method" in each}),
@@ -94,6 +96,8 @@ def text(compared: Mapping[str, Any]) -> str:
     blocks = [f"{name}\n{table(compared, measures).text()}" for name, measures in _present(compared)]
     if "ttft" in compared:
         blocks.append(f"Time to first token\n{times_table(compared).text()}")
+        if found := times_noise(compared):
+            blocks.append(found)
     return "\n\n".join([*blocks, headline(compared)]) + "\n"
 
 
@@ -118,6 +122,18 @@ def times_table(compared: Mapping[str, Any]) -> Table:
         str(times["rows"]),
     ]
     return Table(["full, ms", "pruned, ms", "full / pruned", "95% interval", "rows"], [row], left=())
+
+
+def times_noise(compared: Mapping[str, Any]) -> str:
+    """A warning if rounds of the same prefill vary so much that the ratio is unreliable; else empty."""
+    times = compared.get("ttft", {})
+    names = [name for name in ("full", "pruned") if f"{name}_spread" in times]
+    if not (found := noise({f"the {name} prefill": times[f"{name}_spread"] for name in names})):
+        return ""
+    return (
+        f"{found} Treat the ratio as a rough estimate, and repeat on an idle machine; a small model on a CPU with "
+        "OMP_NUM_THREADS=1."
+    )
 
 
 def _times_plot(timed: Sequence[Mapping[str, Any]]) -> Markup | None:

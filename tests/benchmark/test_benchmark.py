@@ -2,6 +2,7 @@
 
 import json
 import math
+from html import unescape
 
 import pytest
 import torch
@@ -281,6 +282,71 @@ def test_without_lengths_those_are_measured_that_the_context_has_room_for(contex
     model.config.max_position_embeddings = context
     result = benchmark.run(model, repeats=1, decode_tokens=2)
     assert [point["prompt_tokens"] for point in result["points"]] == expected
+
+
+@pytest.fixture
+def steady():
+    """A benchmark of two points in which times do not vary and no bound is passed."""
+    model = build("llama")
+    result = benchmark.run(model, lengths=[8, 24], repeats=2, decode_tokens=0)
+    for point in result["points"]:
+        for name, ms in (("full", 10.0), ("pruned", 8.0)):
+            point[name]["ttft_ms"] = {"median": ms, "p90": ms, "all": [ms, ms]}
+        point["bound"] |= {"measured": 1.25, "counted": 1.3, "ms": {"median": 8.0, "p90": 8.0, "all": [8.0, 8.0]}}
+        point |= {"ratio": 1.25, "of_measured_bound": 1.0004}  # shown as 100.0%
+    return result
+
+
+def noisy(point):
+    point["pruned"]["ttft_ms"]["p90"] = 12.0
+
+
+def noisy_bound(point):
+    point["bound"]["ms"]["p90"] = 12.0
+
+
+def beyond_its_bound(point):
+    point["of_measured_bound"] = 1.161
+
+
+def bound_above_counted(point):
+    point["bound"]["measured"] = 1.352
+
+
+def ratio_above_counted(point):
+    point["ratio"] = 1.352
+
+
+AT = "at batch 1, 24 tokens, depth 3/4 the "
+ABOVE = "Times varied by about 4.0%, or the work that pruning leaves out takes longer per operation than the rest: "
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (noisy, f"The times are noisy: {AT}pruned prefill's p90 lies 50% above its median."),
+        (noisy_bound, f"The times are noisy: {AT}measured bound's p90 lies 50% above its median."),
+        (
+            beyond_its_bound,
+            f"Times varied by at least 16.1%: {AT}pruned prefill reached 116.1% of the measured bound, ",
+        ),
+        (bound_above_counted, f"{ABOVE}{AT}measured bound is that much above the counted bound."),
+        (ratio_above_counted, f"{ABOVE}{AT}ratio is that much above the counted bound."),
+    ],
+)
+def test_times_that_varied_are_named_in_the_terminal_and_on_the_page(change, said, steady, tmp_path):
+    def shown():
+        benchmark_report.write_page(steady, tmp_path, {})
+        return benchmark_report.table(steady), unescape((tmp_path / benchmark_report.PAGE).read_text())
+
+    advice = "Repeat on an idle machine, or with more --repeats than 2."
+    assert not any(advice in each or "varied" in each or "noisy" in each for each in shown())
+    change(steady["points"][1])
+    for each in shown():
+        assert said in each
+        assert each.count(advice) == 1
+    del steady["points"][0]
+    assert said.replace("at batch 1, 24 tokens, depth 3/4 ", "") in shown()[0], "one point needs no place"
 
 
 def test_sizes_have_the_word_that_fits():

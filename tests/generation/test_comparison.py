@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ from pop_lightning.core import clock
 from pop_lightning.core.journal import Journal
 from pop_lightning.evaluation.answers import rouge_l, token_f1
 from pop_lightning.evaluation.paired import paired_interval, sameness_interval
-from pop_lightning.generation import batch, comparison
+from pop_lightning.generation import batch, comparison, comparison_page
 from pop_lightning.generation.batch import generate_file
 
 from tests.helpers.browser import assert_fits
 from tests.helpers.workbench import save_base, save_rows
 
 NEW, ROWS = 4, 7
-TIMES = ("ttft_ms", "full_ttft_ms")
+TIMES = ("ttft_ms", "full_ttft_ms", "ttft_rounds_ms", "full_ttft_rounds_ms")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,38 @@ def test_times_are_medians_of_rounds_in_which_both_models_take_turns(generator, 
     assert rounds == [2, 4, 6, 8], "after both models' turns"
     assert turns == [False, True, True, False] * 2
     assert times["ttft_ms"] == times["full_ttft_ms"] > 0
+    assert len(times["ttft_rounds_ms"]) == len(times["full_ttft_rounds_ms"]) == comparison.REPEATS
+
+
+def test_noisy_rounds_are_named_in_the_terminal_and_on_the_page(generator, whole):
+    _, summary, records = whole
+
+    def shown(**rounds):
+        timed = [dict(record) for record in records]
+        for at, record in enumerate(record for record in timed if "ttft_ms" in record):
+            for name, factors in rounds.items():  # rows of different lengths differ, which is not noise
+                record[f"{name}_ms"] = (at + 1) * sorted(factors)[1]
+                record[f"{name}_rounds_ms"] = [(at + 1) * each for each in factors]
+        compared = comparison.summary(timed)
+        page = comparison_page.render_page(summary | {"compared": compared}, timed, generator, {})
+        return compared["ttft"], comparison_page.text(compared), unescape(page)
+
+    times, *both = shown(full_ttft=[10, 10, 10.5], ttft=[5, 5.2, 5])
+    assert not any("noisy" in each for each in both)
+    assert times["full_spread"] == {"median": 1.0, "p90": pytest.approx(1.05)}
+    times, *both = shown(full_ttft=[10, 10, 10.5], ttft=[5, 5, 15])
+    assert times["pruned_spread"] == {"median": 1.0, "p90": pytest.approx(3.0)}
+    for each in both:
+        assert "The times are noisy: the pruned prefill's p90 lies 200% above its median. Treat the ratio" in each
+
+
+def test_rows_of_an_older_journal_have_medians_only(whole):
+    old = [{name: value for name, value in each.items() if "rounds" not in name} for each in whole[2]]
+    assert comparison.summary(old)["ttft"].keys() == whole[1]["compared"]["ttft"].keys() - {
+        "full_spread",
+        "pruned_spread",
+    }
+    assert "noisy" not in comparison_page.text(comparison.summary(old))
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_rows(generator, data, tmp_path, whole, monkeypatch):
