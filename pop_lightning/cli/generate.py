@@ -391,7 +391,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     passed = ("limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template")
     passed += ("system_instruction", "seed", "output", "log_samples", "confirm_run_unsafe_code")
     given = vars(arguments)
-    generator = _generator(arguments, lambda: check_output_folder(arguments.output))
+
+    def check() -> None:
+        tasks.check_limit(arguments.limit)
+        check_output_folder(arguments.output)
+
+    generator = _generator(arguments, check)
     with memory_advice("lower --batch_size, choose a narrower --dtype or another --device"):
         found, results = compare.compare(
             generator,

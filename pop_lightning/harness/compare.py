@@ -89,6 +89,14 @@ class Tasks(TaskManager):
     def lengths(self) -> list[int]:
         return self.passed["max_seq_lengths"]
 
+    def check_limit(self, limit: int | None) -> None:
+        """Refuse a ``limit`` that would drop whole lengths of the needle tasks.
+
+        Raises:
+            InputError: it is smaller than the number of a task's cells.
+        """
+        needle.check_limit(self.names, self.lengths, limit)
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase, *, unsafe: bool = False) -> None:
         """Load the tasks.
 
@@ -148,8 +156,10 @@ def compare(
         the differences, and lm-eval's results of both variants by name, samples included.
 
     Raises:
-        InputError: a task that is unknown or cannot run with this model, or an output that cannot be written.
+        InputError: a task that is unknown or cannot run with this model, a ``limit`` that would drop lengths, or an
+            output that cannot be written.
     """
+    tasks.check_limit(limit)
     check_output_folder(output)
     settings = {} if max_length is None else {"max_length": max_length}
     lms = {
@@ -269,7 +279,7 @@ def summary(found: Sequence[Difference], results: dict[str, dict]) -> dict[str, 
 
 def table(found: Sequence[Difference]) -> str:
     """The differences for a terminal."""
-    return f"{difference_table(found).text()}\n{note(found)}\n"
+    return "\n".join(filter(None, [difference_table(found).text(), note(found), unsolved(found)])) + "\n"
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
@@ -300,6 +310,23 @@ def note(found: Sequence[Difference]) -> str:
     return f"{values}; intervals paired by document: {', '.join(methods)}."
 
 
+def unsolved(found: Sequence[Difference]) -> str:
+    """A sentence on the tasks that the full model scores 0 in by every metric, and so has nothing to lose; else empty.
+
+    Metrics that are better when lower do not count.
+    """
+    scores: dict[str, list[float]] = {}
+    for each in found:
+        if each.higher_is_better:
+            scores.setdefault(each.task, []).append(each.full)
+    names = [name for name, values in scores.items() if not any(values)]
+    if not names:
+        return ""
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    figures = "its figures say" if len(names) == 1 else "their figures say"
+    return f"The full model solves no document of {listed}, so {figures} nothing about pruning."
+
+
 def page(found: Sequence[Difference], results: dict[str, dict], about: Mapping[str, str]) -> str:
     """The page of a comparison: the table and, where ``needle`` ran, its heat maps."""
     config, cells = results["pruned"]["config"], needle.cells(results)
@@ -321,6 +348,7 @@ def page(found: Sequence[Difference], results: dict[str, dict], about: Mapping[s
         measured=sum(each.paired is not None for each in found),
         differences=difference_table(found),
         note=note(found),
+        unsolved=unsolved(found),
         changed=changed,
         confidence=CONFIDENCE,
         heat_maps=needle.pictures(cells) if cells else [],

@@ -84,6 +84,26 @@ def string_match(answer: str, outputs: Sequence[str]) -> float:
     return sum(output.lower() in answer.lower() for output in outputs) / len(outputs)
 
 
+def check_limit(names: Sequence[str], lengths: Sequence[int], limit: int | None) -> None:
+    """Refuse a limit that would leave cells of a task without a document, and so drop lengths from the grid.
+
+    Raises:
+        InputError: with the least limit that every cell has a document with.
+    """
+    for name in filter(TASKS.__contains__, names):
+        positions, sizes = len(_positions(name)), len(set(lengths))
+        if limit is not None and limit < positions * sizes:
+            cells = f"{sizes} {'length' if sizes == 1 else 'lengths'}" + (f" x {positions} positions" * (positions > 1))
+            raise InputError(
+                f"--limit {limit} leaves cells of {name} without a document: expected at least {positions * sizes} "
+                f"({cells}); raise --limit, or give fewer --lengths."
+            )
+
+
+def _positions(name: str) -> tuple[float | None, ...]:
+    return POSITIONS if name == "needle_single" else (None,)
+
+
 def documents(name: str, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int]) -> list[dict[str, Any]]:
     """:data:`PER_CELL` documents per length and position, each as long as fits; the first of every cell come first.
 
@@ -93,7 +113,7 @@ def documents(name: str, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[i
     Raises:
         InputError: a length in which not even the question fits.
     """
-    positions = POSITIONS if name == "needle_single" else (None,)
+    positions = _positions(name)
 
     def make(length: int, position: float | None, index: int, noise: int) -> dict[str, Any]:
         rng = random.Random(f"{SEED} {name} {length} {position} {index}")

@@ -20,7 +20,7 @@ from pop_lightning import PruningPlan, StageAwareGenerator
 from pop_lightning.cli import generate
 from pop_lightning.core.bundled import resolve_bundled
 from pop_lightning.evaluation.paired import bootstrap_interval, paired_interval
-from pop_lightning.harness.compare import Tasks, compare, table
+from pop_lightning.harness.compare import Difference, Tasks, compare, page, table
 from pop_lightning.models.loading import load_model, load_tokenizer
 
 BASE = resolve_bundled("bundled:facts-gemma3")
@@ -310,6 +310,24 @@ def test_the_paired_interval_covers_and_is_narrower_than_an_unpaired_one():
         widths += paired.high - paired.low
     assert covered >= 0.93 * 400
     assert widths / 400 < 0.75 * 2 * 1.96 * np.sqrt(2 * 0.7 * 0.3 / 60)
+
+
+def test_a_task_that_the_full_model_cannot_do_is_named():
+    def difference(task, full, higher=True, metric="acc"):
+        return Difference(task, metric, "none", higher, full, None, 0.0, None, 4)
+
+    solved = [difference("a", 0.0), difference("a", 0.25, metric="f1"), difference("b", 0.5)]
+    assert "solves no document" not in table(solved)
+    assert "of c, so its figures say nothing about pruning" in table([*solved, difference("c", 0.0)])
+    lower = [difference("c", 0.0), difference("c", 12.5, higher=False, metric="perplexity")]
+    assert "of c, so its figures" in table(lower)
+    assert "solves no document" not in table([difference("d", 0.0, higher=False)])
+    several = [difference(name, 0.0) for name in "cde"]
+    sentence = "The full model solves no document of c, d and e, so their figures say nothing about pruning."
+    assert sentence in table(several)
+    config = {"model": "pop", "model_args": {}, "pop": {}}
+    results = {"full": {"samples": {}}, "pruned": {"samples": {}, "config": config, "lm_eval_version": "0"}}
+    assert sentence in page(several, results, {})
 
 
 def test_no_document_that_changed_leaves_a_width():

@@ -76,9 +76,12 @@ def test_the_sweep_draws_both_models_side_by_side(tmp_path, capsys):
     command = ["eval", "--artifact", str(tmp_path / "artifact"), "--tasks", "needle", "--output", str(tmp_path / "out")]
     assert generate.main([*command, "--lengths", "2000"]) == 2
     assert "--lengths 2000 is more than the model's context of 1024 tokens" in capsys.readouterr().err
+    assert generate.main([*command, "--lengths", "350,450", "--limit", "9"]) == 2
+    assert "--limit 9 leaves cells of needle_single without a document" in capsys.readouterr().err
     assert generate.main([*command, "--lengths", "350,450", "--limit", "10", "--gen_kwargs", "max_gen_toks=3"]) == 0
     printed = capsys.readouterr().out
     assert "needle_single at 25%  " in printed
+    assert "The full model solves no document of needle_single, needle_several and needle_hops" in printed
     assert [line.split()[-2:] for line in printed.splitlines() if line.startswith("needle  ")] == [["350", "450"]]
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())["needle"]
     assert len(found) == 2 * (len(needle.POSITIONS) + 2)
@@ -86,6 +89,26 @@ def test_the_sweep_draws_both_models_side_by_side(tmp_path, capsys):
     assert (tmp_path / "out" / "needle.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "comparison.html").read_text().count("<picture>") == 2
     assert_fits(tmp_path / "out" / "comparison.html", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "least", "cells"),
+    [
+        ("needle_single", [320, 440], 10, "2 lengths x 5 positions"),
+        ("needle_single", [320, 320], 5, "1 length x 5 positions"),
+        ("needle_hops", [320, 440, 500], 3, "3 lengths"),
+    ],
+)
+def test_a_limit_keeps_every_cell_or_is_refused(tokenizer, name, lengths, least, cells):
+    with pytest.raises(
+        InputError, match=rf"--limit {least - 1} leaves cells of {name} .* at least {least} \({cells}\)"
+    ):
+        needle.check_limit(["look_up", name], lengths, least - 1)
+    needle.check_limit(["look_up", name], lengths, least)
+    needle.check_limit(["look_up"], lengths, 1)
+    needle.check_limit([name], lengths, None)
+    places = {(each["length"], each["position"]) for each in needle.documents(name, tokenizer, lengths)}
+    assert {(e["length"], e["position"]) for e in needle.documents(name, tokenizer, lengths)[:least]} == places
 
 
 def test_every_cell_holds_the_mean_of_its_documents():
