@@ -237,7 +237,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         found = config_digest(config) if isinstance(config, dict) else None
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: expected the artifact/ folder that pop-fit wrote.") from error
+        inside = path.parent / "artifact"
+        hint = f"; did you mean {inside}?" if (inside / CONFIG).is_file() else "."
+        raise InputError(f"{path} is missing: expected the artifact/ folder that pop-fit wrote{hint}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import stat
 
 import pytest
@@ -434,6 +436,16 @@ def test_a_config_that_does_not_fit_is_one_sentence_with_the_file(folder, change
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         read_artifact(tmp_path / "nowhere")
+
+
+def test_the_folder_of_a_run_is_refused_with_the_artifact_inside_it(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(InputError, match=r"pop_config.json is missing: .* pop-fit wrote\.$"):
+        read_artifact(run)
+    shutil.copytree(folder, run / "artifact")
+    with pytest.raises(InputError, match=rf"did you mean {re.escape(str(run / 'artifact'))}\?$"):
+        read_artifact(run)
 
 
 # --- whole or not at all --------------------------------------------------------------------------------------------
