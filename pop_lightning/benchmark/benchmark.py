@@ -26,6 +26,7 @@ from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import check_dtype, choose_device, context_length, load_model
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.flops import prefill_flops
 
 LENGTHS, BATCHES, REPEATS, DECODE_TOKENS = (128, 512, 1024), (1,), 9, 32
@@ -310,7 +311,7 @@ def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) ->
     Only the model's forward is timed; ``generate`` adds the same overhead to both.
     """
     device = generator.model.device
-    caches = {name: passes[name]["prefill"]().past_key_values for name in ("full", "pruned")}
+    caches = {name: passes[name]["prefill"]()[CACHE] for name in ("full", "pruned")}
     random = torch.Generator().manual_seed(0)
     read = torch.randint(0, generator.decoder.config.vocab_size, (WARMUP + tokens, len(ids), 1), generator=random)
     steps: dict[str, list[float]] = {name: [] for name in caches}
@@ -318,7 +319,7 @@ def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) ->
         for name in ("full", "pruned") if index % 2 == 0 else ("pruned", "full"):
 
             def step(token=token, cache=caches[name]):
-                return generator.model(input_ids=token, past_key_values=cache, use_cache=True)
+                return generator.model(input_ids=token, use_cache=True, **{CACHE: cache})
 
             total, _ = lap([step], device)
             if index >= WARMUP:

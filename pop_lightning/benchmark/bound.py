@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.masks import appendable, layer_mask
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.salient import PROBES
 
 _PRODUCT_BYTES = 1 << 29  # 512 MiB: a long prompt's keys and values of all layers may not fit in memory at once
@@ -55,7 +56,7 @@ def unavoidable(generator: StageAwareGenerator, ids: Tensor) -> dict[str, Callab
 
 @torch.no_grad()
 def _plain(generator: StageAwareGenerator, ids: Tensor, cache: Cache) -> object:
-    return generator.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return generator.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 
 def _shallow(generator: StageAwareGenerator, ids: Tensor) -> Cache:
@@ -107,7 +108,7 @@ def _last_rows(generator: StageAwareGenerator, ids: Tensor, first: int, *, head:
         return torch.no_grad()(lambda: decoder.logits(last))
     filled = decoder.new_cache()
     if first:
-        filled = generator.prefill(ids[:, :first], last=False).past_key_values
+        filled = generator.prefill(ids[:, :first], last=False)[CACHE]
     with decoder.tracing(pruned) as trace:
         _plain(generator, ids[:, first:], appendable(filled))
     start = trace.hidden[depth]
@@ -118,7 +119,7 @@ def _last_rows(generator: StageAwareGenerator, ids: Tensor, first: int, *, head:
         cache, hidden = appendable(filled), start
         for layer in pruned:
             hidden = decoder.run_layer(
-                layer, hidden, attention_mask=masks[layer], past_key_values=cache, **trace.kwargs[layer]
+                layer, hidden, attention_mask=masks[layer], **{CACHE: cache}, **trace.kwargs[layer]
             )
         return decoder.logits(hidden[:, -1:]) if head else hidden
 

@@ -17,6 +17,7 @@ from pop_lightning.data.images import RowImage
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.generation.stream import GREEDY, TextStream, tokenizer_of
 from pop_lightning.models.loading import context_length
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.flops import turn_flops
 
 
@@ -166,7 +167,7 @@ class Chat:
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 **self.generator.decoder.vision.on(tokens.device, batch, tokens),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=streamer,
@@ -194,7 +195,7 @@ class Chat:
         if tokens == len(self._held):
             return True
         try:
-            self._cache.crop(tokens)
+            self._cache.crop(tokens - len(self._held))  # less than 0: how many to take off
         except (ValueError, RuntimeError, NotImplementedError):
             return False
         return self._cache.get_seq_length() == tokens

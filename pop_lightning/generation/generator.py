@@ -53,6 +53,7 @@ from pop_lightning.generation.base_watch import BaseWatch
 from pop_lightning.generation.refusals import refuse_unsupported
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import end_tokens, plain_generate
+from pop_lightning.models.names import CACHE, name_cache
 from pop_lightning.pruning.attach_check import check_decoder
 from pop_lightning.pruning.prefill import StageAwarePrefill
 from pop_lightning.pruning.projections import KVProjections
@@ -276,7 +277,8 @@ class StageAwareGenerator:
             InputError: no cache is filled: such a forward does not say where its prompt ends, so it can neither be
                 pruned nor be taken for a measurement of the pruned model.
         """
-        if self._pruning and not _held(kwargs.get("past_key_values")):
+        kwargs = name_cache(kwargs)
+        if self._pruning and not _held(kwargs.get(CACHE)):
             raise InputError(
                 "a forward without a filled cache does not say where its prompt ends, so it cannot be pruned "
                 "(log-likelihood tasks of lm-eval run such forwards): use generate or prefill, or full_model() for "
@@ -352,20 +354,17 @@ class StageAwareGenerator:
         Raises:
             InputError: before the first token, for a feature that this module's docstring lists as refused.
         """
+        kwargs = name_cache(kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not self._pruning:
-            shift = (
-                self._place_tokens(ids, kwargs, _held(kwargs.get("past_key_values")))
-                if self.decoder.positions.mrope
-                else None
-            )
+            shift = self._place_tokens(ids, kwargs, _held(kwargs.get(CACHE))) if self.decoder.positions.mrope else None
             return self._leave(plain_generate(self.model)(inputs, **kwargs), shift)
         self._follow_base()
         if kwargs.get("use_cache") is None and self.model.generation_config.use_cache is False:
             kwargs["use_cache"] = True  # saved by training with gradient checkpointing, not requested by the caller
         padding = self._padding(ids, kwargs)
         refuse_unsupported(self.model, self.decoder, self.plan, lambda name: self._setting(kwargs, name), padding)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         cached = self._claim(cache)
         length = self._prompt_length(inputs, kwargs, cached)
         chunked = self._setting(kwargs, "prefill_chunk_size") is not None
@@ -374,13 +373,13 @@ class StageAwareGenerator:
         with self._prefill.attached(length, cached=cached, compiled=chunked, padding=padding) as run:
             output = plain_generate(self.model)(inputs, **kwargs)
         self._thread.selected = run.selected
-        if isinstance(getattr(output, "past_key_values", None), Cache):
-            self._claim(output.past_key_values)
+        if isinstance(getattr(output, CACHE, None), Cache):
+            self._claim(output[CACHE])
         return self._leave(output, shift)
 
     def _leave(self, output, shift: Tensor | None):
         """Store the shift for a later turn on the cache that ``generate`` returned, one row per sequence."""
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if isinstance(cache, Cache) and shift is not None:
             setattr(cache, _SHIFT, shift.repeat_interleave(len(output.sequences) // len(shift), 0))
         return output
@@ -400,29 +399,31 @@ class StageAwareGenerator:
         Args:
             input_ids: ``[batch, tokens]``, the uncached tokens of the prompt, left-padded.
             attention_mask: ``[batch, cached + tokens]``.
-            past_key_values: a cache to extend; a new one unless given.
+            past_key_values: a cache to extend (``cache`` in newer versions of Transformers); a new one unless given.
             last: False makes every token context (a shared prefix, a chunk of a longer prompt).
 
         Returns:
             ``logits`` ``[batch, 1, vocabulary]`` of the last token and the filled ``past_key_values``. With
             ``last=False`` the logits are those of a last token that stopped at the depth: not for sampling.
         """
+        kwargs = name_cache(kwargs)
+        given_cache = kwargs.pop(CACHE, None) if past_key_values is None else past_key_values
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None or not tokens.shape[1]:
             raise InputError("prefill needs at least one token: input_ids or inputs_embeds.")
-        cache = past_key_values if past_key_values is not None else self.decoder.new_cache()
+        cache = given_cache if given_cache is not None else self.decoder.new_cache()
         if self._pruning:
             self._follow_base()
             padding = self._padding(None, {"attention_mask": attention_mask})
-            given = kwargs | {"past_key_values": cache}
+            given = kwargs | {CACHE: cache}
             refuse_unsupported(self.model, self.decoder, self.plan, given.get, padding if last else None)
-        cached = self._claim(past_key_values) if self._pruning else _held(past_key_values)
+        cached = self._claim(given_cache) if self._pruning else _held(given_cache)
         length = cached + tokens.shape[1]
         if self._pruning and last:
             self._check_boundary(input_ids, kwargs, length, padding)
         if attention_mask is None and self.decoder.positions.mrope:
             attention_mask = tokens.new_ones(len(tokens), length, dtype=torch.long)
-        call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+        call = {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache, "use_cache": True}
         call |= kwargs
         shift = self._place_tokens(input_ids, call, cached)
         if call.get("position_ids") is not None:
@@ -449,7 +450,7 @@ class StageAwareGenerator:
             mask = call["attention_mask"] = self._mask_of(ids, call)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or call.get("position_ids") is not None:
             return None
-        shift = getattr(call.get("past_key_values"), _SHIFT, None)
+        shift = getattr(call.get(CACHE), _SHIFT, None)
         call["position_ids"] = self.decoder.positions(ids, mask, call, cached, shift)
         return self.decoder.positions.shift(call["position_ids"], mask)
 

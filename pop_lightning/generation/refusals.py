@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.names import CACHE
 
 
 def refuse_unsupported(
@@ -24,7 +25,7 @@ def refuse_unsupported(
         padding: padding tokens in front of each row, ``[batch]``, if they matter to the plan.
     """
     by_row = bool(plan.salient) or (padding is not None and isinstance(plan.boundary, float))
-    cache, implementation = setting("past_key_values"), setting("cache_implementation")
+    cache, implementation = setting(CACHE), setting("cache_implementation")
     assisted = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
     if assisted and cache is not None and int(cache.get_seq_length()):
         raise InputError(

@@ -29,6 +29,7 @@ from pop_lightning.core.errors import InputError
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.loading import check_dtype, choose_device
 from pop_lightning.models.masks import appendable
+from pop_lightning.models.names import CACHE
 
 # Arguments of the ``hf`` model that mean the same here.
 SETTINGS = (
@@ -181,7 +182,7 @@ class PopLM(HFLM):
             for start in range(0, len(readers), size):
                 part = longest_first[start : start + size]
                 nothing_read = [first[0, :0]] * len(part)  # longest first: then none of the others reads anything
-                later = self._continue(prefilled.past_key_values, mask, part) if part[0][1] else nothing_read
+                later = self._continue(prefilled[CACHE], mask, part) if part[0][1] else nothing_read
                 for (row, read), steps in zip(part, later, strict=True):
                     steps = torch.cat([first[row], steps[: len(read)]])
                     for index in readers[row, read]:
@@ -201,8 +202,8 @@ class PopLM(HFLM):
         output = self.generator(
             ids,
             attention_mask=torch.cat([mask[rows], torch.ones_like(ids)], dim=-1),
-            past_key_values=rows_of_cache(cache, rows),
             position_ids=positions,
+            **{CACHE: rows_of_cache(cache, rows)},
         )
         return self._log_probabilities(output.logits)
 

@@ -14,6 +14,7 @@ from transformers.masking_utils import (
 
 from pop_lightning.core.errors import InputError
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.names import CACHE
 
 
 def layer_mask(
@@ -37,7 +38,7 @@ def layer_mask(
         config=decoder.config,
         inputs_embeds=hidden,
         attention_mask=attention_mask,
-        past_key_values=held,
+        **{CACHE: held},
     )
 
 

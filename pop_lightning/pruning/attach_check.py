@@ -9,6 +9,7 @@ from torch import Tensor
 from pop_lightning.core.errors import InputError, Key
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.prefill import StageAwarePrefill
 from pop_lightning.pruning.projections import KVProjections
 
@@ -55,7 +56,7 @@ def _compare_with_plain(decoder: Decoder, ids: Tensor) -> None:
     """The three facts of :func:`check_decoder` on the tokens ``ids`` ``[1, tokens]``."""
     cache = decoder.new_cache()
     with decoder.tracing() as trace:
-        plain = decoder.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        plain = decoder.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
     for layer in range(decoder.smallest_depth, decoder.num_layers):
         reuse = decoder.reuse_map(layer)
         hidden = trace.hidden[layer]
@@ -96,7 +97,7 @@ def _compare_with_plain(decoder: Decoder, ids: Tensor) -> None:
         prefill = StageAwarePrefill(KVProjections(decoder, depth), plan)
         with prefill.attached(ids.shape[1]):
             pruned = decoder.model(
-                input_ids=ids, past_key_values=decoder.new_cache(), use_cache=True, logits_to_keep=1
+                input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: decoder.new_cache()}
             ).logits
         worst = _relative(pruned, plain)
         if not worst <= _tolerance(plain.dtype):

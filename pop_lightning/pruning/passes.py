@@ -15,6 +15,7 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder, Trace
 from pop_lightning.models.layer_parts import cut, of_tokens
 from pop_lightning.models.masks import layer_mask, tail_mask
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.prefill import cache_context
 from pop_lightning.pruning.projections import KVProjections
 from pop_lightning.pruning.salient import (
@@ -159,7 +160,7 @@ def student_hidden(
             layer,
             hidden,
             attention_mask=_mask(decoder, layer, trace, hidden, context, mask, cache),
-            past_key_values=cache,
+            **{CACHE: cache},
             **of_tokens(kwargs, slice(context, tokens)),
         )
 
@@ -211,7 +212,7 @@ def hidden_without_layers(
             layer,
             hidden,
             attention_mask=_mask(decoder, layer, trace, hidden, 0, mask, cache),
-            past_key_values=cache,
+            **{CACHE: cache},
             **of_tokens(trace.kwargs[layer], slice(tokens)),
         )
         hidden = torch.where(context, hidden, output) if layer in skipped else output

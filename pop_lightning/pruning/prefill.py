@@ -18,6 +18,7 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import Tables, cut, of_tokens
 from pop_lightning.models.masks import append, tail_mask
+from pop_lightning.models.names import CACHE
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.projections import KVProjections, Stack
 from pop_lightning.pruning.salient import (
@@ -204,7 +205,7 @@ class _Run:
         """At the first pruned layer: set the context aside and pass on the boundary tokens."""
         kwargs = self.decoder.arguments(layer, args, kwargs)
         hidden = kwargs.pop("hidden_states")
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(CACHE) is None:
             raise InputError("pruned generation keeps the context in a cache; found use_cache=False.")
         rows = hidden.shape[1]
         self.seen += rows
@@ -225,7 +226,7 @@ class _Run:
         if self.context is None:
             return None
         kwargs = self.decoder.arguments(layer, args, kwargs)
-        hidden, cache = kwargs.pop("hidden_states"), kwargs["past_key_values"]
+        hidden, cache = kwargs.pop("hidden_states"), kwargs[CACHE]
         rows, context = hidden.shape[1], self.context.length
         cache_context(self.decoder, layer, self.context.take(layer), kwargs.get("position_embeddings"), context, cache)
         kwargs = of_tokens(kwargs, slice(-rows, None))
@@ -234,7 +235,7 @@ class _Run:
             kwargs["attention_mask"] = tail_mask(self.decoder, layer, mask, hidden, self.seen - rows, cache)
         else:
             # The placeholder attends only to itself and caches no key: its projected one is already in the cache.
-            kwargs["attention_mask"] = kwargs["past_key_values"] = None
+            kwargs["attention_mask"] = kwargs[CACHE] = None
         return (hidden,), kwargs
 
     def finish(self, args: tuple, kwargs: dict):
@@ -295,7 +296,7 @@ class _SalientRun(_Run):
         if self.filling:
             return None
         given = self.decoder.arguments(layer, args, kwargs)
-        hidden, cache = given.pop("hidden_states"), given.get("past_key_values")
+        hidden, cache = given.pop("hidden_states"), given.get(CACHE)
         tokens, past = hidden.shape[1], self.seen
         keep = min(tokens, max(0, past + tokens - self.context_end))
         if cache is None or (keep == tokens and self.ends is None):

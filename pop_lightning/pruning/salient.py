@@ -20,6 +20,7 @@ from pop_lightning.models.attention import attention_weights
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.layer_parts import cut, of_rows
 from pop_lightning.models.masks import rows_mask, seen
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.selectors import selector_named
 from pop_lightning.pruning.selectors.base import Seen, choose
 
@@ -110,7 +111,7 @@ class PrunedLayers:
         columns, offset = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, layer)
         return of_rows(self.kwargs[layer], index) | {
             "attention_mask": self._mask(self.masks[layer], index, columns, offset),
-            "past_key_values": MendedCache(cache, self.projected[layer], index, tokens, kept),
+            CACHE: MendedCache(cache, self.projected[layer], index, tokens, kept),
         }
 
     def _mask(self, mask, index: Tensor, columns: int, offset: int):
@@ -203,7 +204,7 @@ class Selection:
             hidden[:, asking],
             cut(arguments.get("position_embeddings"), asking),
             self.probes[:, asking] + self.layers.past,
-            arguments["past_key_values"].keys,
+            arguments[CACHE].keys,
             visible,
         )
         first = self.layers.past - offset

@@ -27,6 +27,7 @@ from pop_lightning.fitting.regressions import ClosedFormFit, Shape, bytes_needed
 from pop_lightning.fitting.selectors import SelectorFit
 from pop_lightning.fitting.training import CHUNK_LOGITS
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.names import CACHE
 from pop_lightning.models.positions import position_ids
 from pop_lightning.models.sizes import mlp_dim
 from pop_lightning.pruning.flops import count_prefill, speedup
@@ -519,7 +520,7 @@ class Costs:
 def _read(decoder: Decoder, ids: Tensor, mask: Tensor, cache: Cache) -> None:
     """Run tokens over a cache of those before them; ``mask`` is that of all."""
     places = position_ids(mask)[:, -ids.shape[1] :]
-    given = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
+    given = {"attention_mask": mask, "position_ids": places, CACHE: cache, "use_cache": True}
     decoder.model(input_ids=ids, logits_to_keep=1, **given)
 
 

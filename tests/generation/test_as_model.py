@@ -252,3 +252,16 @@ def test_a_layer_that_is_compiled_later_did_not_change():
     before = generator.prefill(IDS).logits
     model.model.layers[-1] = torch.compile(model.model.layers[-1], backend="eager")
     assert torch.equal(generator.prefill(IDS).logits, before)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_the_name_of_either_version_of_transformers(generator, name):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    expected = generator.generate(ids, max_new_tokens=3)
+    filled = generator.decoder.new_cache()
+    generator.prefill(ids[:, :3], last=False, **{name: filled})
+    assert filled.get_seq_length() == 3
+    assert generator(ids[:, 3:4], **{name: filled}).logits.shape[1] == 1
+    filled.crop(-1)
+    assert generator.generate(ids, max_new_tokens=3, **{name: filled}).equal(expected)
+    assert filled.get_seq_length() > 3

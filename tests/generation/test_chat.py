@@ -210,6 +210,17 @@ def test_the_command_reads_lines_from_a_pipe(folder, tmp_path, monkeypatch, caps
     assert "(15 tokens, 0 of them cached; TTFT" in err
 
 
+def test_a_cache_is_cut_to_what_a_conversation_keeps_of_the_last_answer(chat):
+    list(chat.ask("w5 w6"))
+    held, prompt = list(chat._held), chat._prompt
+    assert len(held) > prompt + 1
+    changed = [*held[:-1], held[-1] + 1, 7]
+    decoder = chat.generator.decoder
+    moved_on = any(decoder.window(layer) is not None for layer in range(decoder.num_layers))  # and cannot be wound back
+    expected = 0 if moved_on else len(held) - 1
+    assert chat._reuse(changed, []) == chat._cache.get_seq_length() == expected
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from pop_lightning.models.names import CACHE
+
 WINDOW = 8
 COMMON = {
     "vocab_size": 97,
@@ -341,7 +343,8 @@ def first_forward_in_two_passes(model, length, depth, boundary, project=None):
     """For decoding that starts with one forward of prompt and candidates: that forward is run in two plain passes."""
     plain = model.forward
 
-    def forward(input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+    def forward(input_ids, attention_mask=None, position_ids=None, **kwargs):
+        past_key_values = kwargs.pop(CACHE, None)
         model.forward = plain
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         context = max(0, length - boundary)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from pop_lightning import StageAwareGenerator
 from pop_lightning.models.decoder import Decoder
+from pop_lightning.models.names import CACHE
 from pop_lightning.pruning.projections import KVProjections
 
 from tests.helpers.families import COMMON, context_pass, mapped_kv, random_maps, relative
@@ -34,7 +35,7 @@ class Mended(DynamicCache):
         return self
 
     def _remember(self, module, args, kwargs):
-        if self.projected is not None and kwargs.get("past_key_values") is self:
+        if self.projected is not None and kwargs.get(CACHE) is self:
             self.hidden = args[0] if args else kwargs["hidden_states"]
 
     def update(self, keys, values, layer, *args, **kwargs):
