@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pop_lightning.core import clock
 from pop_lightning.core.files import write_text
 from pop_lightning.core.numbers import DASH, confidence, count, flops, milliseconds, number, percent, ratio
 from pop_lightning.core.pages import render
@@ -18,8 +19,6 @@ from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.bounds import rows_needed
 from pop_lightning.evaluation.losses import metric_named
 from pop_lightning.run.report_plots import frontier_plot, importance_plot, loss_plot
-
-NOISY = 0.2  # a p90 this share above the median gets a warning
 
 
 def write_report(metrics: dict[str, Any], importance: dict[str, Any], path: Path) -> None:
@@ -299,18 +298,13 @@ def _near_miss(metrics: dict[str, Any]) -> str:
 
 def noise(ttft: dict[str, Any] | None) -> str:
     """A warning if the times of one prefill vary so much that their ratio is unreliable; else empty."""
-    spreads = [
-        (name, ttft[f"{name}_p90_ms"] / ttft[f"{name}_ms"] - 1)
+    spreads = {
+        f"the {name} prefill": {"median": ttft[f"{name}_ms"], "p90": ttft[f"{name}_p90_ms"]}
         for name in ("full", "pruned")
         if ttft and ttft.get(f"{name}_p90_ms")
-    ]
-    name, spread = max(spreads, key=lambda each: each[1], default=("", 0.0))
-    if spread <= NOISY:
-        return ""
-    return (
-        f"The times are noisy: the {name} prefill's p90 lies {spread:.0%} above its median. Treat the ratio as a rough "
-        "estimate; pop-generate bench on an idle machine gives a better one."
-    )
+    }
+    advice = "Treat the ratio as a rough estimate; pop-generate bench on an idle machine gives a better one."
+    return f"{found} {advice}" if (found := clock.noise(spreads)) else ""
 
 
 def draws(found: dict[str, Any]) -> str:
