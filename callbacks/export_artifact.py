@@ -23,8 +23,8 @@ class ExportArtifact(lightning.Callback):
         base: identity of the base (:func:`pop_lightning.generation.base_identity.base_identity`); of the evaluated
             model unless given.
         recipe: the resolved recipe, as plain data; the calibration data of the trainer's data module unless given.
-        measured: figures for the artifact and its card, as plain data; the budget's measurements unless given.
-            ``verified`` is added here.
+        measured: figures for the artifact and its card, as plain data; the budget's measurements unless given, and the
+            median prompt length of the trainer's data module. ``verified`` is added here.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class ExportArtifact(lightning.Callback):
         model = module.decoder.model
         # Reading sharded weights is a collective operation, so every process takes part.
         base = self.base or base_identity(model, model.name_or_path)
-        measured = {"curve": list(budget.measured.values())} if self.measured is None else self.measured
+        measured = self.measured
+        if measured is None:
+            measured = {"curve": list(budget.measured.values())} | _prompts_of(trainer.datamodule)
         recipe = _recipe_of(trainer.datamodule) if self.recipe is None else self.recipe
         if trainer.is_global_zero:
             export(
@@ -86,6 +88,12 @@ def export(
 
 def _budget_of(trainer: lightning.Trainer) -> AccuracyBudget | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, AccuracyBudget)), None)
+
+
+def _prompts_of(data: object) -> dict[str, Any]:
+    """The median prompt length in tokens; a data module of another class may have none."""
+    tokens = getattr(getattr(data, "report", None), "prompt_tokens", None)
+    return {"prompt_tokens": int(tokens["median"])} if tokens else {}
 
 
 def _recipe_of(data: object) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from pop_lightning.benchmark.bound import unavoidable
 from pop_lightning.core.clock import WARMUP, alternate, lap, median_ratio, spread
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice, peak_bytes
+from pop_lightning.core.numbers import count
 from pop_lightning.core.plan import PruningPlan
+from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
@@ -100,8 +102,8 @@ def run(
 
     Args:
         target: a generator, whose own plan and projections are measured, or a model, pruned with reused projections.
-        lengths: prompt lengths in tokens; random tokens, no padding. Those of :data:`LENGTHS` that the model's context
-            has room for unless given.
+        lengths: prompt lengths in tokens; random tokens, no padding. Unless given, the median prompt that an artifact
+            was made with where it says so, else :data:`LENGTHS`, each cut to what the model's context has room for.
         batches: prompts per batch.
         depths: for a model; a third pruned unless given.
         boundary, salient: for a model, numbers or shares of the prompt; 1 and 0 unless given.
@@ -112,13 +114,14 @@ def run(
         on_point: called with the result so far after every point, so that a long run can be saved as it goes.
 
     Returns:
-        Plain data: ``model``, ``machine``, ``settings`` and ``points``. Of a point, ``full`` and ``pruned`` hold
-        ``ttft_ms`` (``median``, ``p90``, ``all``), ``tokens_per_s``, ``flops`` of the batch, ``tflops_per_s`` and
-        ``peak_bytes`` above the weights; ``ratio`` is the median over rounds of full / pruned; ``bound`` holds the
-        same ratio for the ``measured`` and ``counted`` bound, the measured one's ``ms`` and its ``parts_ms``;
-        ``of_measured_bound`` is the median over rounds of bound / pruned; ``decode`` the ms per token over the cache
-        of a plain and of a pruned prefill and their relative ``change``; ``projection_bytes`` what the projections
-        hold in addition to the model's weights.
+        Plain data: ``model``, ``machine``, ``settings`` and ``points``. ``settings`` has ``default_lengths``, why these
+        were measured, or None where they were given. Of a point, ``full`` and ``pruned`` hold ``ttft_ms`` (``median``,
+        ``p90``, ``all``), ``tokens_per_s``, ``flops`` of the batch, ``tflops_per_s`` and ``peak_bytes`` above the
+        weights; ``ratio`` is the median over rounds of full / pruned; ``bound`` holds the same ratio for the
+        ``measured`` and ``counted`` bound, the measured one's ``ms`` and its ``parts_ms``; ``of_measured_bound`` is the
+        median over rounds of bound / pruned; ``decode`` the median ms per token over the cache of a plain and of a
+        pruned prefill and the relative ``change`` from one median to the other; ``projection_bytes`` what the
+        projections hold in addition to the model's weights.
 
     Raises:
         InputError: an argument is out of range, or memory ran out (the points before that were given to ``on_point``).
@@ -126,9 +129,9 @@ def run(
     plans = _plans(target, depths, boundary, salient)
     model = target.model if isinstance(target, StageAwareGenerator) else target
     context, steps = context_length(model), decode_tokens + WARMUP if decode_tokens else 0
+    chosen = None
     if lengths is None:
-        room = max(1, context - steps) if context is not None else max(LENGTHS)
-        lengths = [each for each in LENGTHS if each <= room] or [room]
+        lengths, chosen = _default_lengths(target, context, steps)
     _check(context, steps, lengths, batches, repeats, decode_tokens)
     result: dict[str, Any] = {
         "format": 1,
@@ -137,6 +140,7 @@ def run(
         "settings": {
             "boundary": plans[0].boundary,
             "salient": plans[0].salient,
+            "default_lengths": chosen,
             "repeats": repeats,
             "warmup": WARMUP,
             "decode": decode_tokens,
@@ -185,6 +189,24 @@ def _plans(
     return plans
 
 
+def _default_lengths(
+    target: StageAwareGenerator | PreTrainedModel, context: int | None, steps: int
+) -> tuple[list[int], str]:
+    """The lengths to measure where none are given, and why, for the report."""
+    room = None if context is None else max(1, context - steps)
+    folder = target.artifact_folder if isinstance(target, StageAwareGenerator) else None
+    median = None if folder is None else read_artifact(folder).prompt_tokens
+    wanted = LENGTHS if median is None else (median,)
+    # Cut rather than left out: at the shortest one a long boundary is most of the prompt, and nothing is saved.
+    lengths = sorted({each if room is None else min(each, room) for each in wanted})
+    why = "the default lengths" if median is None else "the median prompt that the artifact was made with"
+    if lengths != sorted(wanted):
+        why += f", cut to what the context of {context} tokens has room for"
+    *most, last = lengths
+    listed = f"{', '.join(map(str, most))} and {last} tokens" if most else count(last, "token")
+    return lengths, f"{listed}: {why} (--lengths measures others)"
+
+
 def _check(context: int | None, steps: int, lengths, batches, repeats: int, decode_tokens: int) -> None:
     for flag, values in (("--lengths", lengths), ("--batches", batches)):
         if not values or min(values) < 1:
@@ -194,10 +216,9 @@ def _check(context: int | None, steps: int, lengths, batches, repeats: int, deco
         if value < least:
             raise InputError(f"{flag} must be at least {least}, found {value}.")
     if context is not None and max(lengths) + steps > context:
-        raise InputError(
-            f"--lengths holds {max(lengths)}; with the {steps} tokens that --decode_tokens {decode_tokens} reads it is "
-            f"more than the model's context of {context} tokens."
-        )
+        decoded = f"the {decode_tokens} tokens of --decode_tokens and {WARMUP} that warm up before them"
+        sum_of = f"; with {decoded} it is" if steps else ","
+        raise InputError(f"--lengths holds {max(lengths)}{sum_of} more than the model's context of {context} tokens.")
 
 
 # --- one point ------------------------------------------------------------------------------------------------------
@@ -324,10 +345,11 @@ def _decode(generator: StageAwareGenerator, passes, ids: Tensor, tokens: int) ->
             total, _ = lap([step], device)
             if index >= WARMUP:
                 steps[name].append(total)
+    full, pruned = (statistics.median(steps[name]) for name in ("full", "pruned"))
     return {
-        "full_ms_per_token": statistics.median(steps["full"]),
-        "pruned_ms_per_token": statistics.median(steps["pruned"]),
-        "change": median_ratio(steps["pruned"], steps["full"]) - 1,
+        "full_ms_per_token": full,
+        "pruned_ms_per_token": pruned,
+        "change": pruned / full - 1,
         "full_ms": steps["full"],
         "pruned_ms": steps["pruned"],
     }

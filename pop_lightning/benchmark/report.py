@@ -4,7 +4,7 @@ Reads the plain data that ``benchmark.run`` returns; nothing is measured here.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from pop_lightning.core.clock import noise
+from pop_lightning.core.clock import noise, spread
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.files import write_json, write_text, write_whole
 from pop_lightning.core.numbers import millions
@@ -24,25 +24,30 @@ from pop_lightning.core.tables import Table
 
 JSON, PLOT, PAGE = "benchmark.json", "benchmark.png", "benchmark.html"
 ROUNDING = 0.0005  # half of the last digit that a share of a bound is shown with
-PAIRS = "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections."
+PAIRS = (
+    "Pairs are full, pruned. Peak memory is one prefill's, above the weights and projections. The ratio and "
+    "the measured bound are medians of the rounds' own ratios; the change of decode is that of the two medians."
+)
 
 
 def table(result: dict[str, Any]) -> str:
     """The model and machine, two tables with one line per point (times, and rates and memory), and :func:`doubts`."""
     times, rates, found = times_table(result), rates_table(result), doubts(result)
-    return "\n".join([*_subject(result), "", times.text(), "", rates.text(), PAIRS, *filter(None, [found])]) + "\n"
+    lengths = result["settings"]["default_lengths"]
+    subject = [*_subject(result), *([f"lengths: {lengths}"] if lengths else [])]
+    return "\n".join([*subject, "", times.text(), "", rates.text(), PAIRS, *filter(None, [found])]) + "\n"
 
 
 def _subject(result: dict[str, Any]) -> list[str]:
     """What was measured and on what, a line each."""
-    model, machine = result["model"], result["machine"]
+    model, machine, settings = result["model"], result["machine"], result["settings"]
     return [
         f"{model['name']}: {model['class']}, {model['layers']} layers, {millions(model['parameters'])} "
         f"parameters, {model['dtype']}, {model['attn_implementation']} attention, {model['projection']} projections, "
         f"weights {model['weight_bytes'] / 1e6:.0f} MB",
         f"{machine['device']}, threads: {machine['threads']}; torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}; boundary {result['settings']['boundary']}, salient "
-        f"{result['settings'].get('salient', 0)}, medians of {result['settings']['repeats']} rounds",
+        f"{machine['versions']['transformers']}; boundary {settings['boundary']}, "
+        f"salient {settings.get('salient', 0)}, medians of {settings['repeats']} rounds",
     ]
 
 
@@ -103,7 +108,7 @@ def doubts(result: dict[str, Any]) -> str:
     for at, point in zip(places, points, strict=True):
         spreads |= {f"{at}the {name} prefill": point[name]["ttft_ms"] for name in ("full", "pruned")}
         spreads[f"{at}the measured bound"] = point["bound"]["ms"]
-    found = [noise(spreads)]
+    found, decoded = [noise(spreads)], _decode_noise(points, places)
     reached, at = max((point["of_measured_bound"], at) for point, at in zip(points, places, strict=True))
     if reached - 1 > ROUNDING:
         found.append(
@@ -120,10 +125,24 @@ def doubts(result: dict[str, Any]) -> str:
             f"Times varied by about {above:.1%}, or the work that pruning leaves out takes longer per operation than "
             f"the rest: {at}the {name} is that much above the counted bound."
         )
-    if not any(found):
+    settings = result["settings"]
+    more = [f"--repeats than {settings['repeats']}"] if any(found) else []
+    more += [f"--decode_tokens than {settings['decode']}"] if decoded else []
+    if not more:
         return ""
-    advice = f"Repeat on an idle machine, or with more --repeats than {result['settings']['repeats']}."
-    return " ".join(filter(None, [*found, advice]))
+    return " ".join(filter(None, [*found, decoded, f"Repeat on an idle machine, or with more {' and '.join(more)}."]))
+
+
+def _decode_noise(points: Sequence[dict[str, Any]], places: Sequence[str]) -> str:
+    """As :func:`doubts`, of the single decode steps."""
+    return noise(
+        {
+            f"{at}the {name} decode": spread(point["decode"][f"{name}_ms"])
+            for at, point in zip(places, points, strict=True)
+            if "decode" in point
+            for name in ("full", "pruned")
+        }
+    )
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -161,7 +180,7 @@ def write_page(result: dict[str, Any], folder: Path, about: Mapping[str, str]) -
 
 def _page(result: dict[str, Any], about: Mapping[str, str]) -> str:
     longest = max(result["points"], key=lambda point: point["prompt_tokens"])
-    model, machine = _subject(result)
+    (model, machine), lengths = _subject(result), result["settings"]["default_lengths"]
     plots = []
     for name, draw in _panels(result):
 
@@ -176,7 +195,7 @@ def _page(result: dict[str, Any], about: Mapping[str, str]) -> str:
         "pop_lightning.benchmark",
         "benchmark.html.jinja",
         title=f"{result['model']['name']}: benchmark",
-        about={"model": model, "machine": machine, **about},
+        about={"model": model, "machine": machine} | ({"lengths": lengths} if lengths else {}) | dict(about),
         longest=longest,
         plots=plots,
         times=times_table(result),

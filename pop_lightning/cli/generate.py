@@ -305,7 +305,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", help="measure a named shape with random weights, such as cpu_small or llama3_1_8b")
     parser.add_argument("--output", metavar="DIR", help="folder for the results; its own files are replaced")
     add = parser.add_argument_group("what is measured", argument_default=argparse.SUPPRESS).add_argument
-    add("--lengths", type=_numbers, help="prompt lengths in tokens, as in 128,512,2048")
+    add(
+        "--lengths",
+        type=_numbers,
+        help="prompt lengths in tokens, as in 128,512,2048 (default: the artifact's median prompt, or 128,512,1024)",
+    )
     add("--batches", type=_numbers, help="prompts per batch, as in 1,8 (default: 1)")
     add("--depths", type=_numbers, help="depths, as in 16,20,24 (default: a third pruned)")
     add("--boundary", type=_part, help="last prompt tokens that run in full: a number, or a share as 0.05 (default: 1)")

@@ -62,6 +62,18 @@ class Artifact:
     config: dict[str, Any]
     folder: Path
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Median prompt length, in tokens, of the rows that it was made with; None where the config does not say it."""
+        measured: Any = self.config.get("measured")
+        for keys in (("prompt_tokens",), ("speedup", "prompt_tokens")):
+            found = measured
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if type(found) is int and found > 0:
+                return found
+        return None
+
     def check_base(self, model: PreTrainedModel) -> None:
         """Reject a base that this artifact was not made for, as :func:`base_identity.check_base` does."""
         check_base(self.config["base"], model, self.folder)

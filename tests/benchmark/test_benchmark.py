@@ -15,6 +15,7 @@ from pop_lightning.benchmark.bound import unavoidable
 from pop_lightning.cli import generate
 from pop_lightning.core.memory import peak_bytes
 from pop_lightning.core.numbers import millions
+from pop_lightning.generation.artifact import read_artifact, write_artifact
 from pop_lightning.models import shapes
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.pruning.flops import prefill_flops
@@ -70,7 +71,14 @@ def test_a_grid_on_a_base_model_has_every_point_and_every_file(base, tmp_path, c
         check_point(point, decoder)
         assert [len(point["full"]["ttft_ms"]["all"]), len(point["bound"]["ms"]["all"])] == [2, 2]
         assert len(point["decode"]["full_ms"]) == len(point["decode"]["pruned_ms"]) == 2
-    assert result["settings"] == {"boundary": 1, "salient": 0, "repeats": 2, "warmup": 2, "decode": 2}
+    assert result["settings"] == {
+        "boundary": 1,
+        "salient": 0,
+        "default_lengths": None,
+        "repeats": 2,
+        "warmup": 2,
+        "decode": 2,
+    }
     assert result["machine"]["threads"] == torch.get_num_threads()
     assert torch.__version__.startswith(result["machine"]["versions"]["torch"])
     assert result["model"]["parameters"] == sum(p.numel() for p in decoder.model.parameters())
@@ -144,6 +152,20 @@ def test_edges_of_the_plan_are_measured_too(changes):
     assert ("decode" in point) == (changes.get("decode_tokens") != 0)
     if changes.get("depths") == [LAYERS] or changes.get("boundary") == 99:
         assert point["bound"]["counted"] == 1
+
+
+def test_the_change_of_decode_is_that_of_the_two_medians_shown(monkeypatch):
+    """Steps that other work slows down in turn, so that the ratios of single rounds say something else."""
+    full, pruned = [4.0, 9.0, 4.0, 9.0, 5.0], [5.0, 4.0, 9.0, 4.5, 9.0]
+    laps = [lap for pair in zip(full, pruned, strict=True) for lap in pair]
+    turns = [1.0] * 4 + [laps[at] for at in (0, 1, 3, 2, 4, 5, 7, 6, 8, 9)]  # warm-up, then who is first changes
+    monkeypatch.setattr(benchmark, "lap", lambda steps, device: (turns.pop(0), []))
+    generator = StageAwareGenerator(build("llama"), PruningPlan(2))
+    ids = benchmark._random_prompts(generator, 8, 1)
+    decode = benchmark._decode(generator, benchmark._passes(generator, ids), ids, 5)
+    assert (decode["full_ms"], decode["pruned_ms"]) == (full, pruned)
+    assert (decode["full_ms_per_token"], decode["pruned_ms_per_token"]) == (5.0, 5.0)
+    assert decode["change"] == 0
 
 
 def test_both_numbers_are_flags_and_in_the_report(base, tmp_path, capsys):
@@ -245,7 +267,15 @@ def test_points_measured_before_memory_ran_out_are_saved(base, tmp_path, monkeyp
         (["--shape", "tiny", "--batches", "1,0"], "--batches must hold numbers of at least 1"),
         (["--shape", "tiny", "--repeats", "0"], "--repeats must be at least 1"),
         (["--shape", "tiny", "--decode_tokens", "-1"], "--decode_tokens must be at least 0"),
-        (["--shape", "tiny", "--lengths", "128"], "more than the model's context of 128"),
+        (
+            ["--shape", "tiny", "--lengths", "128"],
+            "--lengths holds 128; with the 32 tokens of --decode_tokens and 2 that warm up before them it is more than "
+            "the model's context of 128 tokens",
+        ),
+        (
+            ["--shape", "tiny", "--lengths", "129", "--decode_tokens", "0"],
+            "--lengths holds 129, more than the model's context of 128 tokens",
+        ),
         (["--shape", "tiny", "--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
         (["--shape", "tiny", "--device", "cuda:99"], "--device cuda:99 was requested"),
         (["--shape", "tiny", "--dtype", "int8"], "--dtype must be one of float32"),
@@ -276,12 +306,53 @@ def test_weights_larger_than_the_machine_are_refused_before_they_are_made():
         shapes._check_memory("llama3_3_70b", torch.bfloat16, torch.device("cpu"), there=100 * 10**9)
 
 
-@pytest.mark.parametrize(("context", "expected"), [(600, [128, 512]), (200, [128]), (64, [60])])
-def test_without_lengths_those_are_measured_that_the_context_has_room_for(context, expected):
+CUT = "cut to what the context of"
+
+
+@pytest.mark.parametrize(
+    ("context", "expected", "why"),
+    [
+        (600, [128, 512, 596], f"128, 512 and 596 tokens: the default lengths, {CUT} 600 tokens has room for"),
+        (200, [128, 196], f"128 and 196 tokens: the default lengths, {CUT} 200 tokens has room for"),
+        (64, [60], f"60 tokens: the default lengths, {CUT} 64 tokens has room for"),
+        (2000, [128, 512, 1024], "128, 512 and 1024 tokens: the default lengths ("),
+        (None, [128, 512, 1024], "128, 512 and 1024 tokens: the default lengths ("),
+    ],
+)
+def test_without_lengths_the_default_ones_are_cut_to_the_context(context, expected, why):
+    lengths, said = benchmark._default_lengths(build("llama"), context, steps=4)
+    assert lengths == expected
+    assert said.startswith(why)
+
+
+def test_the_report_says_which_lengths_were_measured_and_why(tmp_path):
     model = build("llama")
-    model.config.max_position_embeddings = context
+    model.config.max_position_embeddings = 64
     result = benchmark.run(model, repeats=1, decode_tokens=2)
-    assert [point["prompt_tokens"] for point in result["points"]] == expected
+    assert [point["prompt_tokens"] for point in result["points"]] == [60]
+    why = result["settings"]["default_lengths"]
+    assert f"\nlengths: {why}\n" in benchmark_report.table(result)
+    benchmark_report.write_page(result, tmp_path, {})
+    assert f"<dt>lengths</dt><dd>{why}</dd>" in (tmp_path / benchmark_report.PAGE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected", "why"),
+    [
+        ({"prompt_tokens": 15}, 15, "lengths: 15 tokens: the median prompt that the artifact was made with ("),
+        ({"speedup": {"prompt_tokens": 14}}, 14, "lengths: 14 tokens: the median prompt that the artifact was made"),
+        ({"prompt_tokens": 127}, 124, f"the median prompt that the artifact was made with, {CUT} 128 tokens has room"),
+        ({"prompt_tokens": "many", "speedup": 2}, 124, "lengths: 124 tokens: the default lengths, cut"),
+    ],
+)
+def test_without_lengths_an_artifact_is_measured_at_its_median_prompt(measured, expected, why, base, tmp_path):
+    plan, (artifact, again) = PruningPlan(2), (tmp_path / "artifact", tmp_path / "again")
+    StageAwareGenerator(benchmark.load(base=str(base)), plan).save_pretrained(artifact)
+    made = read_artifact(artifact).config["base"]
+    write_artifact(again, plan=plan, kind="reuse", state={}, base=made, measured=measured)
+    result = benchmark.run(benchmark.load(artifact=str(again), device="cpu"), repeats=1, decode_tokens=2)
+    assert [point["prompt_tokens"] for point in result["points"]] == [expected]
+    assert why in benchmark_report.table(result)
 
 
 @pytest.fixture
@@ -305,6 +376,11 @@ def noisy_bound(point):
     point["bound"]["ms"]["p90"] = 12.0
 
 
+def noisy_decode(point):
+    point["decode"] = {"full_ms": [4.0] * 5, "pruned_ms": [4.0, 4.0, 4.0, 6.0, 6.0], "change": 0.0}
+    point["decode"] |= {"full_ms_per_token": 4.0, "pruned_ms_per_token": 4.0}
+
+
 def beyond_its_bound(point):
     point["of_measured_bound"] = 1.161
 
@@ -326,6 +402,7 @@ ABOVE = "Times varied by about 4.0%, or the work that pruning leaves out takes l
     [
         (noisy, f"The times are noisy: {AT}pruned prefill's p90 lies 50% above its median."),
         (noisy_bound, f"The times are noisy: {AT}measured bound's p90 lies 50% above its median."),
+        (noisy_decode, f"The times are noisy: {AT}pruned decode's p90 lies 50% above its median."),
         (
             beyond_its_bound,
             f"Times varied by at least 16.1%: {AT}pruned prefill reached 116.1% of the measured bound, ",
@@ -339,7 +416,8 @@ def test_times_that_varied_are_named_in_the_terminal_and_on_the_page(change, sai
         benchmark_report.write_page(steady, tmp_path, {})
         return benchmark_report.table(steady), unescape((tmp_path / benchmark_report.PAGE).read_text())
 
-    advice = "Repeat on an idle machine, or with more --repeats than 2."
+    more = "--decode_tokens than 0" if change is noisy_decode else "--repeats than 2"
+    advice = f"Repeat on an idle machine, or with more {more}."
     assert not any(advice in each or "varied" in each or "noisy" in each for each in shown())
     change(steady["points"][1])
     for each in shown():

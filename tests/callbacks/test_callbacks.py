@@ -14,6 +14,7 @@ from pop_lightning.core.plan import PruningPlan
 from pop_lightning.data.module import CalibrationData
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.evaluation.verdicts import Verdict
+from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.models.decoder import Decoder
 from pop_lightning.models.loading import load_model, load_tokenizer
 from pop_lightning.pruning.projections import KVProjections
@@ -64,6 +65,15 @@ def test_an_ordinary_trainer_decides_and_writes_the_artifact(evaluation, data, b
     assert config["base"]["id"] == str(base)
     assert config["measured"]["verified"] == budget.promise()
     assert [entry["depth"] for entry in config["measured"]["curve"]] == [3, 2, 1]
+
+
+def test_the_artifact_says_the_median_prompt_of_a_data_module(evaluation, data, tmp_path):
+    budget = AccuracyBudget("nll_increase", max_drop=100.0)
+    runs = trainer(budget, ExportArtifact(tmp_path / "artifact"))
+    runs.validate(evaluation, datamodule=data, verbose=False)
+    runs.test(evaluation, datamodule=data, verbose=False)
+    found = read_artifact(tmp_path / "artifact").prompt_tokens
+    assert found == int(data.report.prompt_tokens["median"]) > 1
 
 
 def test_what_it_measured_and_verified_is_what_the_rows_lost(evaluation, data):
