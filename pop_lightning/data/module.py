@@ -24,7 +24,7 @@ from pop_lightning.data.examples import given_examples, read_examples
 from pop_lightning.data.processor import VisionProcessor
 from pop_lightning.data.report import DataReport
 from pop_lightning.data.responses import generated_responses
-from pop_lightning.data.rows import EMPTY_RESPONSE, Row, RowTokenizer, hash63
+from pop_lightning.data.rows import EMPTY_RESPONSE, Row, RowTokenizer, hash63, response_limit
 from pop_lightning.data.splits import SPLITS, check_fractions, split_rows
 from pop_lightning.models.loading import load_tokenizer
 
@@ -141,7 +141,8 @@ class CalibrationData(lightning.LightningDataModule):
         seen: set[tuple] = set()
         unusable: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
-        truncated, tried, problem = 0, 0, None
+        cut: Counter[str] = Counter()
+        tried, problem = 0, None
         ignored: Counter[str] = Counter()
         for position, (example, origin) in chain(*sources):
             if len(rows) == self.limit:
@@ -151,10 +152,10 @@ class CalibrationData(lightning.LightningDataModule):
             try:
                 if "error" in example:
                     raise example["error"]
-                row, reason, cut = self._tokenize(example, origin)
+                row, reason, limit = self._tokenize(example, origin)
             except InputError as error:
                 problem = problem or error
-                row, reason, cut, origin = None, _BROKEN, False, str(error).rstrip(".")
+                row, reason, limit, origin = None, _BROKEN, None, str(error).rstrip(".")
             if row is not None and not keep_duplicates and row.content in seen:
                 row, reason = None, _DUPLICATE
             if row is None:
@@ -163,11 +164,12 @@ class CalibrationData(lightning.LightningDataModule):
                 continue
             seen.add(row.content)
             rows.append(row)
-            truncated += cut
+            if limit is not None:
+                cut[limit] += 1
         if unusable[_BROKEN] > MOST_BROKEN * tried:
             raise problem
         origins = {reason: origin for reason, (_, origin) in first.items()}
-        self.report = DataReport.of(rows, dict(unusable), origins, truncated, dict(ignored))
+        self.report = DataReport.of(rows, dict(unusable), origins, dict(cut), dict(ignored))
         if not rows:
             raise InputError(
                 f"{self.calibration!r} has no usable row: {self.report.left_out}",
@@ -310,14 +312,15 @@ class CalibrationData(lightning.LightningDataModule):
 
     def _take(self, responses: dict[str, list[int]]) -> None:
         unusable, first = Counter(self.report.unusable), dict(self.report.first_unusable)
-        splits, seen, truncated = {}, set(), self.report.truncated
+        splits, seen, cut = {}, set(), Counter(self.report.cut)
         for name, rows in self._splits.items():
             splits[name] = []
             # Given responses before generated ones, so that of two equal rows the given one is kept.
             for row in sorted(rows, key=lambda row: row.response_ids is None):
                 if row.response_ids is None:
                     ids = responses[str(row.seed)]
-                    truncated += len(ids) > self.max_response_tokens
+                    if len(ids) > self.max_response_tokens:
+                        cut[response_limit(self.max_response_tokens)] += 1
                     row = replace(row, response_ids=tuple(ids[: self.max_response_tokens]))
                 reason = _DUPLICATE if row.content in seen else None if row.response_ids else EMPTY_RESPONSE
                 if self.vision is not None and set(self.vision.tokens) & set(row.response_ids):
@@ -330,7 +333,7 @@ class CalibrationData(lightning.LightningDataModule):
                 splits[name].append(row)
             splits[name].sort(key=lambda row: (hash63(self.seed, *row.prompt), row.seed))
         kept = [row for rows in splits.values() for row in rows]
-        self.report = DataReport.of(kept, dict(unusable), first, truncated, self.report.ignored)
+        self.report = DataReport.of(kept, dict(unusable), first, dict(cut), self.report.ignored)
         empty = [name for name, rows in splits.items() if not rows]
         if empty:
             raise InputError(

@@ -13,15 +13,15 @@ from pop_lightning.data.rows import Row
 class DataReport:
     """A summary of the data: usable rows, the others counted by reason, and lengths in tokens.
 
-    ``unusable`` maps a reason to a count and ``first_unusable`` the same reason to the first origin; ``truncated``
-    counts the rows that are used but were cut; ``ignored`` maps each key that is not read to the rows that have it.
-    ``response_tokens`` is None while every response is missing.
+    ``unusable`` maps a reason to a count and ``first_unusable`` the same reason to the first origin; ``cut`` counts the
+    rows that are used but were cut, by what they were cut to; ``ignored`` maps each key that is not read to the rows
+    that have it. ``response_tokens`` is None while every response is missing.
     """
 
     rows: int
     unusable: dict[str, int]
     first_unusable: dict[str, str]
-    truncated: int
+    cut: dict[str, int]
     prompt_tokens: dict[str, float] | None
     response_tokens: dict[str, float] | None
     ignored: dict[str, int]
@@ -32,7 +32,7 @@ class DataReport:
         rows: Sequence[Row],
         unusable: dict[str, int],
         first: dict[str, str],
-        truncated: int,
+        cut: dict[str, int],
         ignored: dict[str, int],
     ) -> Self:
         """The report of the rows that are used; ``first`` has the first origin of each reason."""
@@ -41,7 +41,7 @@ class DataReport:
             rows=len(rows),
             unusable=unusable,
             first_unusable=first,
-            truncated=truncated,
+            cut=cut,
             prompt_tokens=_spread([len(row.prompt_ids) for row in rows]),
             response_tokens=_spread(responses),
             ignored=ignored,
@@ -55,8 +55,7 @@ class DataReport:
         for name, tokens in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
             if tokens:
                 parts.append(f"{name} tokens {tokens['min']:g}/{tokens['median']:g}/{tokens['max']:g} (min/median/max)")
-        if self.truncated:
-            parts.append(f"{self.truncated} cut to fit")
+        parts += [f"{count} cut to {limit}" for limit, count in self.cut.items()]
         if self.unusable:
             parts.append(f"not used: {self.left_out}")
         if self.ignored:
@@ -65,6 +64,11 @@ class DataReport:
                 + ", ".join(f"{show(key)[1:-1]} ({n} rows)" for key, n in self.ignored.items())
             )
         return ", ".join(parts)
+
+    @property
+    def truncated(self) -> int:
+        """Number of rows that were cut."""
+        return sum(self.cut.values())
 
     @property
     def left_out(self) -> str:

@@ -72,7 +72,9 @@ class Row:
 
 @dataclass(frozen=True)
 class RowTokenizer:
-    """Turns one example into ``(row, reason, truncated)``: exactly one of row and reason is None.
+    """Turns one example into ``(row, reason, limit)``: exactly one of row and reason is None.
+
+    ``limit`` names what a row was cut to; None where all of it is used.
 
     ``vision`` is None for a model that reads only text.
     """
@@ -85,8 +87,8 @@ class RowTokenizer:
     vision: VisionProcessor | None = None
     allow_urls: bool = False
 
-    def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
-        row, reason, truncated = self._row(example, origin)
+    def __call__(self, example: dict, origin: str) -> tuple[Row | None, str | None, str | None]:
+        row, reason, limit = self._row(example, origin)
         if row is not None and self.vision is not None:
             # Such tokens without an image or video of their own would get the features of another.
             text = (*(() if row.media else row.prompt_ids), *(row.response_ids or ()))
@@ -97,7 +99,7 @@ class RowTokenizer:
                     f"{origin} has the {kind} token {self.tokenizer.convert_ids_to_tokens(stray)!r} in its text with "
                     f"no {kind} for it: remove it, or give the row's {kind}s."
                 )
-        return row, reason, truncated
+        return row, reason, limit
 
     def media(self, example: dict, origin: str) -> tuple[tuple[RowImage, ...], tuple[RowVideo, ...]]:
         """Its images and its videos, each in the order of the text; a file is read once, for its hash, and not kept."""
@@ -122,7 +124,7 @@ class RowTokenizer:
             for number, given in enumerate(listed, start=1)
         )
 
-    def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, bool]:
+    def _row(self, example: dict, origin: str) -> tuple[Row | None, str | None, str | None]:
         if "text" in example:
             return self._text(example["text"], origin)
         images, videos = self.media(example, origin)
@@ -134,18 +136,19 @@ class RowTokenizer:
             prompt = self._with_specials(example["prompt"], images, videos, origin)
             response = self._response(example["response"]) if "response" in example else None
         if not prompt:
-            return None, _EMPTY_PROMPT, False
+            return None, _EMPTY_PROMPT, None
         if response is not None and not response:
-            return None, EMPTY_RESPONSE, False
+            return None, EMPTY_RESPONSE, None
         if len(prompt) > self.max_prompt:
-            return None, _LONG_PROMPT, False
+            return None, _LONG_PROMPT, None
         # A response that is still to be generated may come out at the full length.
         length = len(prompt) + (self.max_response if response is None else min(self.max_response, len(response)))
         if self.context is not None and length > self.context:
-            return None, _LONG_ROW, False
-        truncated = response is not None and len(response) > self.max_response
+            return None, _LONG_ROW, None
+        cut = response is not None and len(response) > self.max_response
+        limit = response_limit(self.max_response) if cut else None
         response = None if response is None else tuple(response[: self.max_response])
-        return Row(tuple(prompt), response, origin, images, videos), None, truncated
+        return Row(tuple(prompt), response, origin, images, videos), None, limit
 
     def _check_vision(self, images: tuple[RowImage, ...], videos: tuple[RowVideo, ...], origin: str) -> None:
         kind = "videos" if videos else "images"
@@ -261,16 +264,23 @@ class RowTokenizer:
         # Templates add text after a turn's end token (a line break, an end of text), at which decode stops.
         return prompt_ids, list(until_end(response, self.ends))
 
-    def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, bool]:
-        ids = self._with_specials(text)
-        length = min(len(ids), self.max_prompt + self.max_response, self.context or len(ids))
+    def _text(self, text: str, origin: str) -> tuple[Row | None, str | None, str | None]:
+        ids, most = self._with_specials(text), self.max_prompt + self.max_response
+        length = min(len(ids), most, self.context or len(ids))
         if length < MIN_TEXT_TOKENS:
-            return None, _SHORT_TEXT, False
+            return None, _SHORT_TEXT, None
         latest = min(length * 4 // 5, self.max_prompt)
         earliest = min((length + 1) // 2, latest)
         split = earliest + hash63(text) % (latest - earliest + 1)
-        response = ids[split : min(length, split + self.max_response)]
-        return Row(tuple(ids[:split]), tuple(response), origin), None, split + len(response) < len(ids)
+        end = min(length, split + self.max_response)
+        limit = None
+        if end < len(ids):
+            limit = response_limit(self.max_response)
+            if length == most:
+                limit = f"max_prompt_tokens ({self.max_prompt}) and {limit}"
+            elif end == self.context:
+                limit = f"the model's {self.context} tokens"
+        return Row(tuple(ids[:split]), tuple(ids[split:end]), origin), None, limit
 
 
 def _filled(part: dict, entry):
@@ -289,6 +299,11 @@ def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
     """A response up to and with its first end token, where decode stops."""
     stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tuple(tokens[:stop])
+
+
+def response_limit(tokens: int) -> str:
+    """What a response of more than ``tokens`` tokens is cut to, for :class:`~pop_lightning.data.report.DataReport`."""
+    return f"max_response_tokens ({tokens})"
 
 
 def hash63(*parts) -> int:

@@ -4,6 +4,7 @@ import gzip
 import importlib.resources
 import itertools
 import json
+import logging
 import os
 import random
 
@@ -142,11 +143,28 @@ def test_long_text_is_cut_to_what_prompt_and_response_may_hold(tmp_path):
         assert 1 <= len(row.response_ids) <= 6
 
 
+def test_rows_that_are_cut_name_the_limit_and_the_tokenizer_does_not_warn_of_them(tmp_path, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 16
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    texts = write(tmp_path / "a.jsonl", [{"text": words(n, *range(150))} for n in range(8)])
+    responses = write(tmp_path / "b.jsonl", [{"prompt": words(n), "response": words(*range(40))} for n in range(8)])
+    try:
+        assert "8 cut to the model's 16 tokens" in str(load(texts, tokenizer, context=16).report)
+        shorter = {"max_prompt_tokens": 9, "max_response_tokens": 6}
+        expected = "8 cut to max_prompt_tokens (9) and max_response_tokens (6)"
+        assert expected in str(load(texts, tokenizer, context=16, **shorter).report)
+        assert "8 cut to max_response_tokens (6)" in str(load(responses, tokenizer, context=16, **shorter).report)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not caplog.records
+
+
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(7, 199), prompt=st.integers(1, 60), response=st.integers(1, 60), context=st.integers(8, 90))
 def test_text_of_any_length_keeps_every_limit(length, prompt, response, context):
     tokenize = RowTokenizer(make_tokenizer(), prompt, response, context)
-    row, reason, truncated = tokenize({"text": words(*range(length))}, "here")
+    row, reason, limit = tokenize({"text": words(*range(length))}, "here")
     if prompt + response < MIN_TEXT_TOKENS:
         assert row is None
         assert "text shorter" in reason
@@ -154,7 +172,12 @@ def test_text_of_any_length_keeps_every_limit(length, prompt, response, context)
     assert 1 <= len(row.prompt_ids) <= prompt
     assert 1 <= len(row.response_ids) <= response
     assert row.length <= context
-    assert truncated == (row.length < length + 1)
+    assert (limit is not None) == (row.length < length + 1)
+    if limit is not None and "model" in limit:
+        assert row.length == context < prompt + response
+    elif limit is not None:
+        assert len(row.response_ids) == response
+        assert ("max_prompt_tokens" in limit) == (min(length + 1, context) >= prompt + response)
     assert row.prompt_ids + row.response_ids == (BOS, *map(token, range(row.length - 1)))
 
 
