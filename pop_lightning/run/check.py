@@ -541,13 +541,34 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     text, needed = f"budget: {shown}{', of assumed rows' if rows.assumed else ''}", shown.needed
     if rows.prompts >= needed:
         return f"{text}.", True
-    share, more = needed / sum(rows.counts.values()), math.ceil(needed / recipe.data.splits.verify)
-    keys = [f"data.splits.verify to at least {math.ceil(100 * share) / 100:g}"] if share < 0.9 else []
-    keys += [
-        f"budget.max_drop to {math.ceil(shown.smallest * 1e4) / 1e4:g}",
-        f"data.limit to {more} or more, with as many rows",
-    ]
-    return f"{text}; budget.max_drop {budget.max_drop:g} needs {needed}: set {' or '.join(keys)}.", False
+    more = math.ceil(needed / recipe.data.splits.verify)
+    options = [f"give {more} rows or more"]
+    if recipe.data.limit is not None and recipe.data.limit < more:
+        options[0] += f" and set data.limit to as many (it is {recipe.data.limit})"
+    least, likely = (math.ceil(factor * shown.smallest * 1e4) / 1e4 for factor in (1, 2))
+    if likely < budget.loss.cap:
+        options.append(f"set budget.max_drop to {likely:g} ({least:g} can be reached only if nothing is lost)")
+    if splits := _splits(asdict(recipe.data.splits), rows, needed):
+        options.append(f"give {splits}")
+    return f"{text}; budget.max_drop {budget.max_drop:g} needs {needed}: {', or '.join(options)}.", False
+
+
+def _splits(shares: dict[str, float], rows: Rows, needed: int) -> str | None:
+    """Flags of ``data.splits`` with ``needed`` verify prompts; None if the others would lose more than half their rows.
+
+    Args:
+        shares: the recipe's.
+    """
+    prompts = sum(rows.counts.values()) * rows.prompts / rows.counts["verify"]
+    verify, others = math.ceil(100 * needed / prompts) / 100, 1 - shares["verify"]
+    left = 1 - verify
+    if left < others / 2:
+        return None
+    shares = {name: round(share * left / others, 3) for name, share in shares.items()} | {"verify": verify}
+    shares["fit"] = round(1 - sum(share for name, share in shares.items() if name != "fit"), 3)
+    return (
+        " ".join(f"--data.splits.{name} {share:g}" for name, share in shares.items()) if all(shares.values()) else None
+    )
 
 
 def _time(found: Estimate, measured: dict[str, tuple[int, float]] | str) -> str:

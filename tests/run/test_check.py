@@ -449,9 +449,37 @@ def test_the_smallest_certifiable_drop_is_that_of_the_given_rows(
         most = largest_certified_loss(80, "agreement", max_drop)
         assert f"{max_drop:.2%} for a mean loss of up to {most:.2%}" in shown
     if code:
-        assert f"needs {rows_needed(max_drop, 'agreement', 0.95)}: set " in shown
-        for key in ("budget.max_drop", "data.limit"):
-            assert key in shown
+        assert f"needs {rows_needed(max_drop, 'agreement', 0.95)}: give 873 rows or more, or set budget." in shown
+        assert "--data.splits" not in shown  # all rows would not be enough
+
+
+def test_what_a_check_proposes_for_too_few_rows_is_enough(base, unmeasured, tmp_path, capsys):
+    path = save_rows(tmp_path / "rows.jsonl", rows=700)
+    words = arguments(base, path, tmp_path / "run", budget__metric="agreement", budget__max_drop=0.01)
+    assert fit.main([*words, "--check"]) == 2
+    shown = capsys.readouterr().out
+    flags = re.search(r"or give (--data\.splits\.fit .*)\.$", shown, re.MULTILINE)[1].split()
+    assert flags[::2] == [f"--data.splits.{name}" for name in ("fit", "tune", "search", "verify")]
+    assert sum(map(float, flags[1::2])) == pytest.approx(1)
+    assert fit.main([*words, *flags, "--check"]) == 0
+    likely, least = re.search(r"set budget\.max_drop to (\S+) \((\S+) can be reached only if", shown).groups()
+    assert float(likely) == pytest.approx(2 * smallest_certifiable(280, "agreement"), abs=1e-4)
+    for drop in (likely, least):
+        assert fit.main([*words, "--budget.max_drop", drop, "--check"]) == 0
+    rows = re.search(r"give (\d+) rows or more, or", shown)[1]
+    save_rows(path, rows=int(rows))
+    assert fit.main([*words, "--check"]) == 0
+    capsys.readouterr()
+    assert fit.main([*words, "--data.limit", "100", "--check"]) == 2
+    assert f"give {rows} rows or more and set data.limit to as many (it is 100), or" in capsys.readouterr().out
+    assert fit.main([*words, "--data.limit", rows, "--check"]) == 0
+
+
+def test_a_drop_that_bounds_nothing_is_not_proposed(base, unmeasured, tmp_path, capsys):
+    path = save_rows(tmp_path / "rows.jsonl", rows=8)
+    words = arguments(base, path, tmp_path / "run", budget__metric="agreement", budget__max_drop=0.01)
+    assert fit.main([*words, "--check"]) == 2  # 3 verify rows can certify 69% at best
+    assert "needs 349: give 873 rows or more." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
