@@ -11,6 +11,7 @@ from pop_lightning.core.errors import InputError, Key
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
 ALL_IN = 0.6  # share of the wealth of the bettor who stakes all of it
+MOST_PROMPTS = 10_000_000  # more are not proposed to anyone
 STEP = 0.75  # ratio of the stakes of two successive bettors
 
 
@@ -97,6 +98,36 @@ def rows_needed(
     if share >= 1:
         return 1
     return max(1, math.ceil(math.log(_error(kind, confidence, averaged)) / math.log1p(-share) - 1e-9))
+
+
+def prompts_needed(
+    losses: Sequence[float],
+    metric: str | BudgetMetric,
+    max_drop: float,
+    confidence: float = 0.95,
+    *,
+    averaged: bool = False,
+) -> int | None:
+    """About how many prompts, with the same distribution of losses, would certify ``max_drop``.
+
+    Arguments are those of :func:`upper_bound`. Within a hundredth of the smallest number.
+
+    Returns:
+        None if the mean is not below ``max_drop``, or so close to it that :data:`MOST_PROMPTS` would not be enough.
+    """
+
+    def kept(prompts: int) -> bool:
+        return upper_bound(losses, metric, confidence, averaged=averaged, draws=prompts) <= max_drop
+
+    low, high = 0, len(losses)
+    while not kept(high):
+        low, high = high, 2 * high
+        if high > MOST_PROMPTS:
+            return None
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    return high
 
 
 def largest_certified_loss(

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pop_lightning.core.errors import InputError
-from pop_lightning.evaluation.bounds import upper_bound
+from pop_lightning.evaluation.bounds import prompts_needed, upper_bound
 from pop_lightning.evaluation.losses import BudgetMetric, metric_named
 
 POSITIONS = 1024  # positions of a batch that are converted to float32 at a time
@@ -132,6 +132,10 @@ class Losses:
     def bound(self, metric: str | BudgetMetric, confidence: float, prompts: int | None = None) -> float:
         """``upper_bound`` of the mean; with ``prompts``, a forecast for this number of prompts with the same losses."""
         return upper_bound(self.values, metric, confidence, averaged=self.averaged, draws=prompts)
+
+    def needed(self, metric: str | BudgetMetric, max_drop: float, confidence: float) -> int | None:
+        """``prompts_needed`` with the same losses."""
+        return prompts_needed(self.values, metric, max_drop, confidence, averaged=self.averaged)
 
     def clipped(self, cap: float) -> float:
         """The share of prompts whose loss is above ``cap``."""

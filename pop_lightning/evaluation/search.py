@@ -325,7 +325,9 @@ def fastest_plan(
             chosen = kept[0]  # the fastest
             break
     if chosen is None:
-        budget.say(f"search: no plan keeps the budget without training: {first} is chosen, the fewest tokens")
+        budget.say(
+            f"search: no plan is expected to keep the budget without training: {first} is chosen, the fewest tokens"
+        )
         return first
     for kept in dict.fromkeys(kept for _, kept in measured):
         if plans := keeping(plan for plan in measured if plan[1] == kept):

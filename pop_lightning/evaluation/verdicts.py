@@ -22,6 +22,7 @@ class Verdict:
         passed: whether the bound is within the budget; None without a budget on the loss.
         cap: the value at which losses were clipped for the bound; 1 for rates, which need no clipping.
         clipped: the share of prompts whose loss is above ``cap``.
+        needed: about how many prompts with the same losses would pass; None if it passed, or no number would.
     """
 
     depth: int
@@ -32,6 +33,7 @@ class Verdict:
     passed: bool | None
     cap: float = 1.0
     clipped: float = 0.0
+    needed: int | None = None
 
 
 def fixed_sequence(
@@ -70,4 +72,5 @@ def judge(depth: int, losses: Losses, metric: str | BudgetMetric, confidence: fl
 
     bound, cap = losses.bound(metric, confidence), metric_named(metric).cap
     passed = None if max_drop is None else bound <= max_drop
-    return Verdict(depth, losses.mean, bound, losses.rows, len(losses.values), passed, cap, losses.clipped(cap))
+    needed = losses.needed(metric, max_drop, confidence) if passed is False and losses.mean < max_drop else None
+    return Verdict(depth, losses.mean, bound, losses.rows, len(losses.values), passed, cap, losses.clipped(cap), needed)

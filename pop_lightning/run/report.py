@@ -4,6 +4,7 @@ The pipeline calls this file last, with the contents of ``metrics.json`` and ``i
 decided here; a figure that is missing (no benchmark, no comparison) leaves its section out.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -288,12 +289,26 @@ def _near_miss(metrics: dict[str, Any]) -> str:
     budget = metrics["budget"]
     if metrics["depth"] is not None or failed is None or failed["value"] > budget["max_drop"]:
         return ""
-    metric = budget["metric"]
+    metric, rows = budget["metric"], metrics["rows"]
+    provide = "more rows"
+    if needed := failed.get("needed"):
+        whole = needed * sum(rows[name] for name in ("fit", "tune", "search", "verify")) / rows["verify"]
+        provide = (
+            f"about {_rounded_up(needed):,} verify rows with different prompts, {_rounded_up(whole):,} rows in all"
+        )
+    drop = math.ceil(failed["bound"] * 1e4) / 1e4
+    below = drop < metric_named(metric, budget.get("nll_cap")).cap
     return (
         f"Depth {failed['depth']} lost {amount(failed['value'], metric)} on the verify rows, and "
         f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; provide "
-        "more rows, or raise budget.max_drop."
+        f"{provide}, or raise budget.max_drop{f' to {drop:g} or more' if below else ''}."
     )
+
+
+def _rounded_up(number: float) -> int:
+    """``number`` rounded up to two digits."""
+    step = 10 ** max(0, len(str(math.ceil(number))) - 2)
+    return math.ceil(number / step) * step
 
 
 def noise(ttft: dict[str, Any] | None) -> str:

@@ -14,6 +14,7 @@ from pop_lightning.evaluation.bounds import (
     bettors,
     clopper_pearson,
     largest_certified_loss,
+    prompts_needed,
     rows_needed,
     smallest_certifiable,
     upper_bound,
@@ -246,6 +247,18 @@ def test_a_forecast_for_the_same_number_of_prompts_is_the_bound(metric):
     assert losses.bound(metric, 0.95, prompts=55) == pytest.approx(losses.bound(metric, 0.95))
     assert losses.mean < losses.bound(metric, 0.95, prompts=550) < losses.bound(metric, 0.95)
     assert losses.bound(metric, 0.95, prompts=550) == pytest.approx(upper_bound(values * 10, metric, 0.95))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_number_of_prompts_at_which_a_failed_loss_would_pass(metric):
+    lost = [0.0] * 57 + [1.0]  # 1.7%
+    verdict = judge(4, Losses(lost), metric, 0.95, 0.03)
+    assert verdict.passed is False
+    assert judge(4, Losses(lost * (verdict.needed // len(lost) + 1)), metric, 0.95, 0.03).passed
+    assert not judge(4, Losses(lost * int(0.9 * verdict.needed / len(lost))), metric, 0.95, 0.03).passed
+    assert judge(4, Losses(lost), metric, 0.95, 0.01).needed is None  # the mean itself is above
+    assert judge(4, Losses(lost), metric, 0.95, 0.5).needed is None  # it passed
+    assert prompts_needed(lost, metric, 1 / 58 + 1e-7) is None
 
 
 def test_a_metric_is_one_object_in_the_registry(monkeypatch):

@@ -163,7 +163,10 @@ def test_the_tokens_in_full_that_save_most_are_chosen():
     slow = SPEEDUPS | {(6, SOME): 1.25, (6, MANY): 1.2}
     assert fastest(losses, slow)[0] == FEW  # deeper would be slower
     nothing = {kept: dict.fromkeys((8, 6, 4), 0.5) for kept in (FEW, SOME, MANY)}
-    assert fastest(nothing, SPEEDUPS)[0] == FEW
+    keeper, lines = budget()
+    assert fastest(nothing, SPEEDUPS, keeper=keeper)[0] == FEW
+    # Of the search only an expectation is known: a loss can be within the budget where its bound is not.
+    assert lines[-1].startswith("search: no plan is expected to keep the budget without training: boundary 1 is chosen")
 
 
 def test_plans_are_screened_and_then_measured_from_the_fastest_until_one_keeps_the_budget():

@@ -448,9 +448,15 @@ def test_advice_is_given_only_where_rows_are_too_few(metrics):
 
 
 def test_a_depth_that_failed_by_its_bound_only_is_named_with_what_to_do(metrics):
-    near = {"depth": 10, "value": 0.004, "bound": 0.013, "rows": 332, "passed": False}
+    near = {"depth": 10, "value": 0.004, "bound": 0.01304, "rows": 332, "passed": False, "needed": 611}
     sentence = advice(metrics | {"depth": None, "verification": [near]})
     assert "Depth 10 lost 0.40%" in sentence
     assert "332 rows" in sentence
     assert "1.30%" in sentence
+    advised = (
+        "provide about 620 verify rows with different prompts, 2,600 rows in all, or raise budget.max_drop to 0.0131"
+    )
+    assert advised in sentence
+    older = advice(metrics | {"depth": None, "verification": [near | {"needed": None, "bound": 1.0}]})
+    assert "provide more rows, or raise budget.max_drop." in older
     assert advice(metrics | {"depth": None, "verification": [near | {"value": 0.02}]}) == ""
