@@ -290,7 +290,7 @@ def _data(arguments: argparse.Namespace) -> int:
         print(json.dumps(summary, indent=1), flush=True)
     if arguments.compare:
         output = Path(arguments.output).expanduser()
-        shown = f"{comparison_page.text(summary['compared'])}page: {page_of(output)}\nfigures: {figures_of(output)}"
+        shown = f"{comparison_page.text(summary)}page: {page_of(output)}\nfigures: {figures_of(output)}"
         print(f"\n{shown}", file=sys.stdout if tables_only else sys.stderr)
     return 0
 

@@ -111,9 +111,10 @@ def generate_file(
         about: what was run, for the page.
 
     Returns:
-        ``rows``, ``unusable`` (rows left out, by reason), ``references_cut`` (rows whose reference is longer than
-        ``max_new_tokens`` and is compared up to there); over the rows with a reference the means ``exact_match`` (the
-        same text), ``token_f1`` and ``rouge_l``; with ``compare`` also ``compared``: :func:`comparison.summary`.
+        ``rows``, ``unusable`` (rows left out, by reason), ``max_new_tokens``, ``references_cut`` (rows of the file
+        whose reference is longer than that and is compared up to there); over the rows with a reference the means
+        ``exact_match`` (the same text), ``token_f1`` and ``rouge_l``; with ``compare`` also ``compared``:
+        :func:`comparison.summary`.
 
     Raises:
         InputError: no usable row, a file that cannot be written, finished rows of other arguments, or another process
@@ -142,6 +143,7 @@ def generate_file(
         summary: dict[str, Any] = {
             "rows": len(records),
             "unusable": report.unusable,
+            "max_new_tokens": max_new_tokens,
             "references_cut": report.truncated,
         }
         for name in _AGAINST_REFERENCE:

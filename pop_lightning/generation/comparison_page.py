@@ -41,7 +41,7 @@ def render_page(
         headline=headline(compared),
         groups=[(name, table(compared, measures), measures) for name, measures in _present(compared)],
         compared=compared,
-        summary=summary,
+        notes=notes(summary),
         times=times_table(compared) if "ttft" in compared else None,
         noise=times_noise(compared),
         times_plot=_times_plot([record for record in records if "ttft_ms" in record]),
@@ -59,7 +59,8 @@ def headline(compared: Mapping[str, Any]) -> str:
     same = compared["same_text"]
     kept = same["rows"] - same["changed"]
     parts = [f"Both models wrote the same answer for {kept:,} of {same['rows']:,} rows"]
-    if match := compared.get("exact_match"):
+    match = compared.get("exact_match")
+    if match and not _is_zero(match):
         parts.append(f"exact match {percent(match['pruned'])} pruned, {percent(match['full'])} in full")
     if times := compared.get("ttft"):
         parts.append(f"first token {ratio(times['ratio'])} as fast")
@@ -67,8 +68,36 @@ def headline(compared: Mapping[str, Any]) -> str:
 
 
 def _present(compared: Mapping[str, Any]) -> list[tuple[str, tuple[Measure, ...]]]:
-    found = ((name, tuple(each for each in group if each.name in compared)) for name, group in GROUPS.items())
+    """The measures that there are, by group, without those of :func:`_left_out`."""
+    shown = {name: [each for each in group if each.name in compared] for name, group in GROUPS.items()}
+    left_out = _left_out(compared)
+    found = [(name, tuple(each for each in group if each not in left_out)) for name, group in shown.items()]
     return [(name, measures) for name, measures in found if measures]
+
+
+def _left_out(compared: Mapping[str, Any]) -> list[Measure]:
+    """Shares that are 0 for both models: running text is never continued as its author did, with or without pruning."""
+    measures = (each for group in GROUPS.values() for each in group)
+    return [each for each in measures if each.full and each.unit == "share" and _is_zero(compared.get(each.name))]
+
+
+def _is_zero(entry: Mapping[str, Any] | None) -> bool:
+    return entry is not None and entry["full"] == entry["pruned"] == 0
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables has to know of :func:`~pop_lightning.generation.batch.generate_file`'s result."""
+    found = []
+    if cut := summary["references_cut"]:
+        references = "1 reference of the file is" if cut == 1 else f"{cut:,} references of the file are"
+        found.append(
+            f"{references} longer than --max_new_tokens {summary['max_new_tokens']} and compared up to there; "
+            "pop-fit's figures count up to data.max_response_tokens."
+        )
+    if left_out := _left_out(summary["compared"]):
+        names = ", ".join(measure.label for measure in left_out)
+        found.append(f"Not shown: {names} (0 for both models on every row, which says nothing about pruning).")
+    return found
 
 
 def table(compared: Mapping[str, Any], measures: Sequence[Measure]) -> Table:
@@ -91,9 +120,11 @@ def table(compared: Mapping[str, Any], measures: Sequence[Measure]) -> Table:
     return Table(["measure", "full", "pruned", "pruned - full", "95% interval", "changed", "rows"], rows)
 
 
-def text(compared: Mapping[str, Any]) -> str:
-    """All tables for the terminal."""
+def text(summary: Mapping[str, Any]) -> str:
+    """All tables of :func:`~pop_lightning.generation.batch.generate_file`'s result for the terminal."""
+    compared = summary["compared"]
     blocks = [f"{name}\n{table(compared, measures).text()}" for name, measures in _present(compared)]
+    blocks += ["\n".join(found)] if (found := notes(summary)) else []
     if "ttft" in compared:
         blocks.append(f"Time to first token\n{times_table(compared).text()}")
         if found := times_noise(compared):

@@ -180,8 +180,9 @@ def test_noisy_rounds_are_named_in_the_terminal_and_on_the_page(generator, whole
                 record[f"{name}_ms"] = (at + 1) * sorted(factors)[1]
                 record[f"{name}_rounds_ms"] = [(at + 1) * each for each in factors]
         compared = comparison.summary(timed)
-        page = comparison_page.render_page(summary | {"compared": compared}, timed, generator, {})
-        return compared["ttft"], comparison_page.text(compared), unescape(page)
+        changed = summary | {"compared": compared}
+        page = comparison_page.render_page(changed, timed, generator, {})
+        return compared["ttft"], comparison_page.text(changed), unescape(page)
 
     times, *both = shown(full_ttft=[10, 10, 10.5], ttft=[5, 5.2, 5])
     assert not any("noisy" in each for each in both)
@@ -198,7 +199,45 @@ def test_rows_of_an_older_journal_have_medians_only(whole):
         "full_spread",
         "pruned_spread",
     }
-    assert "noisy" not in comparison_page.text(comparison.summary(old))
+    assert "noisy" not in comparison_page.text(whole[1] | {"compared": comparison.summary(old)})
+
+
+def both_forms(summary, records, generator):
+    return comparison_page.text(summary), unescape(comparison_page.render_page(summary, records, generator, {}))
+
+
+def test_references_that_are_cut_are_counted_with_the_flag_that_cuts_them(generator, tmp_path):
+    lines = [{"prompt": f"w{at} w2", "response": "w3 w4 w5 w6 w7" if at < 2 else "w3"} for at in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    summary, records = compared(generator, str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
+    for each in both_forms(summary, records, generator):
+        assert each.count(f"2 references of the file are longer than --max_new_tokens {NEW} and compared up to") == 1
+    for each in both_forms(summary | {"references_cut": 1}, records, generator):
+        assert "1 reference of the file is longer than" in each
+    for each in both_forms(summary | {"references_cut": 0}, records, generator):
+        assert "--max_new_tokens" not in each
+
+
+def test_a_share_that_is_0_for_both_models_is_not_shown_as_unchanged(generator, whole):
+    _, summary, records = whole
+
+    def shown(full, pruned):
+        changed = [dict(record) for record in records]
+        for record in changed[:-1]:
+            record |= {"full_exact_match": full, "exact_match": 0.0, "token_f1": 0.5, "rouge_l": 0.5}
+        changed[0]["exact_match"] = pruned
+        new = summary | {"compared": comparison.summary(changed)}
+        assert "exact_match" in new["compared"], "the figures have it"
+        return both_forms(new, changed, generator)
+
+    for each in shown(0.0, 0.0):
+        assert "Not shown: exact match (0 for both models on every row, which says nothing about pruning)." in each
+        assert each.count("exact match") == 1, "not in the tables, the captions or the headline"
+        assert each.count("token F1") > 1
+    for each in (*shown(0.0, 1.0), *shown(1.0, 0.0)):
+        assert "Not shown" not in each
+        assert "exact match " in each
+        assert "% pruned, " in each
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_rows(generator, data, tmp_path, whole, monkeypatch):
