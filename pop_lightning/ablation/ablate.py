@@ -45,6 +45,7 @@ JSON, PAGE, RESPONSES = "ablation.json", "ablation.html", "responses.json"
 CONFIDENCE = 0.95
 UNTRAINED = tuple(name for name in KINDS if not kind_named(name).trains)
 MAIN = "closed_form"  # whose projections the variants without a kind in their name have
+MINUS_MAIN = f"kl_minus_{MAIN}"  # of every other row of Table 3: its KL minus that of POP with these projections
 
 Point = tuple[str, int, Kept]  # kind of projections, depth, and what runs in full
 
@@ -224,11 +225,13 @@ class _Bench:
         variants |= {str(point): variant for point, variant in points.items()}
         evaluation = Evaluation(self.decoder, variants)
         self._validate(f"measuring {len(variants)} ways to prune", evaluation, "verify")
+        main = f"POP, {MAIN}"
         table = [
             {"name": name, "what": each.what, "projection": each.variant.projections.kind}
             | {"depth": each.variant.plan.depth, **each.variant.plan.kept.to_dict()}
             | {"removed": each.variant.removed, "skipped": each.variant.skipped}
             | _figures(evaluation, f"table {name}")
+            | {MINUS_MAIN: None if name == main else _difference(evaluation, f"table {main}", f"table {name}")}
             for name, each in compared.items()
         ]
         return table, {point: _figures(evaluation, str(point)) for point in points}
@@ -375,6 +378,12 @@ def _figures(evaluation: Evaluation, name: str) -> dict[str, dict[str, Any]]:
         | paired_interval(full, pruned, CONFIDENCE, rate=rate)._asdict()
         for metric, (full, pruned, rate) in pairs.items()
     }
+
+
+def _difference(evaluation: Evaluation, first: str, second: str) -> dict[str, Any]:
+    """KL of the second variant minus that of the first, with its interval, paired by prompt."""
+    means = [prompt_means(rows["kl"], rows["prompt"]).numpy() for rows in map(evaluation.rows, (first, second))]
+    return paired_interval(*means, CONFIDENCE, rate=False)._asdict()
 
 
 def _timed(

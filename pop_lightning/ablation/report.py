@@ -3,6 +3,7 @@
 Reads the plain data that ``ablate.run`` returns; nothing is measured here.
 """
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from pop_lightning.ablation.ablate import JSON, MAIN, PAGE, UNTRAINED
+from pop_lightning.ablation.ablate import JSON, MAIN, MINUS_MAIN, PAGE, UNTRAINED
+from pop_lightning.core.clock import noise
 from pop_lightning.core.files import write_json, write_text
-from pop_lightning.core.numbers import number, percent, ratio
+from pop_lightning.core.numbers import count, number, percent, ratio
 from pop_lightning.core.pages import render
 from pop_lightning.core.plan import Kept
 from pop_lightning.core.plots import Theme, picture, staircase
 from pop_lightning.core.tables import Table
+from pop_lightning.evaluation.ablations import listed
 
-_INTERVALS = ["exact match", "minus full", "agreement", "NLL increase", "KL"]
-_TIMES = ["counted", "TTFT"]
-_SHORT = ("counted", "TTFT", "exact match", "agreement", "KL")  # the figures of a plan that are shown
+_MATCH = ["exact match", "minus full, points"]
+_INTERVALS = [*_MATCH, "agreement", "NLL increase", "KL"]
+_TIMES = ["counted speedup", "measured speedup"]
+_SHORT = (*_TIMES, "exact match", "agreement", "KL")  # the figures of a plan that are shown
+LEAST_MATCH = 0.1  # of the full model; below, exact match depends on a few responses
+ROUNDING, _ROUNDED = 1e-6, "< 1e-6"  # nats per token; below, float32 logits do not distinguish a KL from 0
 
 
 def text(result: dict[str, Any]) -> str:
@@ -30,8 +36,9 @@ def text(result: dict[str, Any]) -> str:
         compared_table(result).text(),
         shares_table(result).text(),
         frontier_table(result).titled("frontier:").text(),
-        f"{rows} rows of {prompts} prompts, teacher-forced; brackets: 95% intervals, paired with the full model. TTFT: "
-        f"{result['prompt_tokens']} tokens, medians of {result['settings']['repeats']} rounds.",
+        f"{rows} rows of {prompts} prompts, teacher-forced; brackets: 95% intervals, paired by prompt. "
+        f"{measured_speedup(result)}",
+        *filter(None, [match_left_out(result), rounding(result), times_noise(result)]),
         *result["notes"],
     ]
     return "\n\n".join(blocks) + "\n"
@@ -45,8 +52,9 @@ def write(result: dict[str, Any], folder: Path, about: dict[str, str]) -> None:
 
 def compared_table(result: dict[str, Any]) -> Table:
     """Table 3: the same depth pruned in every way."""
-    rows = [[row["name"], *_figures(row)] for row in result["table3"]]
-    return Table([f"depth {result['depth']} of {result['layers']}", *_INTERVALS], rows)
+    rows = [[_named(row), *_figures(row), _minus_main(row)] for row in result["table3"]]
+    header = [f"depth {result['depth']} of {result['layers']}", *_INTERVALS, f"KL minus {MAIN}"]
+    return Table(header, rows).only(*_informative(result, header))
 
 
 def shares_table(result: dict[str, Any]) -> Table:
@@ -56,7 +64,7 @@ def shares_table(result: dict[str, Any]) -> Table:
         shares = ", ".join(map(str, row["shares"]))
         rows.append([f"{shares}%", str(row["depth"]), row["projection"], *_times(row), *_figures(row)])
     names = ["pruned", "depth", "projection"]
-    return Table([*names, *_TIMES, *_INTERVALS], rows, (0, 2)).only(*names, *_SHORT)
+    return Table([*names, *_TIMES, *_INTERVALS], rows, (0, 2)).only(*names, *_informative(result, _SHORT))
 
 
 def frontier_table(result: dict[str, Any]) -> Table:
@@ -69,7 +77,75 @@ def frontier_table(result: dict[str, Any]) -> Table:
     best = staircase([_place(row) for row in plans])
     chosen = tuple(at for at, row in enumerate(plans) if _place(row) in best)
     names = ["depth", "boundary", "salient"]
-    return Table([*names, *_TIMES, *_INTERVALS], rows, (), chosen).only(*names, *_SHORT)
+    return Table([*names, *_TIMES, *_INTERVALS], rows, (), chosen).only(*names, *_informative(result, _SHORT))
+
+
+def measured_speedup(result: dict[str, Any]) -> str:
+    """What the measured speedup is the ratio of."""
+    settings = result["settings"]
+    return (
+        "Measured speedup: the full model's TTFT (time to first token) divided by the pruned model's, below 1x where "
+        f"pruning is slower; {count(settings['batch'], 'prompt')} of {result['prompt_tokens']} random tokens, full and "
+        f"pruned in turn after warm-up, the median of {count(settings['repeats'], 'round')}."
+    )
+
+
+def match_left_out(result: dict[str, Any]) -> str:
+    """Says that exact match is not in the tables, where it is not; else empty."""
+    if _match_counts(result):
+        return ""
+    return (
+        f"Exact match is left out: the full model itself reproduces only {percent(_full_match(result))} of the "
+        "responses."
+    )
+
+
+def rounding(result: dict[str, Any]) -> str:
+    """Explains what the tables show in place of a KL that is rounding, where one is; else empty."""
+    entries = [*result["frontier"], *(row for row in result["table3"] if row["name"] != "full model")]
+    if all(row["kl"]["value"] >= ROUNDING for row in entries):
+        return ""
+    last = result["layers"] - 1
+    exact = any(row["depth"] == last for row in result["frontier"])
+    why = (
+        f" Pruning only the last layer (depth {last}) changes nothing: its keys and values for the context are exact, "
+        "and no later layer reads what it writes for context tokens."
+    )
+    return "A KL below 1e-6 nats is within rounding." + why * exact
+
+
+def times_noise(result: dict[str, Any]) -> str:
+    """A warning if rounds of the same prefill vary so much that speedups are unreliable; else empty."""
+    spreads = {
+        f"at depth {row['depth']}, {Kept.of(row)} the {name} prefill": {
+            "median": row["ttft"][f"{name}_ms"],
+            "p90": row["ttft"][f"{name}_p90_ms"],
+        }
+        for row in result["frontier"]
+        for name in ("full", "pruned")
+    }
+    if not (found := noise(spreads)):
+        return ""
+    return f"{found} Repeat on an idle machine, or with more --repeats than {result['settings']['repeats']}."
+
+
+def _full_match(result: dict[str, Any]) -> float:
+    return result["table3"][0]["exact_match"]["full"]
+
+
+def _match_counts(result: dict[str, Any]) -> bool:
+    return _full_match(result) >= LEAST_MATCH
+
+
+def _informative(result: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """These columns, without those of an exact match that the full model itself hardly reaches."""
+    return [name for name in names if name not in _MATCH or _match_counts(result)]
+
+
+def _named(row: dict[str, Any]) -> str:
+    """The name of a row, with the layers that are left out instead of what the plan prunes."""
+    layers = row["removed"] or row["skipped"]
+    return f"{row['name']} ({listed(layers)})" if layers else row["name"]
 
 
 def _times(row: dict[str, Any]) -> list[str]:
@@ -85,11 +161,29 @@ def _figures(row: dict[str, Any]) -> list[str]:
     low, high = (f"{100 * (1 + min(0.0, agreement[side])):.1f}" for side in ("low", "high"))
     return [
         percent(match["value"]),
-        f"[{100 * match['low']:+.1f}, {100 * match['high']:+.1f}]",
+        f"{_points(match['difference'])} [{_points(match['low'])}, {_points(match['high'])}]",
         f"{percent(agreement['value'])} [{low}, {high}]",
-        f"{number(nll['difference'], 2)} [{number(nll['low'], 2)}, {number(nll['high'], 2)}]",
-        f"{number(kl['value'], 2)} [{number(max(0.0, kl['low']), 2)}, {number(kl['high'], 2)}]",
+        _nats(nll),
+        _ROUNDED if kl["value"] < ROUNDING else _nats(kl | {"low": max(0.0, kl["low"])}),
     ]
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}" if share else "0.0"
+
+
+def _minus_main(row: dict[str, Any]) -> str:
+    """The cell of the difference from the method with :data:`MAIN` projections."""
+    return "" if row["name"] == "full model" or row[MINUS_MAIN] is None else _nats(row[MINUS_MAIN])
+
+
+def _nats(paired: dict[str, Any]) -> str:
+    """A difference with its interval."""
+    values = [paired[name] for name in ("difference", "low", "high")]
+    if max(map(abs, values)) < ROUNDING:
+        return _ROUNDED
+    difference, low, high = (number(value, 2) for value in values)
+    return f"{difference} [{low}, {high}]"
 
 
 def _of_kind(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -111,8 +205,12 @@ def _page(result: dict[str, Any], about: dict[str, str]) -> str:
         title=f"ablations at depth {result['depth']} of {result['layers']}",
         about=about | {"device": next(iter(result["frontier"]))["ttft"]["device"]} | _versions(result),
         result=result,
+        main=MAIN,
         compared=compared_table(result),
-        meanings=Table(["row", "what it is"], [[row["name"], row["what"]] for row in result["table3"]], (0, 1)),
+        meanings=Table(["row", "what it is"], [[_named(row), row["what"]] for row in result["table3"]], (0, 1)),
+        notes=list(filter(None, [match_left_out(result), rounding(result)])),
+        measured_speedup=measured_speedup(result),
+        noise=times_noise(result),
         shares=shares_table(result),
         frontier=frontier_table(result),
         frontier_plot=_frontier_plot(result),

@@ -11,6 +11,11 @@ from typing import NamedTuple
 from pop_lightning.core.plan import PruningPlan
 from pop_lightning.evaluation.evaluate import Variant
 
+_SKIPPED = (
+    "context tokens skip these layers instead; the boundary and the response run in full, and the keys and values of a "
+    "skipped layer come from its own weights and what would have entered it"
+)
+
 
 class Compared(NamedTuple):
     """One row of a comparison."""
@@ -48,8 +53,7 @@ def comparison(fitted: Mapping[str, Variant], best: Variant) -> dict[str, Compar
 def other_layers(reuse: Variant, influence: Sequence[float]) -> dict[str, Compared]:
     """As many other layers left out as the plan of ``reuse`` prunes.
 
-    In the last two only context tokens skip the layers, whose keys and values for them come from their own weights, as
-    in POP with reused projections; the boundary and the response run in full.
+    The keys and values of skipped layers are those of POP with reused projections.
 
     Args:
         influence: one value for each layer (:class:`~pop_lightning.fitting.influence.BlockInfluence`).
@@ -62,13 +66,11 @@ def other_layers(reuse: Variant, influence: Sequence[float]) -> dict[str, Compar
     first = "first third" if layers // 3 == count else "first layers"
     return {
         "ShortGPT": Compared(
-            f"the layers of least block influence removed in both stages: {listed(least)}",
+            "as many layers, those of least block influence on the fit rows, removed in both stages",
             replace(reuse, removed=least),
         ),
-        first: Compared(
-            f"skipped in prefill instead: {listed(range(count))}", replace(reuse, skipped=tuple(range(count)))
-        ),
-        spacing: Compared(f"skipped in prefill instead: {listed(spaced)}", replace(reuse, skipped=spaced)),
+        first: Compared(_SKIPPED, replace(reuse, skipped=tuple(range(count)))),
+        spacing: Compared(_SKIPPED, replace(reuse, skipped=spaced)),
     }
 
 
@@ -78,12 +80,11 @@ def evenly_spaced(layers: int, count: int) -> tuple[int, ...]:
 
 
 def listed(layers: Sequence[int]) -> str:
-    """``layers 2, 5, 8``, for a sentence; neighbors as in ``8 to 11``."""
+    """``2, 5, 8``; three and more neighbors as in ``8 to 11``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(parts)}"
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

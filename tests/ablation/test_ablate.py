@@ -1,15 +1,18 @@
 """``pop-generate ablate`` on a tiny base: what is measured agrees with itself, and what does not fit is refused."""
 
+import copy
 import json
 import re
 
 import pytest
 import torch
+from markupsafe import escape
 
 from pop_lightning.ablation import report
-from pop_lightning.ablation.ablate import Settings, _figures
+from pop_lightning.ablation.ablate import Settings, _difference, _figures
 from pop_lightning.cli import generate
 from pop_lightning.core.errors import InputError
+from pop_lightning.core.numbers import number
 from pop_lightning.core.plan import Kept, PruningPlan
 from pop_lightning.evaluation.paired import paired_interval
 from pop_lightning.generation.artifact import write_artifact
@@ -90,7 +93,7 @@ def test_the_page_shows_every_row_and_fits_on_a_phone(found, tmp_path):
     folder, result = found
     page = (folder / "ablation.html").read_text()
     for row in result["table3"]:
-        assert f"{row['name']}</td>" in page
+        assert f"{row['name']}</td>" in page or f"{row['name']} (" in page
     assert page.count("data:image/svg+xml") == 2
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", page)
     assert_fits(folder / "ablation.html", tmp_path)
@@ -101,6 +104,98 @@ def test_the_text_has_the_three_tables(found):
     assert [name for name in (*POP, *ABLATIONS) if f"\n{name} " not in shown] == []
     assert "25, 30%" in shown
     assert "frontier:" in shown
+    assert "layers removed (2, 3) " in shown
+    assert "first layers (0, 1) " in shown
+    assert "below 1x where pruning is slower" in shown
+    for table in (report.shares_table(found[1]), report.frontier_table(found[1])):
+        assert {"counted speedup", "measured speedup"} < set(table.header)
+
+
+@pytest.fixture
+def result(found):
+    """A copy of what was found, in which the full model reproduces half of the responses."""
+    result = copy.deepcopy(found[1])
+    for row in (*result["table3"], *result["table4"], *result["frontier"]):
+        row["exact_match"] |= {"full": 0.5, "value": 0.25, "difference": -0.25, "low": -0.4, "high": -0.05}
+    return result
+
+
+def column(table, name):
+    """The cells of one column by those of the first one."""
+    return {row[0]: row[table.header.index(name)] for row in table.rows}
+
+
+def test_exact_match_has_its_difference_in_points(result):
+    cells = column(report.compared_table(result), "minus full, points")
+    assert cells["POP, reuse"] == "-25.0 [-40.0, -5.0]"
+
+
+def test_kl_is_compared_with_that_of_the_main_row_paired_by_prompt(found, result):
+    table = {row["name"]: row for row in result["table3"]}
+    main = table["POP, closed_form"]["kl"]["value"]
+    cells = column(report.compared_table(result), "KL minus closed_form")
+    for name, row in table.items():
+        paired = row["kl_minus_closed_form"]
+        if name == "POP, closed_form":
+            assert paired is None
+            continue
+        assert paired["difference"] == pytest.approx(row["kl"]["value"] - main)
+        assert paired["low"] < paired["difference"] < paired["high"]
+    assert cells["POP, closed_form"] == cells["full model"] == ""
+    shown = number(table["no KV projection"]["kl_minus_closed_form"]["difference"], 2)
+    assert cells["no KV projection"].startswith(f"{shown} [")
+    assert cells["no KV projection"] in (found[0] / "ablation.html").read_text()
+
+
+def test_the_interval_between_two_rows_is_of_the_differences_per_prompt():
+    class Rows:
+        def rows(self, name):
+            kl = {"first": [1.0, 3.0, 2.0, 50.0], "second": [1.5, 3.5, 2.25, 51.0]}[name]
+            return {"prompt": torch.tensor([1, 1, 2, 3]), "kl": torch.tensor(kl)}
+
+    assert _difference(Rows(), "first", "second") == paired_interval([0, 0, 0], [0.5, 0.25, 1], rate=False)._asdict()
+
+
+def test_exact_match_is_left_out_where_the_full_model_hardly_has_any(found, result):
+    assert found[1]["table3"][0]["exact_match"]["full"] < 0.1
+    tables = (report.compared_table, report.shares_table, report.frontier_table)
+    names = {"exact match", "minus full, points"}
+    assert all(not names & set(table(found[1]).header) for table in tables)
+    assert all("exact match" in table(result).header for table in tables)
+    sentence = "Exact match is left out: the full model itself reproduces only 0.00% of the responses."
+    assert sentence in report.text(found[1])
+    assert sentence in (found[0] / "ablation.html").read_text()
+    assert "Exact match is left out" not in report.text(result)
+
+
+def test_a_kl_that_is_rounding_is_not_shown_as_a_result(result, tmp_path):
+    for row in result["frontier"]:
+        if row["depth"] == 3:
+            row["kl"] |= {"value": 2.8e-8, "difference": 2.8e-8, "low": 2.6e-8, "high": 3.0e-8}
+    assert column(report.frontier_table(result), "KL")["3"] == "< 1e-6"
+    assert "[" in column(report.frontier_table(result), "KL")["2"]
+    sentence = "Pruning only the last layer (depth 3) changes nothing"
+    assert sentence in report.text(result)
+    report.write(result, tmp_path, {})
+    assert sentence in (tmp_path / "ablation.html").read_text()
+    for row in result["frontier"]:
+        row["kl"] |= {"value": 0.5, "difference": 0.5, "low": 0.4, "high": 0.6}
+    assert "rounding" not in report.text(result)
+
+
+def test_noisy_times_are_named(result, tmp_path):
+    for row in result["frontier"]:
+        row["ttft"] |= {"full_ms": 10.0, "full_p90_ms": 11.0, "pruned_ms": 10.0, "pruned_p90_ms": 11.0}
+    assert "noisy" not in report.text(result)
+    for row in result["frontier"]:
+        if (row["depth"], Kept.of(row)) == (3, Kept(1)):
+            row["ttft"]["pruned_p90_ms"] = 14.0
+    sentence = "The times are noisy: at depth 3, boundary 1 the pruned prefill's p90 lies 40% above its median."
+    assert sentence in report.text(result)
+    report.write(result, tmp_path, {})
+    page = (tmp_path / "ablation.html").read_text()
+    assert escape(sentence) in page
+    assert "more --repeats than 1." in page
 
 
 def test_an_artifact_gives_its_base_and_plan(base, data, tmp_path):

@@ -130,8 +130,8 @@ def test_the_layers_of_least_influence_are_removed_and_as_many_are_skipped_elsew
     assert all(each.variant.is_ablation for each in one.values())
     assert evenly_spaced(12, 4) == (2, 5, 8, 11)
     assert evenly_spaced(5, 2) == (1, 4)
-    assert listed((5, 8, 9, 10)) == "layers 5, 8 to 10"
-    assert listed((3,)) == "layer 3"
+    assert listed((5, 8, 9, 10)) == "5, 8 to 10"
+    assert listed((2, 3)) == "2, 3"
 
 
 def test_a_comparison_leaves_out_one_part_of_the_method_at_a_time():
