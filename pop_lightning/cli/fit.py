@@ -1,8 +1,12 @@
 """``pop-fit --recipe NAME_OR_PATH``: score, fit, pick a depth under the budget, export."""
 
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 
 from pop_lightning.cli import importing, run
+from pop_lightning.core.commands import script
 from pop_lightning.core.errors import Key, as_recipe
 from pop_lightning.core.quiet import quiet_bars
 
@@ -37,7 +41,15 @@ def main(argv: list[str] | None = None) -> int:
             push=invocation.push,
         )
 
-    return run("pop-fit", body, spell, "" if "--check" in flags else "--resume continues the run")
+    return run("pop-fit", body, spell, "" if "--check" in flags else f"--resume continues the run{_resumed(words)}")
+
+
+def _resumed(words: Sequence[str]) -> str:
+    """The same command with ``--resume``; empty where torchrun or SLURM started this process by another one."""
+    if os.environ.keys() & {"RANK", "SLURM_PROCID"}:
+        return ""
+    kept = [word for word in words if word not in ("--resume", "--overwrite")]
+    return f": {script('pop-fit')} {shlex.join([*kept, '--resume'])}"
 
 
 def entry() -> None:

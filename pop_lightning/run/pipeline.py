@@ -14,6 +14,7 @@ from pop_lightning.benchmark.benchmark import measure_ttft
 from pop_lightning.callbacks import AccuracyBudget, ExportArtifact
 from pop_lightning.callbacks.export_artifact import export
 from pop_lightning.core import distributed
+from pop_lightning.core.commands import script
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.memory import memory_advice
 from pop_lightning.core.notebook import show
@@ -47,7 +48,7 @@ from pop_lightning.run.inputs import (
     untrained_kinds,
     versions,
 )
-from pop_lightning.run.progress import Progress, script
+from pop_lightning.run.progress import Progress
 from pop_lightning.run.recipe import Recipe
 from pop_lightning.run.report import summary, write_report
 from pop_lightning.run.trainers import Trainers

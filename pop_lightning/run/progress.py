@@ -4,13 +4,10 @@ On a terminal and in a notebook every pass over rows has a bar. Elsewhere (logs,
 unless ``--verbose`` asks for it: a line when each begins.
 """
 
-import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -78,15 +75,6 @@ def duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def script(name: str) -> str:
-    """A command of this environment as a shell finds it: by name, or by path where it is not on the search path."""
-    installed = Path(sys.executable).with_name(name)
-    if shutil.which(name) or not installed.is_file():
-        return name
-    here = Path.cwd()
-    return shlex.quote(str(installed.relative_to(here) if installed.is_relative_to(here) else installed))
 
 
 class StageBar(ProgressBar):

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -172,7 +173,9 @@ def test_sigterm_ends_every_stage_resumably(work, tmp_path, capsys, stages):
     for stage in stages:
         with sigterm_in(stage):
             assert fit.main([*command("run"), "--resume"]) == 143, stage
-        assert capsys.readouterr().err.endswith("pop-fit: terminated; --resume continues the run\n")
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("pop-fit: terminated; --resume continues the run: ")
+        assert said.endswith(f" {shlex.join(command('run'))} --resume")
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
     assert fit.main([*command("run"), "--resume"]) == 0
     assert_as_if_left_alone(tmp_path / "run/run", tmp_path / "whole/run")

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from pop_lightning.cli import fit
-from pop_lightning.run.progress import Progress, duration, script
+from pop_lightning.core.commands import script
+from pop_lightning.run.progress import Progress, duration
 
 from tests.helpers.workbench import arguments
 

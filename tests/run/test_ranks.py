@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -136,7 +137,9 @@ def kill_and_resume(runs, strategy, moment, victim, output):
         if by_signal:
             assert process.returncode == 128 + victim
             word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[victim]
-            assert said == [f"pop-fit: {word}; --resume continues the run"]
+            (sentence,) = said
+            assert sentence.startswith(f"pop-fit: {word}; --resume continues the run: ")
+            assert sentence.endswith(f" {shlex.join([*command, '--resume'])}")
         elif victim in (0, 1):
             assert process.returncode == 1
             assert said == [

@@ -342,17 +342,36 @@ def test_an_interrupt_is_130_and_a_defect_is_not_hidden(capsys):
 @pytest.mark.parametrize(
     ("module", "function", "flags", "said"),
     [
-        ("pipeline", "fit", [], "pop-fit: interrupted; --resume continues the run"),
-        ("check", "check", ["--check"], "pop-fit: interrupted"),
+        ("pipeline", "fit", [], "; --resume continues the run: pop-fit --recipe tiny --resume"),
+        (
+            "pipeline",
+            "fit",
+            ["--overwrite", "--output", "a b", "--budget.candidates=[2, 1]"],
+            "; --resume continues the run: pop-fit --recipe tiny --output 'a b' '--budget.candidates=[2, 1]' --resume",
+        ),
+        ("pipeline", "fit", ["--resume"], "; --resume continues the run: pop-fit --recipe tiny --resume"),
+        ("check", "check", ["--check"], ""),
     ],
 )
-def test_only_an_interrupted_run_can_be_resumed(monkeypatch, capsys, module, function, flags, said):
+def test_an_interrupted_run_says_with_which_command_it_continues(monkeypatch, capsys, module, function, flags, said):
+    monkeypatch.setattr("pop_lightning.cli.fit.script", lambda name: name)
+
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"pop_lightning.run.{module}.{function}", stop)
     assert main(["--recipe", "tiny", *flags]) == 130
-    assert capsys.readouterr().err == f"{said}\n"
+    assert capsys.readouterr().err == f"pop-fit: interrupted{said}\n"
+
+
+def test_a_process_of_torchrun_names_no_command_that_it_was_not_started_with(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pop_lightning.run.pipeline.fit", stop)
+    monkeypatch.setenv("RANK", "0")
+    assert main(["--recipe", "tiny"]) == 130
+    assert capsys.readouterr().err == "pop-fit: interrupted; --resume continues the run\n"
 
 
 # --- what a hostile or broken file holds ------------------------------------------------------------------------------
