@@ -5,10 +5,12 @@ verify; ``trainer.test(evaluation)`` verifies it in a fixed sequence and chooses
 search, because it trains in between, and passes the sequence to this callback.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import lightning
+from tqdm.auto import tqdm
 
 from pop_lightning.core import distributed
 from pop_lightning.core.errors import InputError
@@ -80,7 +82,8 @@ class AccuracyBudget(lightning.Callback):
     def _say(self, line: str) -> None:
         self.decisions.append(line)
         if distributed.is_first():
-            print(line, flush=True)
+            tqdm.write(line)  # above a bar, which is still open at the end of an epoch
+            sys.stdout.flush()
 
     # --- the search split -------------------------------------------------------------------------------------------
 

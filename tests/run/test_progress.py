@@ -1,5 +1,6 @@
 """What a person sees of a run: bars with the stage's name on a terminal, results alone in a log."""
 
+import json
 import re
 import sys
 
@@ -22,6 +23,16 @@ def command(*given, **changes):
 def terminal(monkeypatch):
     """A run that finds a terminal."""
     monkeypatch.setattr(Progress, "interactive", True)
+
+
+def screen(out):
+    """The lines that a terminal shows after ``out``: a carriage return goes back to the beginning of the line."""
+    shown = []
+    for line in out.split("\n"):
+        shown.append("")
+        for piece in line.split("\r"):
+            shown[-1] = piece + shown[-1][len(piece) :]
+    return [line.rstrip() for line in shown]
 
 
 def test_a_log_holds_results_and_the_next_command(base, data, tmp_path, capfd):
@@ -60,7 +71,11 @@ def test_verbose_names_every_stage_in_a_log(base, data, tmp_path, capsys):
     assert [int(line.split()[1]) for line in lines] == sorted(int(line.split()[1]) for line in lines)
 
 
-def test_bars_have_the_name_of_their_stage_a_rate_and_the_time_left(base, data, tmp_path, capsys, terminal):
+def test_bars_have_the_name_of_their_stage_a_rate_and_the_time_left(
+    base, data, tmp_path, capsys, monkeypatch, terminal
+):
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, "140")
     changes = {"projection__kind": "lora", "projection__steps": 3, "trainer__logger": "true"}
     changes |= {"trainer__enable_progress_bar": "true", "depth": 2}
     assert fit.main(command(base, data, tmp_path / "run", **changes)) == 0
@@ -74,6 +89,9 @@ def test_bars_have_the_name_of_their_stage_a_rate_and_the_time_left(base, data, 
         r"stage 4 of 6: training depth 2 for 3 steps.* 3/3 .*tokens/s, loss [\d.]+\]",
     ):
         assert any(re.match(expected, bar) for bar in ended), expected
+    decisions = json.loads((tmp_path / "run" / "metrics.json").read_text())["decisions"]
+    assert {line.partition(":")[0] for line in decisions} == {"search", "verify"}
+    assert [line for line in screen(out) if line in decisions] == decisions  # each on a line of its own
     assert "v_num" not in out
     assert "--" not in "".join(bars)
     assert "stage 1 of 6: loading the base and the rows ..." in out
