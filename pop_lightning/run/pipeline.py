@@ -454,7 +454,7 @@ def verify(run: Run, found: Found) -> AccuracyBudget:
         settings.min_pruned,
         sequence=[str(choice) for choice in found.sequence],
     )
-    measured: dict = {"curve": found.curve}
+    measured: dict = {"curve": found.curve, "prompt_tokens": run.tokens}
     if settings.speedup is not None:
         counted = run.speedup(found.sequence[0].depth, found.kept)
         measured["speedup"] = {"wanted": settings.speedup, "counted": counted, "prompt_tokens": run.tokens}

@@ -43,6 +43,7 @@ def test_a_run_writes_everything_it_promises(fitted):
              "report.html", "recipe.yaml"}  # fmt: skip
     assert names <= set(snapshot(fitted))
     assert not [name for name in snapshot(fitted) if name.endswith(".tmp")]
+    assert read_artifact(fitted / "artifact").prompt_tokens == metrics["arithmetic"]["prompt_tokens"]  # bench's length
     importance = json.loads((fitted / "importance.json").read_text())
     assert len(importance["prefill"]) == LAYERS
     assert importance["prefill"][-1] == 0
