@@ -14,6 +14,7 @@ from pop_lightning import StageAwareGenerator
 from pop_lightning.cli import fit, generate
 from pop_lightning.fitting.importance import ImportanceScoring
 from pop_lightning.fitting.training import KVProjectionTraining
+from pop_lightning.generation.artifact import read_artifact
 from pop_lightning.run import inputs, pipeline
 from pop_lightning.run.inputs import versions
 
