@@ -28,6 +28,7 @@ from pop_lightning.evaluation.metrics import prompt_means
 from pop_lightning.evaluation.paired import paired_interval
 from pop_lightning.fitting.influence import BlockInfluence
 from pop_lightning.fitting.kinds import kind as kind_named
+from pop_lightning.fitting.kinds import trained_kind
 from pop_lightning.fitting.training import JointTraining, KVProjectionTraining
 from pop_lightning.generation.generator import StageAwareGenerator
 from pop_lightning.models.decoder import Decoder
@@ -46,6 +47,7 @@ CONFIDENCE = 0.95
 UNTRAINED = tuple(name for name in KINDS if not kind_named(name).trains)
 MAIN = "closed_form"  # whose projections the variants without a kind in their name have
 MINUS_MAIN = f"kl_minus_{MAIN}"  # of every other row of Table 3: its KL minus that of POP with these projections
+FITTING = Projection()  # a recipe's defaults
 
 Point = tuple[str, int, Kept]  # kind of projections, depth, and what runs in full
 
@@ -103,7 +105,8 @@ def run(decoder: Decoder, data: CalibrationData, settings: Settings, folder: Pat
 
     Returns:
         Plain data: ``table3``, ``table4`` and ``frontier`` (entries of :func:`_figures` with what they are of),
-        ``influence`` of every layer, ``notes`` on what could not be measured, and what was run on what.
+        ``influence`` of every layer, ``notes`` on what could not be measured, and what was run on what, with which
+        ``settings``.
 
     Raises:
         InputError: model, rows and settings do not go together, or memory ran out.
@@ -143,7 +146,7 @@ def run(decoder: Decoder, data: CalibrationData, settings: Settings, folder: Pat
         "machine": describe_machine(decoder.model.device),
         "layers": decoder.num_layers,
         "depth": depth,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | _inputs(decoder, data),
         "confidence": CONFIDENCE,
         "rows": {name: len(data.rows_of(name)) for name in ("fit", "tune", "verify")},
         "prompts": data.prompts_of("verify"),
@@ -154,6 +157,23 @@ def run(decoder: Decoder, data: CalibrationData, settings: Settings, folder: Pat
         "table4": [{"shares": by_depth[entry["depth"]]} | entry for entry in paper if entry["depth"] in by_depth],
         "frontier": frontier,
         "notes": notes,
+    }
+
+
+def _inputs(decoder: Decoder, data: CalibrationData) -> dict[str, Any]:
+    """What identifies the model and the rows, and how the rows were read and projections trained."""
+    return {
+        "model": decoder.model.name_or_path,
+        "revision": getattr(decoder.config, "_commit_hash", None),
+        "data": data.calibration,
+        "rows": data.report.rows,
+        "rows_sha256": data.digest,
+        "limit": data.limit,
+        "seed": data.seed,
+        "batch_size": data.batch_size,
+        "max_response_tokens": data.max_response_tokens,
+        "learning_rate": FITTING.learning_rate,
+        "lora": asdict(FITTING.lora),
     }
 
 
@@ -246,7 +266,7 @@ class _Bench:
         }
         best, compared = fitted[MAIN], comparison(fitted | trained, fitted[MAIN])
         if settings.salient and self._runs(salient := replace(plan, salient=settings.salient)):
-            what = "the same, and the context tokens that the prompt's end attends to most run in full"
+            what = f"as POP, {MAIN}, and the context tokens that the prompt's end attends to most run in full"
             compared[f"POP, {MAIN}, salient"] = Compared(what, replace(best, plan=salient))
         for name, each in self._other_layers(fitted["reuse"]).items():
             try:
@@ -290,7 +310,7 @@ class _Bench:
             for fitted in kind_named(name).fit(
                 self.decoder,
                 self.depths,
-                Projection(),
+                FITTING,
                 boundary=1,
                 fit_rows=self.data.loader("fit"),
                 tune_rows=self.data.loader("tune"),
@@ -305,7 +325,14 @@ class _Bench:
             self.notes.append(f"{', '.join(names)}: at depth {self.depth} projections are exact, nothing is trained.")
             return
         trainings = {
-            name: KVProjectionTraining(start.copy(), boundary=self.settings.boundary, kind=name) for name in names
+            name: KVProjectionTraining(
+                start.copy(),
+                boundary=self.settings.boundary,
+                kind=name,
+                kind_arguments=trained_kind(name).arguments(FITTING),
+                learning_rate=FITTING.learning_rate,
+            )
+            for name in names
         }
         steps = self.settings.train_steps
         trainer = self._trainer(f"training {' and '.join(names)}", max_steps=steps, max_epochs=-1)

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from pop_lightning.ablation.ablate import JSON, MAIN, MINUS_MAIN, PAGE, UNTRAINED
 from pop_lightning.core.clock import noise
 from pop_lightning.core.files import write_json, write_text
-from pop_lightning.core.numbers import count, number, percent, ratio
+from pop_lightning.core.numbers import confidence, count, number, percent, ratio
 from pop_lightning.core.pages import render
-from pop_lightning.core.plan import Kept
+from pop_lightning.core.plan import Kept, in_words
 from pop_lightning.core.plots import Theme, picture, staircase
 from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.ablations import listed
@@ -80,6 +80,35 @@ def frontier_table(result: dict[str, Any]) -> Table:
     return Table([*names, *_TIMES, *_INTERVALS], rows, (), chosen).only(*names, *_informative(result, _SHORT))
 
 
+def conditions(result: dict[str, Any]) -> str:
+    """What the rows of Table 3 have in common, and how ``lora`` and ``full`` were trained."""
+    settings, names = result["settings"], [row["name"] for row in result["table3"]]
+    pruned = listed(range(result["depth"], result["layers"]))
+    parts = [
+        f"Pruned layers, counted from 0: {pruned}, unless others follow a row's name.",
+        f"Boundary: {in_words(settings['boundary'])}.",
+    ]
+    if any(name.endswith(", salient") for name in names):
+        parts.append(f"Salient tokens: {in_words(settings['salient'])}.")
+    if "POP, lora" in names:
+        parts.append(
+            f"lora and full: {count(settings['train_steps'], 'training step')} on the fit rows, started from {MAIN}, "
+            f"peak learning rate {settings['learning_rate']:g}, rank {settings['lora']['r']} of lora."
+        )
+    return " ".join(parts)
+
+
+def intervals(result: dict[str, Any]) -> str:
+    """How intervals were computed, and what they leave out."""
+    return (
+        f"Means are over prompts, and brackets are {confidence(result['confidence'])} intervals of the difference from "
+        f"the full model (in the last column of the first table from POP, {MAIN}), paired by prompt: Bonett and Price "
+        "where every prompt counts 0 or 1, as for an agreement of 100%, and Student's t otherwise. They cover which "
+        "prompts are among these verify rows, but neither another split nor another fit, and each holds for itself, "
+        "not for all rows of a table together."
+    )
+
+
 def measured_speedup(result: dict[str, Any]) -> str:
     """What the measured speedup is the ratio of."""
     settings = result["settings"]
@@ -101,9 +130,9 @@ def match_left_out(result: dict[str, Any]) -> str:
 
 
 def rounding(result: dict[str, Any]) -> str:
-    """Explains what the tables show in place of a KL that is rounding, where one is; else empty."""
-    entries = [*result["frontier"], *(row for row in result["table3"] if row["name"] != "full model")]
-    if all(row["kl"]["value"] >= ROUNDING for row in entries):
+    """Explains what the tables show in place of a figure that is rounding, where they do; else empty."""
+    tables = compared_table(result), shares_table(result), frontier_table(result)
+    if not any(_ROUNDED in row for table in tables for row in table.rows):
         return ""
     last = result["layers"] - 1
     exact = any(row["depth"] == last for row in result["frontier"])
@@ -111,7 +140,7 @@ def rounding(result: dict[str, Any]) -> str:
         f" Pruning only the last layer (depth {last}) changes nothing: its keys and values for the context are exact, "
         "and no later layer reads what it writes for context tokens."
     )
-    return "A KL below 1e-6 nats is within rounding." + why * exact
+    return "A KL or a difference below 1e-6 nats is within rounding." + why * exact
 
 
 def times_noise(result: dict[str, Any]) -> str:
@@ -209,6 +238,8 @@ def _page(result: dict[str, Any], about: dict[str, str]) -> str:
         compared=compared_table(result),
         meanings=Table(["row", "what it is"], [[_named(row), row["what"]] for row in result["table3"]], (0, 1)),
         notes=list(filter(None, [match_left_out(result), rounding(result)])),
+        conditions=conditions(result),
+        intervals=intervals(result),
         measured_speedup=measured_speedup(result),
         noise=times_noise(result),
         shares=shares_table(result),

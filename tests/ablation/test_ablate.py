@@ -14,6 +14,7 @@ from pop_lightning.cli import generate
 from pop_lightning.core.errors import InputError
 from pop_lightning.core.numbers import number
 from pop_lightning.core.plan import Kept, PruningPlan
+from pop_lightning.data.module import CalibrationData
 from pop_lightning.evaluation.paired import paired_interval
 from pop_lightning.generation.artifact import write_artifact
 from pop_lightning.generation.base_identity import base_identity
@@ -95,7 +96,11 @@ def test_the_page_shows_every_row_and_fits_on_a_phone(found, tmp_path):
     for row in result["table3"]:
         assert f"{row['name']}</td>" in page or f"{row['name']} (" in page
     assert page.count("data:image/svg+xml") == 2
-    assert not re.search(r"<script|https?://(?!www\.w3\.org)", page)
+    assert not re.search(r'<script|(?<!<a href=")https?://(?!www\.w3\.org)', page)
+    assert re.findall(r'<a href="([^"]*)"', page) == [
+        "https://arxiv.org/abs/2602.03295",
+        "https://arxiv.org/abs/2403.03853",
+    ]
     assert_fits(folder / "ablation.html", tmp_path)
 
 
@@ -109,6 +114,35 @@ def test_the_text_has_the_three_tables(found):
     assert "below 1x where pruning is slower" in shown
     for table in (report.shares_table(found[1]), report.frontier_table(found[1])):
         assert {"counted speedup", "measured speedup"} < set(table.header)
+
+
+def test_the_page_says_what_the_rows_are_and_how_intervals_are_made(found):
+    folder, result = found
+    page = (folder / "ablation.html").read_text()
+    for sentence in (report.conditions(result), report.intervals(result), *(row["what"] for row in result["table3"])):
+        assert str(escape(sentence)) in page
+    assert report.conditions(result) == (
+        "Pruned layers, counted from 0: 2, 3, unless others follow a row's name. Boundary: 1 prompt token. "
+        "Salient tokens: 5% of the prompt. lora and full: 2 training steps on the fit rows, started from closed_form, "
+        "peak learning rate 0.001, rank 16 of lora."
+    )
+    methods = {row[metric]["method"] for row in result["table3"] for metric in ("exact_match", "agreement", "kl")}
+    assert methods == {"Bonett-Price", "Student"}
+    assert result["table3"][0]["agreement"]["method"] == "Bonett-Price"  # an agreement of 100%
+
+
+def test_the_settings_identify_the_model_and_the_rows(found, base, data, tmp_path):
+    settings = found[1]["settings"]
+    assert {name: settings[name] for name in ("model", "data", "rows", "seed", "batch_size", "limit")} == {
+        "model": str(base),
+        "data": str(data),
+        "rows": 80,
+        "seed": 0,
+        "batch_size": 8,
+        "limit": None,
+    }
+    digests = [CalibrationData(path, str(base)).digest for path in (data, save_rows(tmp_path / "rows.jsonl", seed=1))]
+    assert digests[0] == settings["rows_sha256"] != digests[1]
 
 
 @pytest.fixture
@@ -169,7 +203,7 @@ def test_exact_match_is_left_out_where_the_full_model_hardly_has_any(found, resu
 
 
 def test_a_kl_that_is_rounding_is_not_shown_as_a_result(result, tmp_path):
-    for row in result["frontier"]:
+    for row in (*result["table4"], *result["frontier"]):
         if row["depth"] == 3:
             row["kl"] |= {"value": 2.8e-8, "difference": 2.8e-8, "low": 2.6e-8, "high": 3.0e-8}
     assert column(report.frontier_table(result), "KL")["3"] == "< 1e-6"
@@ -178,9 +212,13 @@ def test_a_kl_that_is_rounding_is_not_shown_as_a_result(result, tmp_path):
     assert sentence in report.text(result)
     report.write(result, tmp_path, {})
     assert sentence in (tmp_path / "ablation.html").read_text()
-    for row in result["frontier"]:
-        row["kl"] |= {"value": 0.5, "difference": 0.5, "low": 0.4, "high": 0.6}
+    for row in (*result["table3"], *result["table4"], *result["frontier"]):
+        for entry in (row["kl"], row["nll"], row.get("kl_minus_closed_form") or {}):
+            entry |= {"value": 0.5, "difference": 0.5, "low": 0.4, "high": 0.6}
     assert "rounding" not in report.text(result)
+    result["table3"][1]["kl_minus_closed_form"] |= {"difference": -2e-8, "low": -4e-8, "high": 1e-8}
+    assert column(report.compared_table(result), "KL minus closed_form")["POP, reuse"] == "< 1e-6"
+    assert "A KL or a difference below 1e-6 nats is within rounding." in report.text(result)
 
 
 def test_noisy_times_are_named(result, tmp_path):
