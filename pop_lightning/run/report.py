@@ -301,7 +301,8 @@ def _near_miss(metrics: dict[str, Any]) -> str:
     return (
         f"Depth {failed['depth']} lost {amount(failed['value'], metric)} on the verify rows, and "
         f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; provide "
-        f"{provide}, or raise budget.max_drop{f' to {drop:g} or more' if below else ''}."
+        f"{provide}, or raise budget.max_drop{f' to {drop:g} or more' if below else ''}. "
+        "A budget that was chosen after looking at these rows is only certified by others."
     )
 
 
