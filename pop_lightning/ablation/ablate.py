@@ -25,7 +25,7 @@ from pop_lightning.data.module import CalibrationData
 from pop_lightning.evaluation.ablations import Compared, comparison, other_layers
 from pop_lightning.evaluation.evaluate import Evaluation, Variant
 from pop_lightning.evaluation.metrics import prompt_means
-from pop_lightning.evaluation.paired import paired_interval
+from pop_lightning.evaluation.paired import paired_interval, sameness_interval
 from pop_lightning.fitting.influence import BlockInfluence
 from pop_lightning.fitting.kinds import kind as kind_named
 from pop_lightning.fitting.kinds import trained_kind
@@ -393,18 +393,20 @@ def _figures(evaluation: Evaluation, name: str) -> dict[str, dict[str, Any]]:
     """By metric: the full model's mean over prompts, the variant's, their difference and its paired interval."""
     rows = evaluation.rows(name)
     values = {key: prompt_means(each, rows["prompt"]).numpy() for key, each in rows.items() if key != "prompt"}
-    ones, zeros = torch.ones(len(values["kl"])).numpy(), torch.zeros(len(values["kl"])).numpy()
+    zeros = torch.zeros(len(values["kl"])).numpy()
     pairs = {
         "exact_match": (values["teacher_exact_match"], values["exact_match"], True),
-        "agreement": (ones, values["agreement"], True),
         "nll": (values["teacher_nll"], values["nll"], False),
         "kl": (zeros, values["kl"], False),
     }
-    return {
+    found = {
         metric: {"full": float(full.mean()), "value": float(pruned.mean())}
         | paired_interval(full, pruned, CONFIDENCE, rate=rate)._asdict()
         for metric, (full, pruned, rate) in pairs.items()
     }
+    agreement = values["agreement"]  # of the full model with itself it is 1, so nothing can be gained
+    same = sameness_interval(agreement.tolist(), CONFIDENCE)._asdict()
+    return found | {"agreement": {"full": 1.0, "value": float(agreement.mean())} | same}
 
 
 def _difference(evaluation: Evaluation, first: str, second: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pop_lightning.core.tables import Table
 from pop_lightning.evaluation.ablations import listed
 
 _MATCH = ["exact match", "minus full, points"]
-_INTERVALS = [*_MATCH, "agreement", "NLL increase", "KL"]
+_INTERVALS = [*_MATCH, "agreement", "KL"]
 _TIMES = ["counted speedup", "measured speedup"]
 _SHORT = (*_TIMES, "exact match", "agreement", "KL")  # the figures of a plan that are shown
 LEAST_MATCH = 0.1  # of the full model; below, exact match depends on a few responses
@@ -103,8 +103,8 @@ def intervals(result: dict[str, Any]) -> str:
     return (
         f"Means are over prompts, and brackets are {confidence(result['confidence'])} intervals of the difference from "
         f"the full model (in the last column of the first table from POP, {MAIN}), paired by prompt: Bonett and Price "
-        "where every prompt counts 0 or 1, as for an agreement of 100%, and Student's t otherwise. They cover which "
-        "prompts are among these verify rows, but neither another split nor another fit, and each holds for itself, "
+        "where every prompt counts 0 or 1, Clopper and Pearson for an agreement of 100%, Student's t otherwise. They "
+        "cover which prompts are among these verify rows, but neither another split nor another fit, and each holds for itself, "
         "not for all rows of a table together."
     )
 
@@ -184,15 +184,14 @@ def _times(row: dict[str, Any]) -> list[str]:
 
 def _figures(row: dict[str, Any]) -> list[str]:
     """The cells under :data:`_INTERVALS`."""
-    match, agreement, nll, kl = (row[name] for name in ("exact_match", "agreement", "nll", "kl"))
+    match, agreement, kl = (row[name] for name in ("exact_match", "agreement", "kl"))
     if row.get("name") == "full model":
-        return [percent(match["value"]), "", percent(1.0), "0", "0"]
+        return [percent(match["value"]), "", percent(1.0), "0"]
     low, high = (f"{100 * (1 + min(0.0, agreement[side])):.1f}" for side in ("low", "high"))
     return [
         percent(match["value"]),
         f"{_points(match['difference'])} [{_points(match['low'])}, {_points(match['high'])}]",
         f"{percent(agreement['value'])} [{low}, {high}]",
-        _nats(nll),
         _ROUNDED if kl["value"] < ROUNDING else _nats(kl | {"low": max(0.0, kl["low"])}),
     ]
 

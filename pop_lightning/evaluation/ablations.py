@@ -24,6 +24,15 @@ class Compared(NamedTuple):
     variant: Variant
 
 
+# Where the keys and values of the context in pruned layers come from, by kind.
+_FROM = {
+    "reuse": "keys and values from the pruned layers' own weights",
+    "closed_form": "projections fitted by ridge regression",
+    "lora": "projections with trained corrections of low rank",
+    "full": "trained projections",
+}
+
+
 def comparison(fitted: Mapping[str, Variant], best: Variant) -> dict[str, Compared]:
     """One plan with all kinds of projections, and with parts of the method left out.
 
@@ -36,7 +45,7 @@ def comparison(fitted: Mapping[str, Variant], best: Variant) -> dict[str, Compar
     return {
         "full model": Compared("no pruning", replace(reuse, plan=PruningPlan(layers))),
         **{
-            f"POP, {name}": Compared(f"prefill pruned, {name.replace('_', ' ')} projections", each)
+            f"POP, {name}": Compared(f"prefill pruned, {_FROM.get(name, f'projections {name}')}", each)
             for name, each in fitted.items()
         },
         "layers removed": Compared(

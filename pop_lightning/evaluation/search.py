@@ -290,7 +290,7 @@ def fastest_plan(
     More tokens lose less at a depth and cost more, so they pay off if they make a deeper pruning possible. Yields the
     plans to measure and is sent their measurements. Only plans that are faster than the best with the fewest tokens are
     measured: first all of them on a part of the rows, if there are enough rows, where those that lose more than
-    :data:`CLOSE` times the budget are left out, and all but the :data:`FINALISTS` that lose least; then the others, the
+    :data:`CLOSE` times the budget are left out, and all but the :data:`FINALISTS` most promising; then the others, the
     fastest first and :data:`TOGETHER` in one pass, until one keeps the budget. Of equally fast plans the first in
     ``speedups``. If none keeps the budget at any depth, the fewest tokens.
 
@@ -314,9 +314,15 @@ def fastest_plan(
         close = [plan for plan in waiting if some[plan].loss <= CLOSE * budget.max_drop]
         budget.say(f"search: {len(close)} of {len(waiting)} faster plans lose little on a part of the rows")
         if len(close) > FINALISTS:
-            budget.say(f"search: the {FINALISTS} that lose least are measured on all rows")
-        least_loss = sorted(close, key=lambda plan: (some[plan].loss, -speedups[plan]))[:FINALISTS]
-        waiting = [plan for plan in close if plan in least_loss]
+            budget.say(f"search: the {FINALISTS} most promising are measured on all rows")
+
+        def promise(plan: Plan) -> tuple[bool, float, float]:
+            """What may keep the budget first, the fastest of it first; then what loses least."""
+            clears = budget.clears(some[plan])
+            return not clears, 0.0 if clears else some[plan].loss, -speedups[plan]
+
+        promising = sorted(close, key=promise)[:FINALISTS]
+        waiting = [plan for plan in close if plan in promising]
     waiting.sort(key=lambda plan: -speedups[plan])
     while waiting:
         together, waiting = waiting[:TOGETHER], waiting[TOGETHER:]

@@ -403,11 +403,11 @@ class StageAwareGenerator:
             last: False makes every token context (a shared prefix, a chunk of a longer prompt).
 
         Returns:
-            ``logits`` ``[batch, 1, vocabulary]`` of the last token and the filled ``past_key_values``. With
+            ``logits`` ``[batch, 1, vocabulary]`` of the last token and the filled ``past_key_values`` (``cache``). With
             ``last=False`` the logits are those of a last token that stopped at the depth: not for sampling.
         """
-        kwargs = name_cache(kwargs)
-        given_cache = kwargs.pop(CACHE, None) if past_key_values is None else past_key_values
+        kwargs = name_cache(kwargs | {"past_key_values": past_key_values})
+        given_cache = kwargs.pop(CACHE, None)
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None or not tokens.shape[1]:
             raise InputError("prefill needs at least one token: input_ids or inputs_embeds.")

@@ -16,6 +16,7 @@ def register() -> None:
     try:
         import lm_eval.models  # noqa: F401 - its own models first: it does not add them to a registry that has some
         from lm_eval.api.registry import model_registry
-    except ImportError:  # an older lm-eval, and an error here would be one of importing torch
+
+        model_registry.register("pop", target="pop_lightning.harness.model:PopLM")
+    except Exception:  # another lm-eval: an error here would be one of importing torch
         return
-    model_registry.register("pop", target="pop_lightning.harness.model:PopLM")

@@ -10,4 +10,7 @@ CACHE: str = ALL_CACHE_NAMES[0]
 
 def name_cache(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments in which a cache may have either name, with the one that this version of Transformers reads."""
-    return {CACHE if name in ("cache", "past_key_values") else name: value for name, value in arguments.items()}
+    names = ("past_key_values", "cache")
+    caches = [arguments[name] for name in names if arguments.get(name) is not None]
+    others = {name: value for name, value in arguments.items() if name not in names}
+    return others | ({CACHE: caches[0]} if caches else {})

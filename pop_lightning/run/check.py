@@ -541,7 +541,7 @@ def _certifiable(found: Estimate) -> tuple[str, bool]:
     text, needed = f"budget: {shown}{', of assumed rows' if rows.assumed else ''}", shown.needed
     if rows.prompts >= needed:
         return f"{text}.", True
-    more = math.ceil(needed / recipe.data.splits.verify)
+    more = math.ceil(needed / recipe.data.splits.verify * rows.counts["verify"] / rows.prompts)  # rows share prompts
     options = [f"give {more} rows or more"]
     if recipe.data.limit is not None and recipe.data.limit < more:
         options[0] += f" and set data.limit to as many (it is {recipe.data.limit})"

@@ -225,14 +225,17 @@ def headline(metrics: dict[str, Any]) -> str:
     if not verified:
         return f"{start}; no verify split was opened, so the loss of {budget['metric']} carries no bound."
     metric = verified["metric"]
-    most, alone = verified["bound"], ""
+    most, unadjusted = verified["bound"], ""
     if not _unconditional(budget):
         # Which depth is chosen depends on the bounds, so the chosen one's own bound holds less often than stated.
-        most, alone = budget["max_drop"], f"; {amount(verified['bound'], metric)} if no other depth had been tested"
+        most, unadjusted = (
+            budget["max_drop"],
+            f"; {amount(verified['bound'], metric)} if no other depth had been tested",
+        )
     return (
         f"{start}{'; ' if requested else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(most, metric)} with {confidence(verified['confidence'])} confidence "
-        f"({draws(verified)}{alone}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
+        f"({draws(verified)}{unadjusted}){metric_named(metric).clipping(verified.get('cap'), verified.get('clipped'))}."
     )
 
 
@@ -290,19 +293,20 @@ def _near_miss(metrics: dict[str, Any]) -> str:
     if metrics["depth"] is not None or failed is None or failed["value"] > budget["max_drop"]:
         return ""
     metric, rows = budget["metric"], metrics["rows"]
-    provide = "more rows"
+    provide, chance = "more rows", ""
     if needed := failed.get("needed"):
         whole = needed * sum(rows[name] for name in ("fit", "tune", "search", "verify")) / rows["verify"]
         provide = (
             f"about {_rounded_up(needed):,} verify rows with different prompts, {_rounded_up(whole):,} rows in all"
         )
+        chance = "That many are enough about half of the time, if they lose as much. "
     drop = math.ceil(failed["bound"] * 1e4) / 1e4
     below = drop < metric_named(metric, budget.get("nll_cap")).cap
     return (
         f"Depth {failed['depth']} lost {amount(failed['value'], metric)} on the verify rows, and "
         f"{count(failed['rows'], 'row')} cannot show that it is less than {amount(failed['bound'], metric)}; provide "
-        f"{provide}, or raise budget.max_drop{f' to {drop:g} or more' if below else ''}. "
-        "A budget that was chosen after looking at these rows is only certified by others."
+        f"{provide}, or raise budget.max_drop{f' to {drop:g} or more' if below else ''}. {chance}"
+        "Rows of this run have been looked at: only a run on new rows certifies the result at the stated confidence."
     )
 
 

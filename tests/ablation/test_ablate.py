@@ -127,8 +127,8 @@ def test_the_page_says_what_the_rows_are_and_how_intervals_are_made(found):
         "peak learning rate 0.001, rank 16 of lora."
     )
     methods = {row[metric]["method"] for row in result["table3"] for metric in ("exact_match", "agreement", "kl")}
-    assert methods == {"Bonett-Price", "Student"}
-    assert result["table3"][0]["agreement"]["method"] == "Bonett-Price"  # an agreement of 100%
+    assert methods == {"Bonett-Price", "Clopper-Pearson", "Student"}
+    assert result["table3"][0]["agreement"]["method"] == "Clopper-Pearson"  # an agreement of 100%
 
 
 def test_the_settings_identify_the_model_and_the_rows(found, base, data, tmp_path):

@@ -199,8 +199,8 @@ def test_after_a_screening_only_the_plans_that_lose_least_are_measured_on_all_ro
     measured_on_all = [plan for request in passes for plan in request.plans]
     assert min(depth for depth, _ in measured_on_all) == 10  # 11 to 20 are 30 plans, two of depth 10 are the fastest
     assert [plan for plan in measured_on_all if plan[0] == 10] == [(10, boundaries[0]), (10, boundaries[1])]
-    losses |= {kept: dict.fromkeys(depths, 0.0) for kept in boundaries}
-    assert fastest(losses, speedups, screened=True)[1][1].plans[0] == (1, boundaries[0])  # of equal ones the fastest
+    losses |= {kept: {depth: 0.001 - depth / 1e5 for depth in depths} for kept in boundaries}  # all keep it
+    assert fastest(losses, speedups, screened=True)[1][1].plans[0] == (1, boundaries[0])  # the fastest, not the best
 
 
 @pytest.mark.parametrize(("rows", "max_drop", "expected"), [(300, 0.01, 100), (199, 0.01, None), (5000, 0.001, 1000)])

@@ -459,5 +459,5 @@ def test_a_depth_that_failed_by_its_bound_only_is_named_with_what_to_do(metrics)
     assert advised in sentence
     older = advice(metrics | {"depth": None, "verification": [near | {"needed": None, "bound": 1.0}]})
     assert "provide more rows, or raise budget.max_drop." in older
-    assert older.endswith("A budget that was chosen after looking at these rows is only certified by others.")
+    assert older.endswith("only a run on new rows certifies the result at the stated confidence.")
     assert advice(metrics | {"depth": None, "verification": [near | {"value": 0.02}]}) == ""
