@@ -228,10 +228,8 @@ def headline(metrics: dict[str, Any]) -> str:
     most, unadjusted = verified["bound"], ""
     if not _unconditional(budget):
         # Which depth is chosen depends on the bounds, so the chosen one's own bound holds less often than stated.
-        most, unadjusted = (
-            budget["max_drop"],
-            f"; {amount(verified['bound'], metric)} if no other depth had been tested",
-        )
+        most = budget["max_drop"]
+        unadjusted = f"; {amount(verified['bound'], metric)} if no other depth had been tested"
     return (
         f"{start}{'; ' if requested else ': '}the loss of {metric} is {amount(verified['value'], metric)}, and at most "
         f"{amount(most, metric)} with {confidence(verified['confidence'])} confidence "
