@@ -104,8 +104,8 @@ def intervals(result: dict[str, Any]) -> str:
         f"Means are over prompts, and brackets are {confidence(result['confidence'])} intervals of the difference from "
         f"the full model (in the last column of the first table from POP, {MAIN}), paired by prompt: Bonett and Price "
         "where every prompt counts 0 or 1, Clopper and Pearson for an agreement of 100%, Student's t otherwise. They "
-        "cover which prompts are among these verify rows, but neither another split nor another fit, and each holds for "
-        "itself, not for all rows of a table together."
+        "cover which prompts are among these verify rows, but neither another split nor another fit, and each holds "
+        "for itself, not for all rows of a table together."
     )
 
 
