@@ -105,17 +105,13 @@ class VisionProcessor:
         rows = [(images, videos) for images, videos in rows if images or videos]
         if not rows:
             return {}
-        texts = [self._image_token * len(images) + (self._video_token or "") * len(videos) for images, videos in rows]
+        texts = [
+            self.processor.image_token * len(images) + (self._video_token or "") * len(videos)
+            for images, videos in rows
+        ]
         features: BatchFeature = self.processor(text=texts, padding=True, return_tensors="pt", **self._shown(rows))
         unused = {*_NOT_FEATURES, *getattr(self.processor, "unused_input_names", ())}
         return {name: torch.as_tensor(tensor) for name, tensor in features.items() if name not in unused}
-
-    @property
-    def _image_token(self) -> str:
-        """The placeholder of an image in a text."""
-        # Before Transformers 5.15, Gemma 3's image_token is not the placeholder but what it is expanded to.
-        expands = hasattr(self.processor, "full_image_sequence")
-        return self.processor.boi_token if expands else self.processor.image_token
 
     @property
     def _video_token(self) -> str | None:
@@ -126,7 +122,7 @@ class VisionProcessor:
         self, text: str, images: Sequence[RowImage], videos: Sequence[RowVideo], where: str
     ) -> None:
         tokenizer, bare = self.processor.tokenizer, text
-        kinds = (("image", self._image_token, images), ("video", self._video_token, videos))
+        kinds = (("image", self.processor.image_token, images), ("video", self._video_token, videos))
         for kind, token, given in kinds:
             if token is None:
                 continue

@@ -18,8 +18,8 @@ from pop_lightning.core import distributed
 # Rotary tables as a layer receives them: cos and sin ``[batch, tokens, rotary dim]``, or one complex tensor (Llama 4).
 Tables = tuple[Tensor, Tensor] | Tensor
 
-# The entries of ``layer_types`` whose layers can be pruned ("attention": Bamba's before Transformers 5.13).
-KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+# The entries of ``layer_types`` whose layers can be pruned.
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 # Attributes under which layers hold a part with a recurrent state, and the names of such layers in ``layer_types``.
 RECURRENT = ("linear_attn", "mamba", "conv", "mixer", "temporal_block")

@@ -30,15 +30,12 @@ def layer_mask(
     create = create_chunked_causal_mask if parts.chunked else create_sliding_window_causal_mask
     if parts.window is None:
         create = create_causal_mask
-    # Masks are sized by the first layer of their kind, and pruned layers hold other lengths. The argument for another
-    # layer came with Transformers 5.14; a cache of one layer works in every version.
-    held = copy.copy(cache)
-    held.layers = cache.layers[layer : layer + 1]
     return create(
         config=decoder.config,
         inputs_embeds=hidden,
         attention_mask=attention_mask,
-        **{CACHE: held},
+        layer_idx=layer,
+        **{CACHE: cache},
     )
 
 

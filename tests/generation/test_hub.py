@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager
 
 from pop_lightning import CalibrationData, InputError, PruningPlan, StageAwareGenerator
 from pop_lightning.cli import fit, generate
@@ -243,11 +243,6 @@ def test_responses_of_the_full_model_are_not_pruned_by_an_artifact_next_to_its_w
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_transformers_serve_answers_with_a_pruned_prefill(together, artifact, streamed):
-    try:
-        from transformers.cli.serving.model_manager import ModelManager
-        from transformers.cli.serving.utils import GenerateManager
-    except NameError:
-        pytest.skip("before Transformers 5.13 its server cannot be imported without packages of its own")
     expected = StageAwareGenerator.from_artifact(artifact)
     manager = ModelManager(device="cpu", trust_remote_code=True)
     model, tokenizer = manager.load_model_and_processor(manager.process_model_name(str(together)))
@@ -275,10 +270,6 @@ def test_transformers_serve_answers_with_a_pruned_prefill(together, artifact, st
         manager.shutdown()
 
 
-@pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.12"),
-    reason="Transformers asks for it from 5.12 on where code is local",
-)
 def test_custom_generate_needs_consent(artifact, base):
     model = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(ValueError, match="trust_remote_code"):

@@ -141,10 +141,8 @@ def build(family, attention=None, dtype=torch.float32, seed=0):
     model = randomize(FAMILIES[family](), family)
     model.generation_config.pad_token_id = 0
     model.set_attn_implementation(attention or ATTENTIONS[family][0])
-    # Grouped products know neither float64 nor PyTorch's counter, and PyTorch 2.8 has none for a CPU.
-    plain = attention == "eager" or dtype == torch.float64 or not hasattr(torch.nn.functional, "grouped_mm")
-    if family in ("qwen3_moe", "gemma4_moe", "gpt_oss", "olmoe") and plain:
-        model.set_experts_implementation("eager")
+    if family in ("qwen3_moe", "gemma4_moe", "gpt_oss", "olmoe") and (attention == "eager" or dtype == torch.float64):
+        model.set_experts_implementation("eager")  # grouped products know neither float64 nor PyTorch's counter
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -219,7 +217,7 @@ def to_heads(model, layer, keys, values, position_ids):
     if hasattr(attention, "v_norm"):
         values = attention.v_norm(values)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if hasattr(rotary, "layer_types"):  # one frequency for each kind of layer
+    if kind in ("gemma3_text", "gemma4_text", "olmo3"):
         cos, sin = rotary(keys, position_ids, model.config.layer_types[layer])
     else:
         cos, sin = rotary(keys, position_ids)

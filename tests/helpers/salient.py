@@ -20,12 +20,11 @@ class Mended(DynamicCache):
     """A plain cache that, in one forward, puts projected keys and values at the columns of ``projected``.
 
     ``projected`` is ``[batch, tokens]`` of the forward after :meth:`mend`; that forward may have more tokens
-    (candidates of assisted decoding) and more rows (beams, return sequences) than it. A ``whole`` cache keeps what
-    sliding windows have passed: Transformers before 5.15 takes rejected candidates back only from such a one.
+    (candidates of assisted decoding) and more rows (beams, return sequences) than it.
     """
 
-    def __init__(self, model, depth, project, whole=False):
-        super().__init__(config=None if whole else model.config)
+    def __init__(self, model, depth, project):
+        super().__init__(config=model.config)
         self.depth, self.project = depth, project
         self.hidden = self.projected = None
         self.handle = model.model.layers[depth].register_forward_pre_hook(self._remember, with_kwargs=True)
@@ -54,9 +53,9 @@ class Mended(DynamicCache):
 
 
 @contextmanager
-def mended(model, depth, project, whole=False):
+def mended(model, depth, project):
     """A :class:`Mended`, whose hook is removed at the end."""
-    cache = Mended(model, depth, project, whole)
+    cache = Mended(model, depth, project)
     try:
         yield cache
     finally:
@@ -176,7 +175,7 @@ def reference_prefill(model, ids, mask, plan, project, reader=None):
 def reference_generate(model, ids, mask, plan, project, selected, **arguments):
     """Any feature of ``generate``: the plain model's own, over a cache that mends its first forward."""
     projected = projected_columns(mask, plan.boundary, selected)
-    with mended(model, plan.depth, project, whole=True) as cache:
+    with mended(model, plan.depth, project) as cache:
         cache.mend(projected, positions_of(mask))
         return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments)
 
