@@ -129,8 +129,8 @@ def run(settings: Settings, tokens: Sequence[int], measured_on: str | None = Non
                 scores[depth, number, "gradient"] = gradient_scores
         named = {str(key): variant for key, variant in variants.items()}
         evaluation = Selections(decoder, named, {str(key): function for key, function in scores.items()})
-        held_out = Split(settings, decoder, others, seed).loader("verify")
-        split.validate(f"measuring {len(named)} variants on verify", evaluation, held_out)
+        measured_rows = Split(settings, decoder, others, seed) if measured_on else split
+        split.validate(f"measuring {len(named)} variants on verify", evaluation, measured_rows.loader("verify"))
         for key in variants:
             measured.setdefault(key, []).append(evaluation.rows(str(key)))
     return [
