@@ -254,10 +254,15 @@ class Decoder:
 
     def arguments(self, layer: int, args: tuple, kwargs: dict) -> dict:
         """The arguments that a model passes to one of its layers, all by name."""
+        return dict(zip(self._argument_names(layer), args, strict=False)) | kwargs
+
+    def _argument_names(self, layer: int) -> tuple[str, ...]:
         block = getattr(self.layers[layer], "_orig_mod", self.layers[layer])  # torch.compile wraps
-        return dict(zip(_argument_names(type(block)), args, strict=False)) | kwargs
+        return _argument_names(type(block))
 
     def run_layer(self, layer: int, hidden: Tensor, **kwargs) -> Tensor:
+        if "shared_kv_states" in self._argument_names(layer):
+            kwargs = {"shared_kv_states": {}} | kwargs  # Gemma 4 of Transformers 5.24 writes to it at each call
         output = self.layers[layer](hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
